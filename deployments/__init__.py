@@ -1,0 +1,1 @@
+"""What runs for long: the gateway and vLLM. Starts without Prefect and without torch."""

@@ -1,0 +1,174 @@
+"""The gateway's settings: environment variables, read once and validated at start.
+
+    os.environ -> Settings.from_environment() -> create_app(settings)
+
+Names and defaults that the first Lite Gateway had keep them; what is new is called GATEWAY_*.
+
+Ring: pure (the environment comes in as an argument).  Units: `_s` seconds, `_ms` milliseconds.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from tasks.errors import SpecError
+
+MAINTENANCE_MESSAGE = (
+    "ただいまメンテナンス中のため、モデルは応答できません。しばらくしてからもう一度お試しください。"
+    " (The model is under maintenance; this fixed message is not an answer of the model.)"
+)
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in _TRUE | _FALSE:
+        raise ValueError("expected true or false")
+    return text.lower() in _TRUE
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"expected a whole number {low}..{high}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise ValueError("expected seconds, more than 0 and at most 86400")
+    return value
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _level(text: str) -> str:
+    if text.lower() not in _LOG_LEVELS:
+        raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}")
+    return text.lower()
+
+
+def base_url(text: str) -> str:
+    """Return scheme, host and prefix of an OpenAI-compatible server, without `/v1/...`.
+
+    >>> base_url("http://localhost:8000/v1/chat/completions"), base_url("https://example.org/llm/")
+    ('http://localhost:8000', 'https://example.org/llm')
+    """
+    parts = urlsplit(text)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if parts.username or parts.password:
+        raise ValueError("expected an URL without user and password: put the key into its own variable")
+    if not valid or parts.query or parts.fragment:
+        raise ValueError("expected an URL like http://localhost:8000/v1/chat/completions")
+    path = f"{parts.path.rstrip('/')}/".partition("/v1/")[0].rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _redis_url(text: str) -> str:
+    if urlsplit(text).scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("expected a redis://, rediss:// or unix:// URL")
+    return text
+
+
+def _setting(env: str, default: Any, parse: Callable[[str], Any], about: str, *, secret: bool = False) -> Any:
+    """Declare one setting: its variable, default, parser and meaning."""  # Any: as dataclasses.field itself
+    return field(default=default, repr=not secret, metadata={"env": env, "parse": parse, "about": about})
+
+
+_PORT, _MILLIS, _COUNT = _whole(1, 65535), _whole(0, 3_600_000), _whole(0, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that can be set. A secret never shows in `repr`."""
+
+    vllm_url: str = _setting(
+        "VLLM_URL",
+        "http://localhost:8000",
+        base_url,
+        "vLLM; the seed's form http://localhost:8000/v1/chat/completions is the same",
+    )
+    vllm_api_key: str = _setting(
+        "VLLM_API_KEY", "", _text, "sent to vLLM as Bearer; unset: the client's own header", secret=True
+    )
+    host: str = _setting("LITE_GATEWAY_HOST", "127.0.0.1", _text, "address to listen on")
+    port: int = _setting("LITE_GATEWAY_PORT", 8001, _PORT, "port to listen on")
+    lite_max_chars: int = _setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
+    lite_model: str = _setting("LITE_MODEL", "", base_url, "a second OpenAI-compatible server for short prompts")
+    lite_model_name: str = _setting("LITE_MODEL_NAME", "", _text, "model to ask there; unset: its first")
+    lite_api_key: str = _setting("LITE_API_KEY", "", _text, "sent to the lite server as Bearer", secret=True)
+    lite_canned: bool = _setting(
+        "LITE_CANNED", False, _flag, "short prompts get the maintenance message even while vLLM is up"
+    )
+    fallback: bool = _setting(
+        "FALLBACK_ON_VLLM_DOWN", True, _flag, "vLLM down: lite or the maintenance message, not 503"
+    )
+    queue_path: Path = _setting(  # noqa: RUF009 - it is dataclasses.field
+        "FILE_QUEUE_PATH", Path("./llm_traces.jsonl"), Path, "traces; with Redis, the spool before it"
+    )
+    redis_url: str = _setting("REDIS_URL", "", _redis_url, "ship traces to the stream llm_traces here", secret=True)
+    max_body_bytes: int = _setting(
+        "GATEWAY_MAX_BODY_BYTES", 10 << 20, _whole(1, 1 << 30), "largest request body; beyond it 413"
+    )
+    connect_timeout_s: float = _setting("GATEWAY_CONNECT_TIMEOUT_S", 2.0, _seconds, "to connect to vLLM")
+    read_timeout_s: float = _setting("GATEWAY_READ_TIMEOUT_S", 600.0, _seconds, "between two bytes from vLLM")
+    body_timeout_s: float = _setting("GATEWAY_BODY_TIMEOUT_S", 30.0, _seconds, "for a client to send its body")
+    probe_interval_s: float = _setting("GATEWAY_PROBE_INTERVAL_S", 1.0, _seconds, "between probes of a dead vLLM")
+    fsync_ms: int = _setting(
+        "GATEWAY_TRACE_FSYNC_MS", 1000, _MILLIS, "a power cut costs at most so much; 0: the kernel decides"
+    )
+    segment_bytes: int = _setting(
+        "GATEWAY_TRACE_SEGMENT_BYTES", 16 << 20, _whole(4096, 1 << 32), "size at which the trace file is sealed"
+    )
+    shutdown_s: int = _setting("GATEWAY_SHUTDOWN_S", 30, _whole(1, 3600), "for running answers to end on SIGTERM")
+    maintenance_message: str = _setting(
+        "GATEWAY_MAINTENANCE_MESSAGE", MAINTENANCE_MESSAGE, _text, "what is said when no model can answer"
+    )
+    log_level: str = _setting("GATEWAY_LOG_LEVEL", "info", _level, ", ".join(_LOG_LEVELS))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Self:
+        """Read every variable that is set and not empty; all faults in one SpecError."""
+        values: dict[str, Any] = {}  # Any: each setting has its own type
+        faults: list[str] = []
+        for setting in fields(cls):
+            name = setting.metadata["env"]
+            text = environ.get(name, "").strip()
+            if not text:
+                continue
+            try:
+                values[setting.name] = setting.metadata["parse"](text)
+            except ValueError as error:
+                shown = repr(text) if setting.repr else "(not shown)"
+                faults.append(f"{name}={shown}: {error}")
+        if faults:
+            raise SpecError(f"{'; '.join(faults)}; correct or unset {'it' if len(faults) == 1 else 'them'}")
+        return cls(**values)
+
+
+def settings_table() -> str:
+    """Return the settings as a Markdown table, for the documentation.
+
+    >>> settings_table().splitlines()[0]
+    '| variable | default | meaning |'
+    """
+    rows = []
+    for setting in fields(Settings):
+        default = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
+        default = "(a message)" if default == MAINTENANCE_MESSAGE else default
+        shown = f"`{default}`" if default != "" else "unset"
+        rows.append(f"| `{setting.metadata['env']}` | {shown} | {setting.metadata['about']} |")
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])

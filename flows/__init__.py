@@ -1,0 +1,1 @@
+"""Straight lines of verbs; what runs is a named recipe."""

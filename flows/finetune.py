@@ -1,0 +1,46 @@
+"""The line: fetch > pack > train > merge > publish > serve > verify."""
+
+from prefect import flow
+
+from flows.recipes import RecipeName, resolve, resolve_base
+from tasks.artifacts import HealthReport
+from tasks.check.task import check_recipe
+from tasks.fetch.task import fetch_base, fetch_dataset
+from tasks.merge.task import merge_adapter
+from tasks.pack.task import pack_dataset
+from tasks.pretrain.task import pretrain_model
+from tasks.publish.task import publish_model
+from tasks.serve.task import serve_model
+from tasks.specs import RecipeChanges
+from tasks.train.task import train_adapter
+from tasks.verify.task import verify_model
+
+NO_CHANGES = RecipeChanges()
+
+
+@flow(name="finetune", flow_run_name="finetune-{recipe}", validate_parameters=True)
+def finetune(
+    recipe: RecipeName = "tiny",
+    changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
+    storage: str = "",
+    hub_account: str = "",
+) -> HealthReport:
+    """Run one recipe end to end; verbs whose artifact is whole already are skipped.
+
+    Args:
+        recipe: name of a recipe in flows/recipes.py.
+        changes: fields of the recipe to change.
+        storage: name of an Artifact Storage block; empty: TATARA_HOME.
+        hub_account: name of a Hub Account block; empty: HF_TOKEN.
+    """
+    spec = resolve(recipe, changes)
+    pretraining = resolve_base(spec)
+    check_recipe(recipe, spec, pretraining, storage, hub_account)
+    base = pretrain_model(pretraining, storage) if pretraining else fetch_base(spec.base, storage, hub_account)
+    dataset = fetch_dataset(spec.fetch, storage, hub_account)
+    packed = pack_dataset(dataset, base, spec.pack, storage)
+    adapter = train_adapter(packed, base, spec.train, storage)
+    merged = merge_adapter(adapter, spec.merge, storage)
+    published = publish_model(merged, spec.publish, storage, hub_account)
+    served = serve_model(published, spec.serve, storage)
+    return verify_model(served, spec.verify, storage)

@@ -1,0 +1,26 @@
+"""Train a gpt-oss from scratch: corpus > tokenizer > GptOssForCausalLM."""
+
+from prefect import flow
+
+from flows.recipes import PretrainName, resolve_pretrain
+from tasks.artifacts import PretrainedModel
+from tasks.pretrain.task import pretrain_model
+from tasks.specs import PretrainChanges
+
+NO_CHANGES = PretrainChanges()
+
+
+@flow(name="pretrain", flow_run_name="pretrain-{recipe}", validate_parameters=True)
+def pretrain(
+    recipe: PretrainName = "tiny",
+    changes: PretrainChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
+    storage: str = "",
+) -> PretrainedModel:
+    """Run one pretraining recipe; a model that is whole already is found, not trained again.
+
+    Args:
+        recipe: name of a recipe in flows/recipes.py.
+        changes: fields of the recipe to change.
+        storage: name of an Artifact Storage block; empty: TATARA_HOME.
+    """
+    return pretrain_model(resolve_pretrain(recipe, changes), storage)

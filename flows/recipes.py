@@ -1,0 +1,172 @@
+"""Named recipes: the only place where hyper-parameters are chosen.
+
+    resolve("tiny", {"train": {"max_steps": 10}}) -> Recipe
+
+A recipe is code, so a name and a commit reproduce a run; what a caller changed is stored beside it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel
+
+from tasks.errors import SpecError
+from tasks.specs import (
+    BaseModelSpec,
+    FetchSpec,
+    GptOssShape,
+    LoraSpec,
+    MergeSpec,
+    PackSpec,
+    PretrainSpec,
+    Recipe,
+    ServeSpec,
+    TrainSpec,
+    VerifySpec,
+    change,
+)
+
+RecipeName = Literal["tiny", "gptoss20b_lora_h100", "qwen_qlora_16gb"]
+PretrainName = Literal["tiny"]
+F = TypeVar("F")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def tiny() -> Recipe:
+    """The embedded default: a small gpt-oss pretrained here, tuned on the shipped chats, on two CPU cores."""
+    return Recipe(
+        base=BaseModelSpec(model="pretrain:tiny"),
+        fetch=FetchSpec(source="shipped"),
+        pack=PackSpec(row_tokens=512),
+        train=TrainSpec(
+            lora=LoraSpec(
+                rank=8,
+                alpha=16,
+                target_modules=_ATTENTION,
+                target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            ),
+            learning_rate=1e-2,
+            warmup_steps=4,
+            max_steps=70,
+            rows_per_device=2,
+            dtype="float32",
+            gradient_checkpointing=False,
+            save_steps=20,
+        ),
+        merge=MergeSpec(),
+        serve=ServeSpec(
+            served_model_name="tatara-tiny",
+            max_model_len=1024,
+            dtype="float32",  # bf16 files computed in float32: served and reference agree to five digits
+            max_num_seqs=8,
+            cpu_kv_cache_bytes=64 << 20,
+            start_timeout_s=300.0,
+        ),
+        verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1),
+    )
+
+
+def gptoss20b_lora_h100() -> Recipe:
+    """gpt-oss-20b on one 80 GB GPU: the seeds' recommended start, expert down_proj of three layers."""
+    return Recipe(
+        base=BaseModelSpec(model="openai/gpt-oss-20b"),
+        fetch=FetchSpec(source="shipped"),
+        pack=PackSpec(row_tokens=4096),
+        train=TrainSpec(
+            lora=LoraSpec(
+                rank=8,
+                alpha=16,
+                target_parameters=(
+                    "7.mlp.experts.down_proj",
+                    "15.mlp.experts.down_proj",
+                    "23.mlp.experts.down_proj",
+                ),
+            ),
+            learning_rate=2e-4,
+            warmup_steps=5,
+            num_epochs=3,
+            rows_per_device=1,
+            gradient_accumulation=4,
+            save_steps=50,
+        ),
+        serve=ServeSpec(served_model_name="gpt-oss-20b"),
+        verify=VerifySpec(max_logprob_gap=0.05),
+    )
+
+
+def qwen_qlora_16gb() -> Recipe:
+    """A dense 7 B model by QLoRA on one 16 GB GPU, with the Colab seed's knobs."""
+    return Recipe(
+        base=BaseModelSpec(model="Qwen/Qwen2.5-7B-Instruct"),
+        fetch=FetchSpec(source="shipped"),
+        pack=PackSpec(row_tokens=1024),
+        train=TrainSpec(
+            lora=LoraSpec(rank=64, alpha=16, dropout=0.05, target_modules=("q_proj", "v_proj")),
+            learning_rate=2e-4,
+            warmup_steps=100,
+            num_epochs=2,
+            rows_per_device=1,
+            gradient_accumulation=16,
+            quantization="nf4",
+            log_steps=10,
+            save_steps=500,
+        ),
+        serve=ServeSpec(served_model_name="qwen2.5-7b", max_model_len=4096),
+        verify=VerifySpec(max_logprob_gap=0.05),
+    )
+
+
+def pretrain_tiny() -> PretrainSpec:
+    """53 M parameters, nearly all of them the true vocabulary; learns the shipped corpus in a minute or two."""
+    return PretrainSpec(
+        shape=GptOssShape(
+            num_layers=4,
+            hidden_size=128,
+            intermediate_size=128,
+            num_experts=8,
+            experts_per_token=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            sliding_window=64,
+            context_tokens=2048,
+            initial_context_tokens=1024,
+        ),
+        row_tokens=128,
+        rows_per_step=8,
+        num_steps=180,
+        learning_rate=6e-3,
+        warmup_steps=10,
+        save_steps=60,
+        num_negatives=512,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "tiny": tiny,
+    "gptoss20b_lora_h100": gptoss20b_lora_h100,
+    "qwen_qlora_16gb": qwen_qlora_16gb,
+}
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {"tiny": pretrain_tiny}
+
+
+def resolve(name: str, changes: BaseModel | dict[str, Any] | None = None) -> Recipe:  # Any: JSON values
+    """Return the named recipe with the caller's changes. Raises SpecError for an unknown name or field."""
+    return change(_named(RECIPES, name, "recipe")(), changes)
+
+
+def resolve_pretrain(name: str, changes: BaseModel | dict[str, Any] | None = None) -> PretrainSpec:  # Any: as above
+    """Return the named pretraining recipe with the caller's changes."""
+    return change(_named(PRETRAIN_RECIPES, name, "pretrain recipe")(), changes)
+
+
+def resolve_base(recipe: Recipe) -> PretrainSpec | None:
+    """Return how the recipe's base is made here, None when it is fetched."""
+    name = recipe.base.pretrain_recipe
+    return resolve_pretrain(name) if name else None
+
+
+def _named(table: dict[str, F], name: str, what: str) -> F:
+    if name not in table:
+        raise SpecError(f"there is no {what} {name!r}: choose one of {', '.join(table)}")
+    return table[name]

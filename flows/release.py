@@ -1,0 +1,39 @@
+"""Merge > publish > serve > verify for an adapter that already exists."""
+
+from prefect import flow
+
+from flows.recipes import RecipeName, resolve
+from tasks.artifacts import HealthReport
+from tasks.merge.task import merge_adapter
+from tasks.publish.task import publish_model
+from tasks.serve.task import serve_model
+from tasks.specs import RecipeChanges
+from tasks.train.task import find_adapter
+from tasks.verify.task import verify_model
+
+NO_CHANGES = RecipeChanges()
+
+
+@flow(name="release", flow_run_name="release-{adapter}", validate_parameters=True)
+def release(
+    adapter: str,
+    recipe: RecipeName = "gptoss20b_lora_h100",
+    changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
+    storage: str = "",
+    hub_account: str = "",
+) -> HealthReport:
+    """Release one trained adapter.
+
+    Args:
+        adapter: key of a trained adapter (its first digits will do), or `latest`.
+        recipe: whose merge, publish, serve and verify knobs count.
+        changes: fields of the recipe to change.
+        storage: name of an Artifact Storage block; empty: TATARA_HOME.
+        hub_account: name of a Hub Account block; empty: HF_TOKEN.
+    """
+    spec = resolve(recipe, changes)
+    trained = find_adapter(adapter, storage)
+    merged = merge_adapter(trained, spec.merge, storage)
+    published = publish_model(merged, spec.publish, storage, hub_account)
+    served = serve_model(published, spec.serve, storage)
+    return verify_model(served, spec.verify, storage)

@@ -1,0 +1,340 @@
+"""The nouns that travel between verbs, their keys, and the store that holds them.
+
+    key = sha256(verb, VERSION, spec, pins, parents)      same question -> same folder
+    <root>/<kind>/<key[:16]>/manifest.json                written last: present = whole, absent = resume here
+
+Prefect carries an artifact's fields (a few hundred bytes); tensors and rows stay in its folder.
+A manifest lists its parents, so a HealthReport leads back to the data set without asking a server.
+
+Ring: edge (disk, through tasks/files.py).
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tasks import files
+from tasks.errors import CorruptError, MissingError
+from tasks.specs import Spec
+
+MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
+
+
+class Artifact(BaseModel):
+    """Base of all nouns. `folder` is absolute; `parents` are `kind/key` references."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    kind: ClassVar[str]
+
+    key: str
+    folder: str
+    parents: tuple[str, ...] = ()
+
+    @property
+    def ref(self) -> str:
+        """`kind/key`, the way other manifests point here."""
+        return f"{self.kind}/{self.key}"
+
+    @property
+    def short(self) -> str:
+        """The first eight digits of the key, for names of runs and logs."""
+        return self.key[:8]
+
+    @property
+    def path(self) -> Path:
+        """The folder as a Path."""
+        return Path(self.folder)
+
+
+class BaseCheckpoint(Artifact):
+    """A model in transformers' layout that can be tuned, merged into and served."""
+
+    kind: ClassVar[str] = "base"
+    model_folder: str
+    origin: str
+    model_digest: str
+    num_parameters: int
+
+
+class PretrainedModel(BaseCheckpoint):
+    """A base trained from scratch here."""
+
+    kind: ClassVar[str] = "pretrained"
+    num_steps: int
+    first_loss: float
+    last_loss: float
+
+
+class FetchedDataset(Artifact):
+    """`train.parquet`, `validation.parquet` of conversations or texts, and `rejected.jsonl`."""
+
+    kind: ClassVar[str] = "dataset"
+    source: str
+    revision: str
+    is_chat: bool
+    num_train_rows: int
+    num_validation_rows: int
+    num_rejected_rows: int
+
+
+class PackedDataset(Artifact):
+    """`train.parquet` and `validation.parquet` with input_ids, labels and seq_lengths."""
+
+    kind: ClassVar[str] = "packed"
+    row_tokens: int
+    num_train_rows: int
+    num_validation_rows: int
+    num_train_documents: int
+    num_validation_documents: int
+    num_train_tokens: int
+    num_learnt_tokens: int
+    fill_pct: float
+
+
+class TrainedAdapter(Artifact):
+    """A PEFT adapter, its checkpoints and metrics.jsonl."""
+
+    kind: ClassVar[str] = "adapter"
+    adapter_folder: str
+    adapter_digest: str
+    base_folder: str
+    base_digest: str
+    num_steps: int
+    num_trainable: int
+    first_loss: float
+    last_loss: float
+    validation_loss_before: float
+    validation_loss_after: float
+
+
+class MergedModel(Artifact):
+    """bf16 safetensors shards, index, tokenizer, template and the merge ledger."""
+
+    kind: ClassVar[str] = "merged"
+    model_folder: str
+    model_digest: str
+    base_folder: str
+    num_tensors: int
+    num_changed: int
+    num_shards: int
+    total_bytes: int
+
+
+class PublishedModel(Artifact):
+    """Where the merged model was published, at which commit."""
+
+    kind: ClassVar[str] = "published"
+    place: str  # "hub" or "local"
+    repo_id: str
+    commit: str
+    url: str
+    model_folder: str
+    model_digest: str
+
+
+class ServedModel(Artifact):
+    """A live endpoint: vLLM and the gateway in front."""
+
+    kind: ClassVar[str] = "served"
+    model_folder: str
+    model_digest: str
+    served_model_name: str
+    dtype: str  # in which the reference is computed: "float32", or "bfloat16" for what is served in it
+    vllm_url: str
+    gateway_url: str
+    reused: bool
+
+
+class HealthReport(Artifact):
+    """What was asked of the live endpoint, what it answered, and whether that proves the tune."""
+
+    kind: ClassVar[str] = "health"
+    passed: bool
+    served_logprob: float
+    merged_logprob: float
+    base_logprob: float
+    num_answers: int
+    question: str
+    answer: str
+    gateway_url: str
+    served_model_name: str
+
+
+A = TypeVar("A", bound=Artifact)
+KINDS: dict[str, type[Artifact]] = {
+    cls.kind: cls
+    for cls in (
+        BaseCheckpoint,
+        PretrainedModel,
+        FetchedDataset,
+        PackedDataset,
+        TrainedAdapter,
+        MergedModel,
+        PublishedModel,
+        ServedModel,
+        HealthReport,
+    )
+}
+
+
+def make_key(verb: str, version: int, spec: Spec, pins: dict[str, str], parents: tuple[Artifact, ...] = ()) -> str:
+    """Return the key of the artifact that `verb` makes of these inputs.
+
+    Args:
+        verb: folder name of the verb.
+        version: bumped by hand when the same inputs would give other bytes.
+        spec: the knobs.
+        pins: what a moving name resolved to (file digest, commit), so that an edited file is a new key.
+        parents: artifacts that went in.
+    """
+    question = [verb, version, spec.model_dump(mode="json"), pins, [parent.ref for parent in parents]]
+    return sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class Claim(Generic[A]):
+    """The right to make one artifact: held by one process at a time, across the machine."""
+
+    def __init__(self, store: "ArtifactStore", cls: type[A], key: str, found: A | None) -> None:
+        self.store, self.cls, self.key, self.found = store, cls, key, found
+        self.folder = store.folder(cls, key)
+        self._started = time.monotonic()
+
+    def commit(self, artifact: A, *, spec: Spec, about: dict[str, Any] | None = None) -> A:  # Any: JSON values
+        """Write the manifest, last and whole; from here on the artifact exists."""
+        manifest = {
+            "kind": artifact.kind,
+            "artifact": artifact.model_dump(mode="json", exclude={"folder"}),
+            "spec": spec.model_dump(mode="json"),
+            "about": about or {},
+            "files": {name: size for name, size in files.list_files(self.folder).items() if name != MANIFEST},
+            "created_at": datetime.now(UTC).isoformat(),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "python": platform.python_version(),
+        }
+        files.write_json(self.folder / MANIFEST, manifest)
+        logger.info("committed %s/%s in %.1f s", artifact.kind, artifact.short, manifest["seconds"])
+        return artifact
+
+
+class ArtifactStore:
+    """Artifacts below one root folder of a local or shared POSIX file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+
+    @classmethod
+    def default(cls) -> Self:
+        """The store at TATARA_HOME, by default `.tatara` in the working directory."""
+        return cls(Path(os.environ.get("TATARA_HOME") or ".tatara"))
+
+    def folder(self, cls: type[Artifact], key: str) -> Path:
+        """Return the folder of an artifact, whether it exists or not."""
+        return self.root / cls.kind / key[:16]
+
+    def manifest(self, cls: type[Artifact], key: str) -> dict[str, Any] | None:  # Any: JSON values
+        """Return the manifest of a committed artifact, or None when there is none or it is not whole.
+
+        Whole means: the manifest parses, carries this key, and each listed file is there in its size.
+        """
+        folder = self.folder(cls, key)
+        if not (folder / MANIFEST).exists():
+            return None
+        try:
+            manifest = files.read_json(folder / MANIFEST)
+            changed = _changed_files(folder, manifest)
+        except (CorruptError, KeyError, AttributeError, TypeError) as error:
+            logger.warning("%s/%s has an unreadable manifest (%s): making it again", cls.kind, key[:8], error)
+            return None
+        if manifest["artifact"]["key"] != key or changed:
+            logger.warning("%s/%s is not whole (%s): making it again", cls.kind, key[:8], ", ".join(changed) or "key")
+            return None
+        return manifest
+
+    def find(self, cls: type[A], key: str) -> A | None:
+        """Return the committed artifact, or None."""
+        manifest = self.manifest(cls, key)
+        if manifest is None:
+            return None
+        try:
+            return cls.model_validate({**manifest["artifact"], "folder": str(self.folder(cls, key))})
+        except ValidationError as error:
+            logger.warning("%s/%s was written by another version (%s): making it again", cls.kind, key[:8], error)
+            return None
+
+    @contextmanager
+    def claim(self, cls: type[A], key: str) -> Iterator[Claim[A]]:
+        """Hold the artifact's lock; `claim.found` is set when it is already whole.
+
+        A second run of the same question waits here and then finds the finished answer.
+        """
+        folder = self.folder(cls, key)
+        with files.lock_file(folder.parent / f".{folder.name}.lock"):
+            found = self.find(cls, key)
+            if found is not None:
+                logger.info("skipped: %s/%s is already whole at %s", cls.kind, key[:8], folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / MANIFEST).unlink(missing_ok=True)
+            yield Claim(self, cls, key, found)
+
+    def load(self, ref: str) -> Artifact:
+        """Return the artifact behind a `kind/key` reference. Raises MissingError when it is not whole."""
+        kind, _, key = ref.partition("/")
+        found = self.find(KINDS[kind], key) if kind in KINDS else None
+        if found is None:
+            raise MissingError(f"artifact {ref} is not below {self.root}: run its flow again, or set TATARA_HOME")
+        return found
+
+    def committed(self, cls: type[A]) -> list[A]:
+        """Return every whole artifact of a kind, oldest first."""
+        found: list[tuple[str, A]] = []
+        for path in (self.root / cls.kind).glob(f"*/{MANIFEST}"):
+            try:
+                key = files.read_json(path)["artifact"]["key"]
+            except (CorruptError, KeyError, TypeError):
+                continue
+            artifact = self.find(cls, key)
+            if artifact is not None:
+                found.append((files.read_json(path)["created_at"], artifact))
+        return [artifact for _, artifact in sorted(found, key=lambda pair: pair[0])]
+
+    def ancestor(self, artifact: Artifact, cls: type[A]) -> A:
+        """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count)."""
+        queue = [*artifact.parents]
+        while queue:
+            parent = self.load(queue.pop(0))
+            if isinstance(parent, cls):
+                return parent
+            queue.extend(parent.parents)
+        raise MissingError(f"{artifact.ref} has no {cls.kind} among its ancestors: it was made by another line")
+
+
+def _changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:  # Any: JSON values
+    present = files.list_files(folder)
+    return [name for name, size in manifest["files"].items() if present.get(name) != size]
+
+
+def folder_digest(digests: dict[str, str]) -> str:
+    """Return one sha256 for a model folder from its files' digests (`sha256sum` lines, sorted by name).
+
+    >>> folder_digest({"b": "2", "a": "1"}) == folder_digest({"a": "1", "b": "2"})
+    True
+    """
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return sha256(lines.encode()).hexdigest()
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Return relative path -> sha256 for each file of a model folder."""
+    return {name: files.digest(folder / name) for name in files.list_files(folder)}

@@ -1,0 +1,100 @@
+"""The exception tree, and the one question Prefect asks of it: is another try worth it?
+
+Each class is also a standard-library error, so that code which knows nothing of Tatara can
+still catch it. A message names the value, what was expected and the way out.
+
+Ring: pure.
+"""
+
+import errno
+from typing import Any
+
+
+class TataraError(Exception):
+    """Base of every error that Tatara raises on purpose."""
+
+
+class SpecError(TataraError, ValueError):
+    """A knob, a recipe or a flag is wrong. Asking again changes nothing."""
+
+
+class DataError(TataraError, ValueError):
+    """A data set or one of its rows can't be used."""
+
+
+class ShapeError(TataraError, ValueError):
+    """Tensors, headers or adapters do not fit each other."""
+
+
+class AccessError(TataraError, PermissionError):
+    """A credential is missing (401) or lacks a right (403)."""
+
+
+class MissingError(TataraError, FileNotFoundError):
+    """A model, data set, file or artifact that was asked for is not there."""
+
+
+class CapacityError(TataraError, OSError):
+    """Too little disk or memory; the message says how much is needed and how much there is."""
+
+
+class OutOfMemoryError(TataraError, MemoryError):
+    """A step ran out of memory. Never retried blindly: the same step would fail again."""
+
+
+class CorruptError(TataraError, ValueError):
+    """Bytes on disk or on the wire are not what their manifest, header or digest says."""
+
+
+class PortTakenError(TataraError, OSError):
+    """Another process listens on a port that a service needs."""
+
+
+class TrainingError(TataraError, RuntimeError):
+    """The trainer stopped without a usable result (NaN, crash, nothing moved)."""
+
+
+class ServiceError(TataraError, RuntimeError):
+    """A service did not start, or died; the message carries the last lines of its log."""
+
+
+class AttestationError(TataraError, RuntimeError):
+    """The served model is not the model that was trained."""
+
+
+class TransientError(TataraError, ConnectionError):
+    """The world was away for a moment: a timeout, a 429, a 5xx. Worth another try."""
+
+
+_TRANSIENT_ERRNO = frozenset(
+    {errno.ECONNRESET, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAGAIN}
+)
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether the same call may succeed later.
+
+    Ours decide by class. Errors of the HTTP clients (httpx, requests, huggingface_hub) carry a
+    response: 408, 425, 429 and 5xx are transient, every other status is final.
+
+    >>> is_transient(TransientError("503 from the Hub")), is_transient(SpecError("rank must be > 0"))
+    (True, False)
+    >>> is_transient(MemoryError()), is_transient(ConnectionResetError()), is_transient(TimeoutError())
+    (False, True, True)
+    """
+    if isinstance(error, TataraError):
+        return isinstance(error, TransientError)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status in _TRANSIENT_STATUS
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in _TRANSIENT_ERRNO
+    return type(error).__name__ in {"ConnectError", "ReadError", "ReadTimeout", "ConnectTimeout", "RemoteProtocolError"}
+
+
+def is_worth_retrying(task: Any, task_run: Any, state: Any) -> bool:  # Any: Prefect's types; errors knows no Prefect
+    """Prefect's `retry_condition_fn`: retry only what may pass by itself."""
+    return isinstance(state.data, Exception) and is_transient(state.data)

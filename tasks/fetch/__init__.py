@@ -1,0 +1,1 @@
+"""Fetch: a pinned data set to parquet rows, a pinned base model to a folder."""

@@ -1,0 +1,260 @@
+"""Fetch a pinned data set into parquet rows, and a pinned base model into a folder.
+
+    FetchSpec -> pin (commit or file digest) -> rows -> train.parquet, validation.parquet, rejected.jsonl
+
+Ring: edge.
+"""
+
+import csv
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, snapshot_download
+
+from tasks import files
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, digest_files, folder_digest, make_key
+from tasks.errors import CorruptError, DataError, MissingError
+from tasks.fetch.rows import RejectedRowError, is_validation_row, read_row
+from tasks.hub import hub_errors, pin_commit
+from tasks.specs import BaseModelSpec, FetchSpec
+
+VERSION = 1
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture"
+_SUFFIXES = (".jsonl", ".csv", ".parquet")
+_BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]  # Any: whatever the source holds
+
+
+def fetch_dataset(spec: FetchSpec, store: ArtifactStore, hub: HfApi) -> FetchedDataset:
+    """Fetch the data set that `spec` names; a second call returns the finished one.
+
+    Raises: MissingError (no such file, repo, split), DataError (empty, bad rows), AccessError.
+    """
+    pins = pin_dataset(spec, hub)
+    key = make_key("fetch", VERSION, spec, pins)
+    with store.claim(FetchedDataset, key) as claim:
+        if claim.found:
+            return claim.found
+        train, validation, rejected = _split(spec, hub, pins)
+        _refuse_bad(spec, train, validation, rejected)
+        for name, rows in (("train", train), ("validation", validation)):
+            with files.aside(claim.folder / f"{name}.parquet") as path:
+                pq.write_table(pa.Table.from_pylist(rows), path)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+        files.write_text(claim.folder / "rejected.jsonl", "".join(lines))
+        artifact = FetchedDataset(
+            key=key,
+            folder=str(claim.folder),
+            source=spec.source,
+            revision=next(iter(pins.values())),
+            is_chat=not spec.text_column,
+            num_train_rows=len(train),
+            num_validation_rows=len(validation),
+            num_rejected_rows=len(rejected),
+        )
+        return claim.commit(artifact, spec=spec, about={"pins": pins})
+
+
+def pin_dataset(spec: FetchSpec, hub: HfApi) -> dict[str, str]:
+    """Return what the source's name means right now: digests of files, or the commit of a Hub data set."""
+    if spec.source == "shipped":
+        paths = {"source": SHIPPED / "train.jsonl", "validation_source": SHIPPED / "validation.jsonl"}
+    elif _is_file_name(spec.source):
+        named = {"source": spec.source, "validation_source": spec.validation_source}
+        paths = {name: Path(path).expanduser() for name, path in named.items() if path}
+    else:
+        return {"commit": pin_commit(hub, spec.source, spec.revision, "dataset")}
+    return {name: files.digest(_existing(path)) for name, path in paths.items()}
+
+
+def _is_file_name(source: str) -> bool:
+    return source.endswith(_SUFFIXES) or Path(source).expanduser().is_file()
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingError(f"data file {path} is not there (working directory {Path.cwd()}): check FetchSpec.source")
+    return path
+
+
+def _split(spec: FetchSpec, hub: HfApi, pins: dict[str, str]) -> tuple[list[Row], list[Row], list[Row]]:
+    if spec.source == "shipped":
+        sources = [_read_file(SHIPPED / "train.jsonl"), _read_file(SHIPPED / "validation.jsonl")]
+    elif "commit" in pins:
+        splits = [spec.split, *([spec.validation_split] if spec.validation_split else [])]
+        sources = [_read_hub(spec, split, pins["commit"], hub) for split in splits]
+    else:
+        names = [spec.source, *([spec.validation_source] if spec.validation_source else [])]
+        sources = [_read_file(Path(name).expanduser()) for name in names]
+    rejected: list[Row] = []
+    train = list(_accept(sources[0], spec, rejected, "train"))
+    if len(sources) == 2:
+        return train, list(_accept(sources[1], spec, rejected, "validation")), rejected
+    chosen = [is_validation_row(row, spec.validation_pct) for row in train]
+    return (
+        [row for row, held_out in zip(train, chosen, strict=True) if not held_out],
+        [row for row, held_out in zip(train, chosen, strict=True) if held_out],
+        rejected,
+    )
+
+
+def _accept(rows: Iterable[tuple[str, Row]], spec: FetchSpec, rejected: list[Row], split: str) -> Iterator[Row]:
+    for count, (where, row) in enumerate(rows):
+        if spec.max_rows and count >= spec.max_rows:
+            return
+        try:
+            yield {"row_id": where, **read_row(row, spec)}
+        except RejectedRowError as error:
+            rejected.append({"split": split, "row_id": where, "reason": str(error)})
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) of a JSONL, CSV or parquet file; `where` is what a person looks up."""
+    if path.suffix == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from ((f"{path.name}:{index + 1}", row) for index, row in enumerate(batch.to_pylist()))
+    elif path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            yield from ((f"{path.name}:{index + 2}", dict(row)) for index, row in enumerate(csv.DictReader(handle)))
+    else:
+        yield from _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorruptError(f"{path}:{number} is not JSON ({error.msg}): mend or delete that line") from error
+            yield f"{path.name}:{number}", row if isinstance(row, dict) else {"value": row}
+
+
+def _read_hub(spec: FetchSpec, split: str, commit: str, hub: HfApi) -> Iterator[tuple[str, Row]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    doing = f"data set {spec.source}@{commit[:8]} split {split!r}"
+    with hub_errors(doing):
+        try:
+            rows = load_dataset(spec.source, spec.config or None, split=split, revision=commit, token=hub.token)
+        except DatasetNotFoundError as error:
+            raise MissingError(f"{doing}: not found; check FetchSpec.source and HF_TOKEN") from error
+        except ValueError as error:  # an unknown split or configuration; the message lists what exists
+            raise DataError(f"{doing}: {error}") from error
+    yield from ((f"{split}:{index}", dict(row)) for index, row in enumerate(rows))
+
+
+def _refuse_bad(spec: FetchSpec, train: list[Row], validation: list[Row], rejected: list[Row]) -> None:
+    total = len(train) + len(validation) + len(rejected)
+    if total == 0:
+        raise DataError(f"data set {spec.source} is empty: expected at least one row")
+    if 100 * len(rejected) / total > spec.max_rejected_pct:
+        shown = "; ".join(f"{row['row_id']}: {row['reason']}" for row in rejected[:3])
+        raise DataError(
+            f"data set {spec.source}: {len(rejected)} of {total} rows can't be used ({shown}): mend them, or raise "
+            f"FetchSpec.max_rejected_pct (now {spec.max_rejected_pct:g}) to leave them out"
+        )
+    if not train or not validation:
+        side = "train" if not train else "validation"
+        raise DataError(
+            f"data set {spec.source} has no {side} rows ({total} in all): add rows, name "
+            "FetchSpec.validation_source or validation_split, or change validation_pct"
+        )
+
+
+def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseCheckpoint:
+    """Bring the base model to this machine: a local folder as it is, a Hub model as a pinned snapshot.
+
+    Raises: MissingError (no such folder or repo), AccessError, CapacityError (disk).
+    """
+    local = local_folder(spec)
+    pins = (
+        _stamp(check_model_folder(local)) if local else {"commit": pin_commit(hub, spec.model, spec.revision, "model")}
+    )
+    key = make_key("fetch-base", VERSION, spec, pins)
+    with store.claim(BaseCheckpoint, key) as claim:
+        if claim.found and Path(claim.found.model_folder).is_dir():
+            return claim.found
+        model_folder = local or check_model_folder(_download(spec.model, pins["commit"], claim.folder, hub))
+        digests = digest_files(model_folder)
+        artifact = BaseCheckpoint(
+            key=key,
+            folder=str(claim.folder),
+            model_folder=str(model_folder),
+            origin=str(local) if local else f"{spec.model}@{pins['commit']}",
+            model_digest=folder_digest(digests),
+            num_parameters=count_parameters(model_folder),
+        )
+        return claim.commit(artifact, spec=spec, about={"digests": digests})
+
+
+def local_folder(spec: BaseModelSpec) -> Path | None:
+    """Return the folder that a base is named by, None when it is a Hub id."""
+    folder = Path(spec.model).expanduser()
+    if folder.is_dir() or spec.model.startswith((".", "/", "~")):
+        return folder.resolve()
+    return None
+
+
+def _stamp(folder: Path) -> dict[str, str]:
+    """Name the state of a local folder without reading 40 GB: sizes and times of its files."""
+    stats = {name: (folder / name).stat() for name in files.list_files(folder)}
+    return {name: f"{stat.st_size}@{stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+def check_model_folder(folder: Path) -> Path:
+    """Return `folder` when it holds a whole model. Raises MissingError or CorruptError naming what lacks."""
+    if not (folder / "config.json").is_file():
+        raise MissingError(f"base model {folder} has no config.json: name a Hub id or a transformers model folder")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = sorted(set(files.read_json(index)["weight_map"].values()))
+        missing = [name for name in named if not (folder / name).is_file()]
+        if missing:
+            raise MissingError(f"base model {folder} lacks {missing[0]} that its index names: download it again")
+        shards = [folder / name for name in named]
+    if not shards:
+        raise MissingError(f"base model {folder} has no .safetensors weights: convert it or download it again")
+    for shard in shards:
+        files.read_safetensors_header(shard)
+    return folder
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of stored elements of a model folder, from its headers (packed 4-bit blocks count once)."""
+    total = 0
+    for shard in folder.glob("*.safetensors"):
+        for entry in files.read_safetensors_header(shard)[0].values():
+            size = 1
+            for length in entry["shape"]:
+                size *= length
+            total += size
+    return total
+
+
+def _download(repo_id: str, commit: str, folder: Path, hub: HfApi) -> Path:
+    """Download a snapshot; an interrupted one goes on where it was."""
+    with hub_errors(f"base model {repo_id}@{commit[:8]}"):
+        info = hub.model_info(repo_id, revision=commit, files_metadata=True)
+        needed = sum(s.size or 0 for s in info.siblings or [] if s.rfilename.endswith((".safetensors", ".json")))
+        files.require_disk(folder, needed, f"downloading {repo_id}")
+        target = folder / "model"
+        snapshot_download(
+            repo_id,
+            revision=commit,
+            local_dir=target,
+            allow_patterns=_BASE_FILES,
+            ignore_patterns=["original/*", "metal/*"],  # gpt-oss ships its weights three times
+            token=hub.token,
+        )
+    return target

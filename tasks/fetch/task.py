@@ -1,0 +1,42 @@
+"""Prefect's view of fetching: how often it may fail, what it is called, what it shows."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifacts import BaseCheckpoint, FetchedDataset
+from tasks.errors import is_worth_retrying
+from tasks.specs import BaseModelSpec, FetchSpec
+
+
+@task(
+    task_run_name="fetch-{spec.source}",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=is_worth_retrying,
+    timeout_seconds=2 * 3600,
+    cache_policy=NO_CACHE,  # the artifact folder is the cache
+)
+def fetch_dataset(spec: FetchSpec, storage: str = "", hub_account: str = "") -> FetchedDataset:
+    """Bring the data set here as parquet rows; a second call returns the finished one."""
+    from blocks.opening import open_hub, open_store
+    from tasks.fetch import run
+
+    return run.fetch_dataset(spec, open_store(storage), open_hub(hub_account))
+
+
+@task(
+    task_run_name="fetch-base-{spec.model}",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=is_worth_retrying,
+    timeout_seconds=6 * 3600,
+    cache_policy=NO_CACHE,  # the artifact folder is the cache
+)
+def fetch_base(spec: BaseModelSpec, storage: str = "", hub_account: str = "") -> BaseCheckpoint:
+    """Bring the base model here; an interrupted download goes on where it was."""
+    from blocks.opening import open_hub, open_store
+    from tasks.fetch import run
+
+    return run.fetch_base(spec, open_store(storage), open_hub(hub_account))

@@ -1,0 +1,1 @@
+"""Merge: an adapter's deltas into its base, tensor by tensor, with a ledger of every one."""

@@ -1,0 +1,20 @@
+"""How a stored model is opened: what training and scoring agree on.
+
+Ring: edge (transformers).
+"""
+
+from typing import Any
+
+from tasks.errors import SpecError
+
+
+def dequantized(stored: dict[str, Any]) -> Any:  # Any: transformers' quantisation configs share no base class
+    """Return the config with which transformers unpacks a stored quantisation on load.
+
+    gpt-oss is published as MXFP4, whose blocks have no gradient.  Raises: SpecError for any other.
+    """
+    if stored.get("quant_method") != "mxfp4":
+        raise SpecError(f"the base is stored as {stored.get('quant_method')}: name its unquantised checkpoint")
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return Mxfp4Config(dequantize=True)

@@ -1,0 +1,1 @@
+"""Pretrain: a GptOssForCausalLM from its config, trained from scratch."""

@@ -1,0 +1,84 @@
+"""Train a gpt-oss from scratch on plain text, in a process of its own.
+
+    corpus + shape -> tokenizer (rebuilt offline) -> tasks.pretrain.worker -> model/
+
+Ring: edge.
+"""
+
+import shutil
+from math import prod
+from pathlib import Path
+
+from tasks import files
+from tasks.artifacts import ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
+from tasks.errors import DataError, MissingError
+from tasks.gptoss.layout import parameter_shapes
+from tasks.specs import PretrainSpec
+from tasks.trainer_job import ProgressFn, run_trainer
+
+VERSION = 1
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture" / "corpus.txt"
+
+
+def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: ProgressFn) -> PretrainedModel:
+    """Train a GptOssForCausalLM from its config; a second call returns the finished one.
+
+    Raises: MissingError or DataError (corpus), CapacityError, TrainingError.
+    """
+    corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
+    if not corpus.is_file():
+        raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")
+    if corpus.stat().st_size < 4 * spec.row_tokens:
+        raise DataError(
+            f"corpus {corpus} has {corpus.stat().st_size} bytes, less than a row of {spec.row_tokens} tokens"
+        )
+    key = make_key("pretrain", VERSION, spec, {"corpus": files.digest(corpus)})
+    with store.claim(PretrainedModel, key) as claim:
+        if claim.found:
+            return claim.found
+        _require_room(spec, claim.folder)
+        _make_tokenizer(claim.folder / "tokenizer")
+        result = run_trainer(
+            "tasks.pretrain.worker",
+            claim.folder,
+            {
+                "folder": str(claim.folder),
+                "spec": spec.model_dump(mode="json"),
+                "corpus": str(corpus.resolve()),
+                "tokenizer_folder": str(claim.folder / "tokenizer"),
+            },
+            num_processes=1,
+            stall_timeout_s=1800.0,
+            on_progress=on_progress,
+        )
+        model_folder = claim.folder / "model"
+        artifact = PretrainedModel(
+            key=key,
+            folder=str(claim.folder),
+            model_folder=str(model_folder),
+            origin=f"pretrained {key[:8]}",
+            model_digest=folder_digest(digest_files(model_folder)),
+            num_parameters=result["num_parameters"],
+            num_steps=spec.num_steps,
+            first_loss=result["first_loss"],
+            last_loss=result["last_loss"],
+        )
+        shutil.rmtree(claim.folder / "checkpoints", ignore_errors=True)
+        return claim.commit(artifact, spec=spec, about={"num_corpus_tokens": result["num_corpus_tokens"]})
+
+
+def _require_room(spec: PretrainSpec, folder: Path) -> None:
+    """AdamW in fp32 holds weight, gradient and two moments: 16 bytes a parameter; a checkpoint holds 12."""
+    num_parameters = sum(prod(size) for size in parameter_shapes(spec.shape).values())
+    files.require_disk(folder, 2 * 12 * num_parameters, "pretraining")
+    files.require_memory(16 * num_parameters + (1 << 30), "pretraining", "lower the shape or use a larger machine")
+
+
+def _make_tokenizer(folder: Path) -> None:
+    from tasks.gptoss.tokenizer import build_tokenizer
+
+    if not (folder / "tokenizer_config.json").exists():
+        aside = folder.with_suffix(".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        build_tokenizer(aside)
+        aside.rename(folder)

@@ -1,0 +1,71 @@
+"""What decides which services run: the model, the knobs, and where this machine keeps things.
+
+    ServiceSettings -> preflight.py (may it start?) -> services.py (start, stop, look)
+
+Ring: edge (reads the environment, looks at the disk).
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tasks.serve.command import reach
+from tasks.specs import ServeSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("vllm", "gateway")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSettings:
+    """Everything that decides what runs. The token goes to vLLM only, for Hub models only."""
+
+    model: str
+    spec: ServeSpec = field(default_factory=ServeSpec)
+    home: Path = field(default_factory=lambda: Path(os.environ.get("TATARA_HOME") or ".tatara").resolve())
+    hf_token: str = field(default="", repr=False)
+    vllm_url: str = ""
+    variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    vllm_python: Path = field(
+        default_factory=lambda: Path(os.environ.get("TATARA_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
+    )
+    gateway_python: Path = Path(sys.executable)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of records, logs and vLLM's caches."""
+        return self.home / "services"
+
+    @property
+    def model_folder(self) -> Path | None:
+        """Return the local folder of the model; None when `model` is a Hub id."""
+        path = Path(self.model).expanduser()
+        is_hub_id = self.model.count("/") == 1 and not self.model.startswith((".", "/", "~")) and not path.exists()
+        return None if is_hub_id else path.resolve()
+
+    @property
+    def uses_own_vllm(self) -> bool:
+        """Say whether the gateway is to talk to the vLLM that we start, and not to one elsewhere."""
+        if not self.vllm_url:
+            return True
+        parts = urlsplit(self.vllm_url)
+        return reach(parts.hostname or "") == reach(self.spec.host) and parts.port == self.spec.vllm_port
+
+    @property
+    def scratch(self) -> Path:
+        """Return vLLM's folder for sockets and caches, short enough for a Unix socket: below home, else below /tmp."""
+        folder = self.folder / "vllm"
+        if len(str(folder)) <= 60:
+            return folder
+        return Path(tempfile.gettempdir()) / f"tatara-{os.getuid()}-{digest_of(str(folder))[:12]}"
+
+
+def digest_of(value: object) -> str:
+    """Return the sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,28 @@
+"""Prefect's view of serving."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifacts import PublishedModel, ServedModel
+from tasks.errors import is_worth_retrying
+from tasks.specs import ServeSpec
+
+
+@task(
+    task_run_name="serve-{published.short}",
+    retries=1,
+    retry_delay_seconds=10,
+    retry_jitter_factor=0.5,
+    retry_condition_fn=is_worth_retrying,
+    timeout_seconds=3600,
+    cache_policy=NO_CACHE,  # always runs: the answer depends on the world
+)
+def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "") -> ServedModel:
+    """Start vLLM, then the gateway; what serves this model already is kept."""
+    from blocks.opening import open_store
+    from tasks.prefect_ui import show_link
+    from tasks.serve import run
+
+    served = run.serve_model(published, spec, open_store(storage))
+    show_link("gateway", f"{served.gateway_url}/docs", f"gateway of {served.served_model_name}")
+    return served

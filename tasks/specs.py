@@ -1,0 +1,361 @@
+"""Every knob that a caller can turn: one frozen Spec per verb, one Recipe that holds them all.
+
+    Recipe = base + fetch + pack + train + merge + publish + serve + verify
+
+A Spec says *what* is wanted, never where it runs or with which secret: two equal Specs on equal
+inputs name the same artifact (`tasks/artifacts.py`). Units are in the names.
+
+Ring: pure.
+"""
+
+import math
+import re
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+
+from tasks.errors import SpecError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Spec(BaseModel):
+    """Base of all knobs: frozen, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelSpec(Spec):
+    """The open model that is tuned: a Hub id, a local folder, or a `pretrain` recipe."""
+
+    model: str = Field(description="Hub id (openai/gpt-oss-20b), folder, or pretrain:<recipe>.")
+    revision: str = Field(default="main", description="Branch, tag or commit of a Hub model.")
+
+    @property
+    def pretrain_recipe(self) -> str | None:
+        """The recipe behind `pretrain:<recipe>`, else None."""
+        head, _, name = self.model.partition(":")
+        return name if head == "pretrain" and name else None
+
+
+class FetchSpec(Spec):
+    """Where conversations or texts come from."""
+
+    source: str = Field(description="'shipped', a Hub data set id, or a .jsonl/.csv/.parquet file.")
+    validation_source: str = Field(
+        default="", description="File of the validation rows; empty: split off or Hub split."
+    )
+    revision: str = Field(default="main", description="Branch, tag or commit of a Hub data set.")
+    config: str = Field(default="", description="Configuration (subset) of a Hub data set.")
+    split: str = Field(default="train", description="Split of a Hub data set to train on.")
+    validation_split: str = Field(default="", description="Split of a Hub data set to validate on.")
+    messages_column: str = Field(default="messages", description="Column with a list of {role, content}.")
+    question_column: str = Field(default="", description="With answer_column: single-turn chats from two columns.")
+    answer_column: str = Field(default="", description="Column of the answer; see question_column.")
+    text_column: str = Field(default="", description="Plain text instead of chats (language modelling).")
+    max_rows: int = Field(default=0, ge=0, description="Use only the first rows; 0: all.")
+    validation_pct: float = Field(default=5.0, ge=0, lt=100, description="Share split off when no validation is named.")
+    max_rejected_pct: float = Field(default=0.0, ge=0, le=100, description="More bad rows than this: an error.")
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> Self:
+        if bool(self.question_column) != bool(self.answer_column):
+            raise ValueError("question_column and answer_column come together: set both or neither")
+        if self.text_column and self.question_column:
+            raise ValueError("text_column excludes question_column/answer_column: choose chats or plain text")
+        return self
+
+
+class PackSpec(Spec):
+    """How conversations become rows of tokens."""
+
+    row_tokens: Positive = Field(default=4096, description="Tokens in one packed row.")
+    packing: bool = Field(default=True, description="Several documents in one row (best fit), never seeing each other.")
+    loss_on: Literal["assistant", "all"] = Field(default="assistant", description="Which tokens are learnt.")
+    too_long: Literal["error", "drop"] = Field(default="error", description="What to do with a row over row_tokens.")
+    system_prompt: str = Field(default="", description="Put before each chat that has no system message.")
+    prompt_date: str = Field(
+        default="2025-08-05",
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="Date in the gpt-oss system message; pinned, or tokens would change overnight.",
+    )
+
+
+class LoraSpec(Spec):
+    """The adapter: ranks, and what it is put on."""
+
+    rank: Positive = 8
+    alpha: Positive = 16
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Must be 0 with target_parameters (PEFT refuses it).")
+    target_modules: tuple[str, ...] = Field(default=(), description="Linear modules, matched by name ending.")
+    target_parameters: tuple[str, ...] = Field(default=(), description="3-D expert tensors, matched by name ending.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+    @model_validator(mode="after")
+    def _hits_something(self) -> Self:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("an adapter needs target_modules or target_parameters: both are empty")
+        if self.target_parameters and self.dropout:
+            raise ValueError(f"dropout={self.dropout} can't be used with target_parameters: set it to 0")
+        return self
+
+
+class TrainSpec(Spec):
+    """One LoRA run by TRL's SFTTrainer."""
+
+    lora: LoraSpec
+    learning_rate: float = Field(default=2e-4, gt=0)
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    num_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = Field(default=-1, ge=-1, description="Stop after so many optimizer steps; -1: by epochs.")
+    rows_per_device: Positive = Field(default=1, description="Packed rows in one forward pass.")
+    gradient_accumulation: Positive = 1
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["none", "nf4", "int8"] = Field(default="none", description="nf4: QLoRA, int8: LLM.int8().")
+    attention: Literal["auto", "eager", "flex_attention", "sdpa"] = "auto"
+    gradient_checkpointing: bool = True
+    save_steps: Positive = 50
+    keep_checkpoints: Positive = 2
+    eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")
+    log_steps: Positive = 1
+    num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")
+    stall_timeout_s: float = Field(default=1800.0, gt=0, description="No sign of life for so long: the run hangs.")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("max_steps is 0: nothing would be trained; use -1 for whole epochs")
+        return value
+
+
+class GptOssShape(Spec):
+    """Architecture of a GptOssForCausalLM that is trained from scratch."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_experts: Positive
+    experts_per_token: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive = 201088
+    sliding_window: Positive = 128
+    context_tokens: Positive = 2048
+    initial_context_tokens: Positive = 1024
+    rope_theta: float = 150000.0
+    rope_factor: float = Field(default=2.0, ge=1.0, description="YaRN: context_tokens / initial_context_tokens.")
+    tie_embeddings: bool = False
+    swiglu_limit: float = 7.0
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        return self
+
+
+class PretrainSpec(Spec):
+    """A GptOssForCausalLM from its config, trained from scratch on plain text."""
+
+    shape: GptOssShape
+    corpus: str = Field(default="shipped", description="'shipped' or a UTF-8 text file; blank lines part documents.")
+    row_tokens: Positive = 256
+    rows_per_step: Positive = 4
+    num_steps: Positive = 200
+    learning_rate: float = Field(default=3e-3, gt=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    save_steps: Positive = 100
+    seed: int = Field(default=0, ge=0)
+    num_negatives: int = Field(
+        default=0, ge=0, description="Sampled softmax: ids drawn beside the corpus' own; 0: full softmax."
+    )
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+
+class MergeSpec(Spec):
+    """How the adapter is added to its base."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    shard_bytes: int = Field(default=10_000_000_000, ge=1_000_000, description="Largest shard (10 GB, as in the seed).")
+
+
+class PublishSpec(Spec):
+    """Where the merged model goes. Without a repo it stays in a local folder of Hub layout."""
+
+    repo_id: str = Field(default="", description="owner/name on the Hub; empty: HF_REPO_NAME, else local only.")
+    private: bool = True
+    revision: str = Field(default="main", description="Branch to publish to.")
+    ignore_patterns: tuple[str, ...] = ("*.tmp",)
+
+    @field_validator("repo_id")
+    @classmethod
+    def _is_repo_id(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError(f"repo_id {value!r} is not owner/name")
+        return value
+
+
+class ServeSpec(Spec):
+    """vLLM and the gateway in front of it."""
+
+    host: str = Field(default="127.0.0.1", description="Address to bind; loopback unless told otherwise.")
+    vllm_port: int = Field(default=8000, ge=1, le=65535)
+    gateway_port: int = Field(default=8001, ge=1, le=65535)
+    served_model_name: str = "gpt-oss-20b"
+    max_model_len: Positive = 8192
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_num_seqs: Positive = 64
+    cpu_kv_cache_bytes: Positive = 256 << 20
+    start_timeout_s: float = Field(default=1200.0, gt=0)
+    extra_args: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.vllm_port == self.gateway_port:
+            raise ValueError(f"vllm_port and gateway_port are both {self.vllm_port}: choose two ports")
+        return self
+
+
+class VerifySpec(Spec):
+    """What the served model has to prove."""
+
+    num_answers: Positive = Field(default=16, description="Validation answers whose log-probability is compared.")
+    max_logprob_gap: float = Field(
+        default=0.02, gt=0, description="Largest |served - merged| mean log-probability, nats per token."
+    )
+    min_base_margin: float = Field(
+        default=0.05, gt=0, description="Served must beat the base by at least this, nats per token."
+    )
+    question: str = Field(
+        default="たたら製鉄とは何ですか？", description="Asked through the gateway; shown in the report."
+    )
+    max_answer_tokens: Positive = 96
+    request_timeout_s: float = Field(default=120.0, gt=0)
+
+
+class Recipe(Spec):
+    """Everything that `finetune` needs to know, by verb."""
+
+    base: BaseModelSpec
+    fetch: FetchSpec
+    pack: PackSpec = PackSpec()
+    train: TrainSpec
+    merge: MergeSpec = MergeSpec()
+    publish: PublishSpec = PublishSpec()
+    serve: ServeSpec = ServeSpec()
+    verify: VerifySpec = VerifySpec()
+
+
+def _partial_field(annotation: Any) -> Any:  # Any: annotations are arbitrary type expressions
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return partial(annotation)
+    return annotation
+
+
+@cache
+def partial(spec: type[Spec]) -> type[BaseModel]:
+    """Return a model like `spec` whose every field may be left out, nested Specs included.
+
+    Prefect builds its run form from it: each knob shows up, and only what is typed in changes.
+    Values are range-checked when the changes are applied, by `change()`.
+    """
+    fields: dict[str, Any] = {  # Any: create_model takes (type, FieldInfo) pairs
+        name: (
+            _partial_field(field.annotation) | None,
+            Field(default=None, description=field.description, title=name),
+        )
+        for name, field in spec.model_fields.items()
+    }
+    return create_model(
+        f"{spec.__name__}Changes", __module__=__name__, __config__=ConfigDict(frozen=True, extra="forbid"), **fields
+    )
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
+    merged = dict(old)
+    for name, value in new.items():
+        nested = isinstance(value, dict) and isinstance(old.get(name), dict)
+        merged[name] = _merge(old[name], value) if nested else value
+    return merged
+
+
+S = TypeVar("S", bound=Spec)
+
+
+RecipeChanges = partial(Recipe)
+PretrainChanges = partial(PretrainSpec)
+
+
+def change(spec: S, changes: BaseModel | dict[str, Any] | None) -> S:  # Any: JSON values
+    """Return `spec` with the given fields replaced and everything validated again.
+
+    Raises SpecError that names each wrong field, its value and what was expected.
+
+    >>> change(PackSpec(), {"row_tokens": 512}).row_tokens
+    512
+    >>> change(PackSpec(), {"row_tokens": 0})
+    Traceback (most recent call last):
+    ...
+    tasks.errors.SpecError: PackSpec.row_tokens = 0: Input should be greater than 0
+    """
+    wanted = changes.model_dump(exclude_none=True) if isinstance(changes, BaseModel) else dict(changes or {})
+    return validate(type(spec), _merge(spec.model_dump(), wanted))
+
+
+def validate(spec: type[S], values: dict[str, Any]) -> S:  # Any: JSON values
+    """Build a Spec from plain values; every fault in one SpecError."""
+    try:
+        return spec.model_validate(values)
+    except ValueError as error:
+        faults = getattr(error, "errors", list)()
+        raise SpecError("; ".join(_fault(spec, fault) for fault in faults) or str(error)) from None
+
+
+def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{spec.__name__} has no field {path}: fields here are {', '.join(_fields_at(spec, fault['loc'][:-1]))}"
+    where = f"{spec.__name__}.{path} = {fault['input']!r}" if path else spec.__name__
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _fields_at(spec: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for name in path:
+        field = spec.model_fields.get(str(name))
+        inner = _spec_of(field.annotation) if field else None
+        if inner is None:
+            break
+        spec = inner
+    return sorted(spec.model_fields)
+
+
+def _spec_of(annotation: Any) -> type[BaseModel] | None:  # Any: annotations are arbitrary type expressions
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def lora_scale(lora: LoraSpec) -> float:
+    """Return the factor on B·A.  Source: LoRA 4.1; rsLoRA, arXiv:2312.03732.
+
+    >>> lora_scale(LoraSpec(rank=8, alpha=16, target_modules=("q_proj",)))
+    2.0
+    """
+    return lora.alpha / math.sqrt(lora.rank) if lora.rslora else lora.alpha / lora.rank

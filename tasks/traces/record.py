@@ -1,0 +1,169 @@
+"""The trace record: what the gateway writes, the queue keeps and the drain delivers.
+
+    gateway -> TraceRecord -> to_line() -> queue -> from_line() -> calls.py -> Weave or W&B
+
+One record per request, one JSON line per record. The version is in every line, so that a
+queue written by an older gateway can be read after an upgrade.
+
+Ring: pure.  Units: `*_us` microseconds since the epoch (UTC); `*_at` the same as ISO 8601 text
+with six digits, which is exact: Weave takes a record whose start differs by 1 us for another one.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, get_args
+
+from tasks.errors import CorruptError
+
+VERSION = 1
+Status = Literal["ok", "error", "cancelled", "upstream_error"]
+Json = dict[str, Any]  # Any: a request or answer in OpenAI's shape, which grows without us
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+_SECRET_FIELDS = frozenset({"api_key", "authorization", "extra_headers", "headers", "password", "token"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRecord:
+    """One request and what became of it.
+
+    `status` is "ok" (answered), "upstream_error" (the model server's own error, passed on),
+    "error" (the gateway's), or "cancelled" (the client hung up). `response` is None when nothing
+    came back. `stream` counts the chunks of a streamed answer.
+    """
+
+    trace_id: str
+    started_at: str
+    ended_at: str
+    first_token_at: str | None = None
+    endpoint: str
+    route: str
+    reason: str
+    model: str | None
+    status: Status
+    http_status: int
+    streamed: bool
+    request: Json | None
+    response: Json | None = None
+    usage: Json | None = None
+    error: str | None = None
+    stream: Json | None = None
+    version: int = VERSION
+
+    def to_line(self) -> bytes:
+        """Return the record as one line of JSON with its line end.
+
+        Text stays readable UTF-8; half a surrogate pair, legal in JSON but not in UTF-8, is escaped.
+        """
+        value = {name: getattr(self, name) for name in _FIELDS}
+        try:
+            return _ENCODER.encode(value).encode() + b"\n"
+        except UnicodeEncodeError:
+            return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+    def to_dict(self) -> Json:
+        """Return the record as plain values."""
+        return asdict(self)
+
+    @property
+    def duration_ms(self) -> float:
+        """Milliseconds from the first byte of the request to the end of the answer."""
+        return (us_from_iso(self.ended_at) - us_from_iso(self.started_at)) / 1000
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """Milliseconds to the first piece of the answer, or None when none came."""
+        if self.first_token_at is None:
+            return None
+        return (us_from_iso(self.first_token_at) - us_from_iso(self.started_at)) / 1000
+
+
+_FIELDS = tuple(field.name for field in fields(TraceRecord))
+_REQUIRED = ("trace_id", "started_at", "ended_at", "endpoint", "route", "reason", "status", "http_status", "streamed")
+
+
+def from_line(line: bytes) -> TraceRecord:
+    """Read one line of the queue.
+
+    Fields that this version does not know are dropped. Raises CorruptError for a torn line, a line
+    that is no record, and a version from the future.
+    """
+    value = _parse(line)
+    version = value.get("version")
+    if version != VERSION:
+        raise CorruptError(f"trace record has version {version!r}, this drain reads {VERSION}: upgrade Tatara")
+    missing = [name for name in _REQUIRED if value.get(name) is None]
+    if missing:
+        raise CorruptError(f"trace record lacks {', '.join(missing)}: it was not written by the gateway")
+    if value["status"] not in get_args(Status):
+        raise CorruptError(f"trace record has status {value['status']!r}, expected one of {get_args(Status)}")
+    try:
+        for name in ("started_at", "ended_at"):
+            us_from_iso(value[name])
+        known: Json = {"model": None, "request": None} | {name: value[name] for name in _FIELDS if name in value}
+        return TraceRecord(**known)
+    except (TypeError, ValueError) as error:
+        raise CorruptError(f"trace record {value['trace_id']!r} does not fit ({error})") from error
+
+
+def _parse(line: bytes) -> Json:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"a line of {len(line)} bytes is no JSON ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise CorruptError(f"a line of {len(line)} bytes holds a {type(value).__name__}, expected a trace record")
+    return value
+
+
+def iso_from_us(moment_us: int) -> str:
+    """Write microseconds since the epoch as UTC text.
+
+    >>> iso_from_us(1_700_000_000_000_007)
+    '2023-11-14T22:13:20.000007Z'
+    """
+    return (_EPOCH + timedelta(microseconds=moment_us)).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def us_from_iso(text: str) -> int:
+    """Read what `iso_from_us` wrote; exact, no floating point on the way.
+
+    >>> us_from_iso(iso_from_us(1_700_000_000_000_007))
+    1700000000000007
+    """
+    return (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1)
+
+
+def uuid7(moment_us: int, entropy: int) -> str:
+    """Make a UUID of version 7 that sorts by time to about a microsecond.
+
+    Args:
+        moment_us: the time, microseconds since the epoch.
+        entropy: at least 62 random bits.
+    Source: RFC 9562, section 5.7 with the sub-millisecond fraction of section 6.2, method 3.
+
+    >>> uuid7(1_700_000_000_000_500, 0)
+    '018bcfe5-6800-7800-8000-000000000000'
+    """
+    millis, micros = divmod(moment_us, 1000)
+    value = (millis & (1 << 48) - 1) << 80 | 7 << 76 | (micros * 4096 // 1000) << 64 | 2 << 62 | entropy & (1 << 62) - 1
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def without_secrets(request: Mapping[str, Any]) -> Json:
+    """Copy a request body without the top-level fields in which clients put credentials.
+
+    >>> without_secrets({"model": "m", "api_key": "k"})
+    {'model': 'm'}
+    """
+    return {name: value for name, value in request.items() if name.lower() not in _SECRET_FIELDS}
+
+
+def usage_of(response: Json | None) -> Json | None:
+    """Return the token counts of an answer: its `usage` when that is an object, else None."""
+    usage = response.get("usage") if response else None
+    return usage if isinstance(usage, dict) else None

@@ -1,0 +1,136 @@
+"""Drain the queue: read, send, and acknowledge after the sink confirmed.
+
+    queue.read() -> queue.intend() -> sink.deliver() -> queue.bury(refused) -> queue.ack()
+
+May be killed at any point and run again: what was tried before is asked for before it is sent again.
+
+Ring: edge (queue and sink).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import redis
+
+from tasks.errors import SpecError
+from tasks.traces.queue import FileQueue, QueuedTrace, TraceQueue
+from tasks.traces.redis_stream import RedisQueue, ship
+from tasks.traces.spec import DrainReport, DrainSpec
+from tasks.traces.wandb_sink import WandbOfflineSink
+from tasks.traces.weave_sink import Delivery, WeaveSink
+
+_MAX_FAILURES = 20
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where traces go. `deliver` settles every record of a batch or raises."""
+
+    name: str
+    batch_records: int
+
+    def deliver(self, items: Sequence[QueuedTrace]) -> Delivery:
+        """Store a batch; when it returns, all of it is stored, was stored before, or is refused."""
+        ...
+
+
+def drain_traces(queue: TraceQueue, sink: Sink, spec: DrainSpec) -> DrainReport:
+    """Move queued records to the sink until the queue is empty or `spec.max_seconds` are over.
+
+    A second drain at the same time returns at once and reads nothing. Raises TransientError when the
+    sink or Redis is away: what was not acknowledged stays, and the next drain goes on there.
+    """
+    if not queue.lock():
+        logger.info("another drain is at work: nothing to do")
+        return DrainReport(status="busy", sink=sink.name)
+    started = time.monotonic()
+    report = DrainReport(status="drained", sink=sink.name)
+    try:
+        while items := queue.read(sink.batch_records):
+            report = _settle(queue, sink, items, report)
+            if time.monotonic() - started > spec.max_seconds:
+                report = replace(report, status="partial")
+                break
+        waiting, oldest = queue.lag()
+    finally:
+        queue.unlock()
+    report = replace(report, seconds=time.monotonic() - started, num_waiting=waiting, oldest_waiting=oldest)
+    logger.info("drained %d traces to %s in %.1f s, %d wait", report.num_read, sink.name, report.seconds, waiting)
+    return report
+
+
+def _settle(queue: TraceQueue, sink: Sink, items: list[QueuedTrace], report: DrainReport) -> DrainReport:
+    good = [item for item in items if item.record is not None]
+    delivery = Delivery()
+    if good:
+        queue.intend(good)
+        delivery = sink.deliver(good)
+    letters = [(item, item.problem) for item in items if item.record is None] + delivery.refused
+    if letters:
+        queue.bury(letters)
+        logger.warning("buried %d of %d records, the first: %s", len(letters), len(items), letters[0][1])
+    queue.ack(items)
+    return replace(
+        report,
+        num_read=report.num_read + len(items),
+        num_delivered=report.num_delivered + delivery.num_delivered,
+        num_already_there=report.num_already_there + delivery.num_already_there,
+        num_dead=report.num_dead + len(letters),
+        failures=(*report.failures, *(reason for _, reason in letters))[:_MAX_FAILURES],
+    )
+
+
+def open_queue(path: Path, client: redis.Redis | None) -> TraceQueue:
+    """Return the Redis queue when there is a client, else the file.
+
+    With Redis, what a stopped gateway left in its spool is shipped first; a running one does it itself.
+    """
+    spool = FileQueue(path)
+    if client is None:
+        return spool
+    queue = RedisQueue(client)
+    if spool.path.parent.exists() and spool.lock():
+        try:
+            while ship(spool, queue):
+                pass
+        finally:
+            spool.close()
+    return queue
+
+
+def queue_from_environment(environ: Mapping[str, str] = os.environ) -> TraceQueue:
+    """Open the queue that a gateway with the same environment fills."""
+    url = environ.get("REDIS_URL")
+    try:
+        client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5) if url else None
+    except ValueError as error:
+        raise SpecError(f"REDIS_URL is no redis://, rediss:// or unix:// URL ({error}): correct or unset it") from None
+    return open_queue(Path(environ.get("FILE_QUEUE_PATH") or "./llm_traces.jsonl"), client)
+
+
+def weave_sink(client: httpx.Client, project_id: str, spec: DrainSpec) -> WeaveSink:
+    """Send to Weave through a client that a block or the environment made."""
+    return WeaveSink(client, project_id, spec)
+
+
+def sink_from_environment(spec: DrainSpec, environ: Mapping[str, str] = os.environ) -> Sink:
+    """Weave when WANDB_API_KEY is set and WANDB_MODE is not offline, else a W&B offline run."""
+    key = environ.get("WANDB_API_KEY")
+    project = environ.get("WANDB_PROJECT") or "tatara"
+    if not key or environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        home = Path(environ.get("TATARA_HOME") or ".tatara")
+        return WandbOfflineSink(home / "traces", project)
+    entity = environ.get("WANDB_ENTITY")
+    if not entity:
+        raise SpecError(
+            "WANDB_API_KEY is set but WANDB_ENTITY is not: set it to your W&B user or team "
+            "(and WANDB_PROJECT, default 'tatara'), or WANDB_MODE=offline to keep traces on this machine"
+        )
+    base = environ.get("WF_TRACE_SERVER_URL") or "https://trace.wandb.ai"
+    return WeaveSink(httpx.Client(base_url=base, auth=("api", key)), f"{entity}/{project}", spec)

@@ -1,0 +1,94 @@
+"""Which weights an adapter's targets hit, known from names alone, before anything is loaded.
+
+PEFT matches a name that equals the target or ends with "." + target, and drops a misspelt target
+beside a good one without a word. Here a target that hits nothing is an error that lists near names.
+
+Ring: pure.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import prod
+
+from tasks.errors import SpecError
+from tasks.specs import LoraSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One base tensor that gets an adapter. `shape` is as stored; `num_trainable` counts A and B."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_trainable: int
+
+
+def is_hit(name: str, target: str) -> bool:
+    """Say whether PEFT would put `target` on the module or parameter called `name`.
+
+    >>> is_hit("model.layers.7.mlp.experts.down_proj", "7.mlp.experts.down_proj")
+    True
+    >>> is_hit("model.layers.17.mlp.experts.down_proj", "7.mlp.experts.down_proj")
+    False
+    """
+    return name == target or name.endswith("." + target)
+
+
+def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
+    """Return every weight that `lora` hits.
+
+    Args:
+        shapes: parameter name -> shape of the base; a Linear's weight is (out, in), experts are (E, in, out).
+        lora: targets and rank.
+    Raises: SpecError naming each target that hits nothing, with what exists.
+    """
+    modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if _is_linear(name, shape)}
+    parameters = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    hits: list[Target] = []
+    for kind, targets, candidates in (
+        ("target_modules", lora.target_modules, modules),
+        ("target_parameters", lora.target_parameters, parameters),
+    ):
+        for target in targets:
+            matched = [name for name in candidates if is_hit(name, target)]
+            if not matched:
+                raise SpecError(_nothing_hit(kind, target, sorted(candidates)))
+            hits.extend(_target(name, candidates[name], lora.rank) for name in matched)
+    return hits
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2 and not name.endswith("embed_tokens.weight")
+
+
+def _target(name: str, shape: tuple[int, ...], rank: int) -> Target:
+    return Target(name=name, shape=shape, num_trainable=prod(shape[:-2]) * rank * (shape[-1] + shape[-2]))
+
+
+def _nothing_hit(kind: str, target: str, candidates: list[str]) -> str:
+    endings = sorted({".".join(part for part in name.split(".")[-3:]) for name in candidates})
+    near = get_close_matches(target, [*endings, *candidates], n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    last = sorted({name.rpartition(".")[2] for name in candidates})
+    layers = {name.split(".layers.")[1].split(".")[0] for name in candidates if ".layers." in name}
+    count = f" in {len(layers)} layers" if layers else ""
+    exists = f"existing names end in {', '.join(last)}{count}" if last else "the base has no such weights"
+    return f"LoraSpec.{kind} {target!r} hits nothing{hint}; {exists}"
+
+
+def targets_markdown(targets: list[Target]) -> str:
+    """Return the table of what will be trained.
+
+    >>> print(targets_markdown([Target(name="q_proj", shape=(4, 8), num_trainable=24)]))
+    1 weights get an adapter, 24 trainable parameters.
+    <BLANKLINE>
+    | weight | shape | trainable |
+    |---|---|---:|
+    | `q_proj` | 4 × 8 | 24 |
+    """
+    rows = [f"| `{t.name}` | {' × '.join(map(str, t.shape))} | {t.num_trainable:,} |" for t in targets]
+    total = sum(t.num_trainable for t in targets)
+    head = f"{len(targets)} weights get an adapter, {total:,} trainable parameters.\n"
+    return "\n".join([head, "| weight | shape | trainable |", "|---|---|---:|", *rows])

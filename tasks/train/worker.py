@@ -1,0 +1,246 @@
+"""Train a LoRA adapter with TRL's SFTTrainer on PEFT; knows no Prefect.
+
+    python -m tasks.train.worker job.json           one process
+    torchrun ... -m tasks.train.worker job.json     one per GPU
+
+Packed rows come tokenised from tasks/pack; nothing here tokenises or shuffles documents.
+
+Ring: edge.
+"""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from tasks import files
+from tasks.errors import SpecError, TrainingError
+from tasks.gptoss.documents import separate_documents
+from tasks.metrics import read_metrics
+from tasks.models import dequantized
+from tasks.specs import TrainSpec
+from tasks.train.loss import CpuSFTTrainer
+from tasks.training import (
+    RESULT,
+    Recorder,
+    checkpoint_step,
+    fix_seeds,
+    latest_checkpoint,
+    run_worker,
+    say,
+)
+
+
+def train(job: dict[str, Any]) -> None:  # Any: JSON values
+    """Train, or go on from the newest whole checkpoint; leave `adapter/` and result.json."""
+    folder, spec = Path(job["folder"]), TrainSpec.model_validate(job["spec"])
+    transformers_logging.disable_progress_bar()
+    fix_seeds(spec.seed)
+    model = load_base(Path(job["base_folder"]), spec)
+    separate_documents(model)
+    trainer = make_trainer(model, job, spec)
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    before = evaluate_once(trainer, folder / "evaluation_before.json")
+    run_to_end(trainer, checkpoint)
+    after = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        save_adapter(trainer, folder)
+        metrics = read_metrics(folder / "metrics.jsonl")
+        result = {
+            "num_steps": trainer.state.global_step,
+            "num_trainable": trainer.get_num_trainable_parameters(),
+            "first_loss": metrics[0]["loss"],
+            "last_loss": metrics[-1]["loss"],
+            "validation_loss_before": before,
+            "validation_loss_after": after,
+        }
+        say(f"validation loss {before:.4f} -> {after:.4f}")
+        files.write_json(folder / RESULT, result)
+
+
+def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
+    """Load the base for training: dtype, attention and quantisation as the spec says.
+
+    An MXFP4 checkpoint is dequantised, since its blocks have no gradient.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    on_gpu = torch.cuda.is_available()
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention_of(config, spec)}
+    if spec.quantization != "none":
+        kwargs["quantization_config"] = bits_and_bytes(spec)
+    elif getattr(config, "quantization_config", None):
+        kwargs["quantization_config"] = dequantized(config.quantization_config)
+    if on_gpu:
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model.config.use_cache = False
+    say(f"base: {model.num_parameters():,} parameters, attention {model.config._attn_implementation}")
+    return model
+
+
+def attention_of(config: Any, spec: TrainSpec) -> str:  # Any: each family has its own config class
+    """Choose the attention: gpt-oss has sinks, which only eager and (on CUDA) flex handle in backward."""
+    on_gpu = torch.cuda.is_available()
+    if config.model_type != "gpt_oss":
+        return "sdpa" if spec.attention == "auto" else spec.attention
+    if spec.attention == "sdpa":
+        raise SpecError("TrainSpec.attention 'sdpa' drops the sinks of gpt-oss: use flex_attention, eager or auto")
+    if spec.attention == "flex_attention" and not on_gpu:
+        raise SpecError("TrainSpec.attention 'flex_attention' needs CUDA for the sinks of gpt-oss: use eager or auto")
+    return spec.attention if spec.attention != "auto" else "flex_attention" if on_gpu else "eager"
+
+
+def bits_and_bytes(spec: TrainSpec) -> BitsAndBytesConfig:
+    """Return QLoRA's 4-bit (nf4, double quantisation) or LLM.int8()."""
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+    )
+
+
+def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> SFTTrainer:  # Any: JSON values
+    """Put model, packed rows and settings together."""
+    folder, packed = Path(job["folder"]), Path(job["packed_folder"])
+    rows = {name: Dataset.from_parquet(str(packed / f"{name}.parquet")) for name in ("train", "validation")}
+    tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
+    tokens_per_step = job["row_tokens"] * spec.rows_per_device * spec.gradient_accumulation * spec.num_processes
+    trainer_class = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
+    trainer = trainer_class(
+        model=model,
+        args=trainer_arguments(folder, spec),
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        processing_class=tokenizer,
+        peft_config=lora_config(spec),
+        callbacks=[Recorder(folder, tokens_per_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def lora_config(spec: TrainSpec) -> LoraConfig:
+    """Return PEFT's config. An empty target_modules must be [] or PEFT picks a default."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        use_rslora=spec.lora.rslora,
+        target_modules=list(spec.lora.target_modules),
+        target_parameters=list(spec.lora.target_parameters) or None,
+    )
+
+
+def trainer_arguments(folder: Path, spec: TrainSpec) -> SFTConfig:
+    """Return TRL's settings; rows are packed already, so padding_free only keeps documents apart."""
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {  # Any: SFTConfig takes many types
+        "output_dir": str(folder / "checkpoints"),
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.lr_scheduler,
+        "warmup_steps": spec.warmup_steps,
+        "num_train_epochs": spec.num_epochs,
+        "max_steps": spec.max_steps,
+        "per_device_train_batch_size": spec.rows_per_device,
+        "per_device_eval_batch_size": spec.rows_per_device,
+        "gradient_accumulation_steps": spec.gradient_accumulation,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "logging_steps": spec.log_steps,
+        "logging_nan_inf_filter": False,
+        "save_steps": spec.save_steps,
+        "save_total_limit": spec.keep_checkpoints,
+        "eval_strategy": "steps" if spec.eval_steps else "no",
+        "eval_steps": spec.eval_steps or None,
+        "seed": spec.seed,
+        "bf16": on_gpu and spec.dtype == "bfloat16",
+        "use_cpu": not on_gpu,
+        "packing": False,
+        "padding_free": True,
+        "max_length": None,
+        "router_aux_loss_coef": 0.0,  # the router is frozen: balancing it would only disturb the adapter
+        "dataloader_pin_memory": on_gpu,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False if spec.num_processes > 1 else None,
+    }
+    if spec.gradient_checkpointing:
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return SFTConfig(**settings)
+
+
+def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
+    """Return the validation loss of the untouched base (B is still zero), measured once and kept across resumes."""
+    if not path.exists():
+        loss = trainer.evaluate()["eval_loss"]
+        say(f"validation loss before training {loss:.4f}")
+        if not trainer.is_world_process_zero():
+            return loss
+        files.write_json(path, {"eval_loss": loss})
+    return files.read_json(path)["eval_loss"]
+
+
+def run_to_end(trainer: SFTTrainer, checkpoint: Path | None) -> None:
+    """Train, or resume, or only load a run that is finished: Trainer would add one more step to it."""
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint.name}")
+    if checkpoint_step(checkpoint) >= planned_steps(trainer):
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state.global_step = checkpoint_step(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def planned_steps(trainer: SFTTrainer) -> int:
+    """Return the number of optimizer steps of the whole run, counted as Trainer counts them."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(trainer.args.num_train_epochs * max(1, per_epoch))
+
+
+def save_adapter(trainer: SFTTrainer, folder: Path) -> None:
+    """Write `adapter/` aside, check that every tensor is finite and moved, rename it."""
+    aside, target = folder / "adapter.tmp", folder / "adapter"
+    shutil.rmtree(aside, ignore_errors=True)
+    model: Any = trainer.model  # Any: Trainer types it as optional
+    model.save_pretrained(str(aside))
+    check_moved(load_file(str(aside / "adapter_model.safetensors")))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    files.fsync_folder(folder)
+
+
+def check_moved(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise TrainingError when a tensor is not finite, or a B matrix is still the zeros it began with."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    still = [name for name, tensor in tensors.items() if ".lora_B." in name and not tensor.any()]
+    if broken:
+        raise TrainingError(f"{len(broken)} adapter tensors are not finite, first {broken[0]}: lower learning_rate")
+    if still or not tensors:
+        raise TrainingError(
+            f"{len(still)} of {len(tensors)} adapter tensors did not move ({', '.join(still[:3])}): their weights "
+            "got no gradient, and the base would be served unchanged there"
+        )
+
+
+if __name__ == "__main__":
+    _job = files.read_json(Path(sys.argv[1]))
+    run_worker(Path(_job["folder"]), lambda: train(_job))

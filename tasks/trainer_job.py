@@ -1,0 +1,68 @@
+"""Run a trainer process for a verb and turn its end into a result or one of our errors.
+
+    job.json -> python -m tasks.<verb>.worker job.json  (or torchrun) -> result.json | failure.json | neither
+
+Ring: edge. Imports no torch: this is the parent's side.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks import errors, files
+from tasks.processes import Job, last_lines, supervise
+
+ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
+
+
+def run_trainer(
+    module: str,
+    folder: Path,
+    job: dict[str, Any],  # Any: JSON values
+    *,
+    num_processes: int,
+    stall_timeout_s: float,
+    on_progress: ProgressFn,
+) -> dict[str, Any]:  # Any: JSON values
+    """Run `module` on `job` in `folder` until its result is there; return the result.
+
+    A trainer that an earlier, killed parent left running is followed, not started again.
+    Raises: the error class that the trainer named in failure.json; TrainingError with its last lines
+        when it died without a word (SIGKILL, out of memory by the kernel).
+    """
+    result, failure = folder / "result.json", folder / "failure.json"
+    if result.exists():
+        return files.read_json(result)
+    files.write_json(folder / "job.json", job)
+    argv = [sys.executable, "-m", module, str(folder / "job.json")]
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        argv = [sys.executable, *launcher, "-m", module, str(folder / "job.json")]
+    failure.unlink(missing_ok=True)
+    child = Job(argv=argv, env=_environment(), folder=folder, stall_timeout_s=stall_timeout_s)
+    try:
+        supervise(child, on_progress)
+    except TimeoutError as error:
+        raise errors.TrainingError(f"{module}: {error}; its last lines:\n{last_lines(child.log)}") from error
+    if result.exists():
+        return files.read_json(result)
+    if failure.exists():
+        told = files.read_json(failure)
+        cls = getattr(errors, told["error"], errors.TrainingError)
+        raise cls(f"{told['message']} (output in {child.log})")
+    raise errors.TrainingError(
+        f"{module} died without a result (killed, or out of memory?); the next try goes on from its last checkpoint. "
+        f"Its last lines:\n{last_lines(child.log)}"
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Return the trainer's environment: ours without secrets that it has no use for."""
+    env = {name: value for name, value in os.environ.items() if name not in {"HF_TOKEN", "REDIS_URL"}}
+    env.update(PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    root = str(Path(__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+    return env

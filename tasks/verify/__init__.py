@@ -1,0 +1,1 @@
+"""Verify: ask the live endpoint, and prove that what it serves is what was trained."""

@@ -1,0 +1,58 @@
+"""Speak to the gateway as any user would: JSON over HTTP, plain and streamed.
+
+Ring: edge.  Units: seconds.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from tasks.errors import ServiceError, TransientError
+
+
+def get_json(url: str, timeout_s: float) -> dict[str, Any]:  # Any: JSON values
+    """GET a JSON document. Raises TransientError when nobody answers, ServiceError on a status >= 400."""
+    with _open(urllib.request.Request(url), timeout_s) as reply:  # noqa: S310 - our own endpoint
+        return json.load(reply)
+
+
+def post_json(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:  # Any: JSON values
+    """POST JSON, return JSON."""
+    with _open(_request(url, body), timeout_s) as reply:
+        return json.load(reply)
+
+
+def stream_chat(url: str, body: dict[str, Any], timeout_s: float) -> Iterator[tuple[float, str]]:  # Any: JSON values
+    """POST a streamed chat; yield (seconds since the request, text) of each piece of the answer."""
+    start = time.monotonic()
+    with _open(_request(url, {**body, "stream": True}), timeout_s) as reply:
+        for line in reply:
+            data = line.decode().strip().removeprefix("data: ")
+            if data == "[DONE]":
+                return
+            if line.startswith(b"data: "):
+                choices = json.loads(data).get("choices") or [{}]
+                yield time.monotonic() - start, text_of(choices[0].get("delta") or {})
+
+
+def text_of(message: dict[str, Any]) -> str:  # Any: JSON values
+    """Return what a message says: its content, or what a reasoning model thinks before it."""
+    return message.get("content") or message.get("reasoning_content") or message.get("reasoning") or ""
+
+
+def _request(url: str, body: dict[str, Any]) -> urllib.request.Request:  # Any: JSON values
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)  # noqa: S310 - our own endpoint
+
+
+def _open(request: urllib.request.Request, timeout_s: float) -> Any:  # Any: urllib's reply has no public type
+    try:
+        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310 - our own endpoint
+    except urllib.error.HTTPError as error:
+        body = error.read(2000).decode(errors="replace")
+        raise ServiceError(f"{request.full_url} answered {error.code}: {body}") from error
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        raise TransientError(f"{request.full_url} does not answer ({error}): is the service running?") from error

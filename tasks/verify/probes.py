@@ -1,0 +1,84 @@
+"""Which questions are asked of the served model, and what its answers must show.
+
+    served = mean log-probability of validation answers, asked from the endpoint
+    merged = the same, computed from the merged files          |served - merged| <= max_logprob_gap
+    base   = the same, computed from the base                  served - base    >= min_base_margin
+
+The first says that the right files are served whole, the second that they differ from the base in
+the direction that training moved them. A deploy of the base, of half an adapter or of another
+model fails one of them.
+
+Ring: pure.  Units: nats per token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import AttestationError, CorruptError
+from tasks.specs import VerifySpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Mean log-probability per answer token, of three models on the same answers."""
+
+    served: float
+    merged: float
+    base: float
+
+
+def scoring_request(model: str, prompt_ids: list[int], answer_ids: list[int]) -> dict[str, Any]:  # Any: JSON values
+    """Return the /v1/completions body that makes vLLM score given tokens."""
+    return {
+        "model": model,
+        "prompt": [*prompt_ids, *answer_ids],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+        "add_special_tokens": False,
+    }
+
+
+def answer_logprobs(reply: dict[str, Any], prompt_ids: list[int], answer_ids: list[int]) -> list[float]:
+    """Return log p(token | before) of each answer token from vLLM's reply.
+
+    Raises: CorruptError when the reply does not hold one entry for each token.
+    """
+    entries = (reply.get("choices") or [{}])[0].get("prompt_logprobs")
+    expected = len(prompt_ids) + len(answer_ids)
+    if not isinstance(entries, list) or len(entries) != expected:
+        got = len(entries) if isinstance(entries, list) else "no"
+        raise CorruptError(f"the endpoint returned {got} prompt log-probabilities, expected {expected}: is it vLLM?")
+    values: list[float] = []
+    for token, entry in zip(answer_ids, entries[len(prompt_ids) :], strict=True):
+        if str(token) not in entry:
+            raise CorruptError(f"the endpoint scored tokens {', '.join(entry)} where {token} was asked for")
+        values.append(float(entry[str(token)]["logprob"]))
+    return values
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean; answers count by their tokens.
+
+    >>> mean([-1.0, -3.0])
+    -2.0
+    """
+    return sum(values) / len(values)
+
+
+def check_scores(scores: Scores, spec: VerifySpec) -> None:
+    """Raise AttestationError when the served model is not the merged one, or no better than the base."""
+    gap = abs(scores.served - scores.merged)
+    if gap > spec.max_logprob_gap:
+        looks = " It answers like the base." if abs(scores.served - scores.base) < gap / 10 else ""
+        raise AttestationError(
+            f"the served model is not the merged one: its mean log-probability is {scores.served:.4f}, the merged "
+            f"files give {scores.merged:.4f} (gap {gap:.4f}, allowed {spec.max_logprob_gap:g}).{looks} Redeploy the "
+            "merged folder; the artifact's digest says which"
+        )
+    margin = scores.served - scores.base
+    if margin < spec.min_base_margin:
+        raise AttestationError(
+            f"the served model is no better than its base on the validation answers: {scores.served:.4f} against "
+            f"{scores.base:.4f} (margin {margin:.4f}, wanted {spec.min_base_margin:g}): train longer, look at the data"
+        )

