@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick check bench serve stop status clean
+
+help:            ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+setup:           ## make both environments (.venv, .venv-vllm); instant when they are there
+	@$(PYTHON) deployments/environments.py main
+	@$(PYTHON) deployments/environments.py vllm
+
+demo: setup      ## the main job on this machine: data to a served, verified model
+	@.venv/bin/tatara demo
+
+test: setup check ## everything: format, lint, types, doctests and all tests, real vLLM included
+	@.venv/bin/python -m pytest -q --durations=10
+
+quick: setup     ## the fast tests only
+	@.venv/bin/python -m pytest -q -m "not slow"
+
+check: setup     ## ruff format, ruff, pyright, doctests
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/pyright
+	@.venv/bin/python -m pytest -q --doctest-modules -p no:cacheprovider tasks flows deployments
+
+bench: setup     ## speed and memory; prints one JSON line each
+	@for file in tests/bench/bench_*.py; do .venv/bin/python $$file || exit 1; done
+
+serve: setup     ## start vLLM and the gateway (MODEL_DIR, VLLM_PORT, LITE_GATEWAY_PORT ... from the environment)
+	@.venv/bin/tatara services start
+
+stop:            ## stop gateway, vLLM, worker and Prefect server
+	@if [ -x .venv/bin/tatara ]; then .venv/bin/tatara down; fi
+
+status: setup    ## how vLLM and the gateway are
+	@.venv/bin/tatara services status
+
+clean: stop      ## remove environments and everything below .tatara
+	rm -rf .venv .venv-vllm .venv-uv .tatara .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,97 @@
+"""`tatara`: the few commands that stand around Prefect's own.
+
+    tatara demo                     set up, run finetune/tiny, show what was made
+    tatara up | down                Prefect server, deployments and worker; stop them and the services
+    tatara services ACTION          start | stop | restart | status of vLLM and the gateway
+    tatara blocks                   register the block types with the Prefect server
+    tatara recipe NAME              print a resolved recipe as JSON
+
+Ring: edge. Exit status: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+from tasks.errors import TataraError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    parser = argparse.ArgumentParser(prog="tatara", description="From a data set to a served, proven model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="run the main job on this machine")
+    commands.add_parser("up", help="start Prefect's server, deployments and worker")
+    commands.add_parser("down", help="stop worker, server, gateway and vLLM")
+    services = commands.add_parser("services", help="vLLM and the gateway")
+    services.add_argument("action", choices=("start", "stop", "restart", "status"))
+    commands.add_parser("blocks", help="register the block types")
+    recipe = commands.add_parser("recipe", help="print a resolved recipe")
+    recipe.add_argument("name")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return _COMMANDS[options.command](options)
+    except TataraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what is whole is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from deployments import demo, orchestration
+
+    return demo.run_demo(orchestration.find_prefect(os.environ))
+
+
+def _up(options: argparse.Namespace) -> int:
+    from deployments import orchestration
+
+    prefect = orchestration.find_prefect(os.environ)
+    orchestration.start_server(prefect)
+    orchestration.deploy(prefect)
+    orchestration.start_worker(prefect)
+    print(f"{prefect.ui_url}\nexport PREFECT_API_URL={prefect.api_url}")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from deployments import orchestration
+    from deployments.services import main as services
+
+    stopped = orchestration.stop(orchestration.find_prefect(os.environ))
+    print(f"stopped {' and '.join(stopped)}" if stopped else "no Prefect of ours was running")
+    return services(["stop"])
+
+
+def _services(options: argparse.Namespace) -> int:
+    from deployments.services import main as services
+
+    return services([options.action])
+
+
+def _blocks(options: argparse.Namespace) -> int:
+    from deployments import orchestration
+
+    os.environ.update(orchestration.find_prefect(os.environ).variables)  # before Prefect reads its settings
+    from blocks.register import register
+
+    print("\n".join(register()))
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    from flows.recipes import resolve
+
+    print(json.dumps(resolve(options.name).model_dump(mode="json"), indent=2, ensure_ascii=False))
+    return 0
+
+
+_COMMANDS = {"demo": _demo, "up": _up, "down": _down, "services": _services, "blocks": _blocks, "recipe": _recipe}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""A clean environment for every test: no account, no network but loopback, a home of its own."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+_SECRETS = ("HF_TOKEN", "HF_REPO_NAME", "WANDB_API_KEY", "REDIS_URL", "PREFECT_API_URL", "MODEL_DIR", "VLLM_URL")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    DO_NOT_TRACK="1",
+    WANDB_MODE="offline",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the developer's secrets and paths away; give each test its own TATARA_HOME."""
+    for name in _SECRETS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TATARA_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
