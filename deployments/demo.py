@@ -32,7 +32,6 @@ _STEPS = ("pretrained", "base", "dataset", "packed", "adapter", "merged", "publi
 class Run:
     """One watched flow run."""
 
-    name: str
     started: datetime
     seconds: float
 
@@ -61,14 +60,14 @@ def run_demo(prefect: orchestration.Prefect, deployment: str = "finetune/tiny") 
 
 def watch(prefect: orchestration.Prefect, deployment: str, console: Console) -> Run | None:
     """Run the deployment to its end, its log on the terminal; None when it did not complete."""
-    name = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    tag = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"  # the flow renames its run, a tag stays
     started = datetime.now(UTC)
-    argv = prefect.command("deployment", "run", deployment, "--watch", "--watch-interval", "2", "--flow-run-name", name)
+    argv = prefect.command("deployment", "run", deployment, "--watch", "--watch-interval", "2", "--tag", tag)
     process = subprocess.Popen(
         argv, env=prefect.variables, cwd=orchestration.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     done = threading.Event()
-    follower = threading.Thread(target=follow, args=(prefect, name, console, done), daemon=True)
+    follower = threading.Thread(target=follow, args=(prefect, tag, console, done), daemon=True)
     follower.start()
     try:
         output, _ = process.communicate()
@@ -77,15 +76,15 @@ def watch(prefect: orchestration.Prefect, deployment: str, console: Console) -> 
         follower.join(timeout=10)
     if process.returncode:
         console.print(output.strip()[-1500:])
-    run = read_run(prefect, name)
+    run = read_run(prefect, tag)
     if run is None or run["state_type"] != "COMPLETED":
         return None
-    return Run(name=name, started=started, seconds=run["total_run_time"])
+    return Run(started=started, seconds=run["total_run_time"])
 
 
-def read_run(prefect: orchestration.Prefect, name: str) -> dict[str, Any] | None:  # Any: JSON values
-    """Return the flow run of that name, or None."""
-    found = post(prefect, "/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}, "limit": 1})
+def read_run(prefect: orchestration.Prefect, tag: str) -> dict[str, Any] | None:  # Any: JSON values
+    """Return the flow run with that tag, or None."""
+    found = post(prefect, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}, "limit": 1})
     return found[0] if found else None
 
 
@@ -98,13 +97,13 @@ def post(prefect: orchestration.Prefect, path: str, body: dict[str, Any]) -> Any
         return json.load(reply)
 
 
-def follow(prefect: orchestration.Prefect, name: str, console: Console, done: threading.Event) -> None:
+def follow(prefect: orchestration.Prefect, tag: str, console: Console, done: threading.Event) -> None:
     """Print the run's log lines as they come; on a terminal, training steps move a bar instead."""
     bar = Progress(TextColumn("    {task.description}"), BarColumn(), TextColumn("{task.fields[said]}"),
                    TimeElapsedColumn(), console=console, transient=True)  # fmt: skip
     with bar if console.is_terminal else contextlib.nullcontext():
         task = bar.add_task("", total=None, said="waiting for the worker")
-        for line in read_lines(prefect, name, done):
+        for line in read_lines(prefect, tag, done):
             step = parse_step(line)
             if step and console.is_terminal:
                 bar.update(task, completed=step[0], total=step[1], said=line)
@@ -113,13 +112,13 @@ def follow(prefect: orchestration.Prefect, name: str, console: Console, done: th
                 console.print(f"    {line}", markup=False)
 
 
-def read_lines(prefect: orchestration.Prefect, name: str, done: threading.Event) -> Iterator[str]:
+def read_lines(prefect: orchestration.Prefect, tag: str, done: threading.Event) -> Iterator[str]:
     """Yield new log lines of the run, oldest first, until `done` and none are left."""
     offset = 0
     while True:
         last_round = done.wait(1.5)
         with contextlib.suppress(OSError):
-            run = read_run(prefect, name)
+            run = read_run(prefect, tag)
             query = (
                 {"logs": {"flow_run_id": {"any_": [run["id"]]}}, "sort": "TIMESTAMP_ASC", "offset": offset}
                 if run

@@ -134,11 +134,11 @@ def pretrain_tiny() -> PretrainSpec:
         ),
         row_tokens=128,
         rows_per_step=8,
-        num_steps=180,
-        learning_rate=6e-3,
-        warmup_steps=10,
-        save_steps=60,
-        num_negatives=512,
+        num_steps=360,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        save_steps=90,
+        compact_vocabulary=True,
     )
 
 

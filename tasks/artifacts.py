@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,11 +253,11 @@ class ArtifactStore:
             return None
         try:
             manifest = files.read_json(folder / MANIFEST)
-            changed = _changed_files(folder, manifest)
+            written_key, changed = manifest["artifact"]["key"], _changed_files(folder, manifest)
         except (CorruptError, KeyError, AttributeError, TypeError) as error:
             logger.warning("%s/%s has an unreadable manifest (%s): making it again", cls.kind, key[:8], error)
             return None
-        if manifest["artifact"]["key"] != key or changed:
+        if written_key != key or changed:
             logger.warning("%s/%s is not whole (%s): making it again", cls.kind, key[:8], ", ".join(changed) or "key")
             return None
         return manifest
@@ -284,8 +285,8 @@ class ArtifactStore:
             if found is not None:
                 logger.info("skipped: %s/%s is already whole at %s", cls.kind, key[:8], folder)
             else:
+                _clear_damaged(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / MANIFEST).unlink(missing_ok=True)
             yield Claim(self, cls, key, found)
 
     def load(self, ref: str) -> Artifact:
@@ -318,6 +319,18 @@ class ArtifactStore:
                 return parent
             queue.extend(parent.parents)
         raise MissingError(f"{artifact.ref} has no {cls.kind} among its ancestors: it was made by another line")
+
+
+def _clear_damaged(folder: Path) -> None:
+    """Remove a folder that was committed once and is not whole now: nothing tells which of its files are good.
+
+    A folder without a manifest is what a crash left; its step resumes from it.
+    """
+    damaged = folder.with_name(f".{folder.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    if (folder / MANIFEST).exists():
+        folder.rename(damaged)  # at once: half of a removal would look like a crash
+        shutil.rmtree(damaged)
 
 
 def _changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:  # Any: JSON values

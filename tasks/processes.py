@@ -122,17 +122,26 @@ def _session(pid: int) -> int | None:
 
 
 class Tail:
-    """Read the whole lines that were appended to a file since the last look."""
+    """Read the whole lines that were appended to a file since the last look.
+
+    A file that was replaced or cut is read from its start: a resumed trainer rewrites metrics.jsonl.
+    """
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self.path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
+        self._offset, self._inode = 0, 0
+        if from_end and path.exists():
+            stat = path.stat()
+            self._offset, self._inode = stat.st_size, stat.st_ino
 
     def lines(self) -> list[str]:
         """Return new lines without their ends; a torn last line waits for its rest."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as handle:
+            stat = os.fstat(handle.fileno())
+            if stat.st_ino != self._inode or stat.st_size < self._offset:
+                self._offset, self._inode = 0, stat.st_ino
             handle.seek(self._offset)
             data = handle.read()
         whole = data[: data.rfind(b"\n") + 1]

@@ -181,10 +181,16 @@ class PretrainSpec(Spec):
     weight_decay: float = Field(default=0.01, ge=0)
     save_steps: Positive = 100
     seed: int = Field(default=0, ge=0)
-    num_negatives: int = Field(
-        default=0, ge=0, description="Sampled softmax: ids drawn beside the corpus' own; 0: full softmax."
+    compact_vocabulary: bool = Field(
+        default=False, description="Train only the corpus' own ids; all others share one output row."
     )
     dtype: Literal["bfloat16", "float32"] = "float32"
+
+    @model_validator(mode="after")
+    def _compact_is_untied(self) -> Self:
+        if self.compact_vocabulary and self.shape.tie_embeddings:
+            raise ValueError("compact_vocabulary needs tie_embeddings=false: the rest share an output row only")
+        return self
 
 
 class MergeSpec(Spec):

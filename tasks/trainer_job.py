@@ -61,7 +61,13 @@ def run_trainer(
 def _environment() -> dict[str, str]:
     """Return the trainer's environment: ours without secrets that it has no use for."""
     env = {name: value for name, value in os.environ.items() if name not in {"HF_TOKEN", "REDIS_URL"}}
-    env.update(PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    env.update(
+        PYTHONUNBUFFERED="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        PYTHONWARNINGS="ignore",
+    )
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     root = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))

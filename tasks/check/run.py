@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
-from tasks.fetch.run import check_model_folder, local_folder, pin_dataset
+from tasks.fetch.run import check_model_folder, local_folder, pin_dataset, read_dataset
 from tasks.gptoss.layout import parameter_shapes
 from tasks.hub import hub_errors, pin_commit
 from tasks.serve.preflight import check_ports
@@ -62,8 +62,13 @@ def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: Artifa
 
 
 def _check_data(recipe: Recipe, hub: HfApi) -> str:
+    """A Hub data set must be there; files are read: a bad row is said before a base is trained or downloaded."""
     pins = pin_dataset(recipe.fetch, hub)
-    return f"data: {recipe.fetch.source} at {next(iter(pins.values()))[:12]}"
+    said = f"data: {recipe.fetch.source} at {next(iter(pins.values()))[:12]}"
+    if "commit" in pins:
+        return said
+    train, validation, _ = read_dataset(recipe.fetch, hub, pins)
+    return f"{said}, {len(train)} train and {len(validation)} validation rows"
 
 
 def _check_base(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi) -> str:

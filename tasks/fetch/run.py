@@ -41,8 +41,7 @@ def fetch_dataset(spec: FetchSpec, store: ArtifactStore, hub: HfApi) -> FetchedD
     with store.claim(FetchedDataset, key) as claim:
         if claim.found:
             return claim.found
-        train, validation, rejected = _split(spec, hub, pins)
-        _refuse_bad(spec, train, validation, rejected)
+        train, validation, rejected = read_dataset(spec, hub, pins)
         for name, rows in (("train", train), ("validation", validation)):
             with files.aside(claim.folder / f"{name}.parquet") as path:
                 pq.write_table(pa.Table.from_pylist(rows), path)
@@ -73,6 +72,13 @@ def pin_dataset(spec: FetchSpec, hub: HfApi) -> dict[str, str]:
     return {name: files.digest(_existing(path)) for name, path in paths.items()}
 
 
+def read_dataset(spec: FetchSpec, hub: HfApi, pins: dict[str, str]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return (train, validation, rejected) rows. Raises DataError when they can't be learnt from."""
+    train, validation, rejected = _split(spec, hub, pins)
+    _refuse_bad(spec, train, validation, rejected)
+    return train, validation, rejected
+
+
 def _is_file_name(source: str) -> bool:
     return source.endswith(_SUFFIXES) or Path(source).expanduser().is_file()
 
@@ -96,12 +102,16 @@ def _split(spec: FetchSpec, hub: HfApi, pins: dict[str, str]) -> tuple[list[Row]
     train = list(_accept(sources[0], spec, rejected, "train"))
     if len(sources) == 2:
         return train, list(_accept(sources[1], spec, rejected, "validation")), rejected
-    chosen = [is_validation_row(row, spec.validation_pct) for row in train]
+    chosen = [is_validation_row(_content(row), spec.validation_pct) for row in train]
     return (
         [row for row, held_out in zip(train, chosen, strict=True) if not held_out],
         [row for row, held_out in zip(train, chosen, strict=True) if held_out],
         rejected,
     )
+
+
+def _content(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "row_id"}
 
 
 def _accept(rows: Iterable[tuple[str, Row]], spec: FetchSpec, rejected: list[Row], split: str) -> Iterator[Row]:
@@ -115,19 +125,32 @@ def _accept(rows: Iterable[tuple[str, Row]], spec: FetchSpec, rejected: list[Row
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) of a JSONL, CSV or parquet file; `where` is what a person looks up."""
-    if path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from ((f"{path.name}:{index + 1}", row) for index, row in enumerate(batch.to_pylist()))
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            yield from ((f"{path.name}:{index + 2}", dict(row)) for index, row in enumerate(csv.DictReader(handle)))
-    else:
-        yield from _read_jsonl(path)
+    """Yield (where, row) of a JSONL, CSV or parquet file; `where` is the line (parquet: row) that a person looks up."""
+    read = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix, _read_jsonl)
+    try:
+        yield from ((f"{path.name}:{number}", row) for number, row in read(path))
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{path} is not UTF-8 ({error}): convert it, or delete those bytes") from error
+    except csv.Error as error:
+        raise CorruptError(f"{path} is no CSV ({error}): mend it, or save it as JSONL") from error
+    except pa.ArrowInvalid as error:
+        raise CorruptError(f"{path} is no whole parquet file ({error}): download or make it again") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8") as handle:
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    rows = (row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(newline="", encoding="utf-8-sig") as handle:
+        reader = csv.DictReader(handle)
+        for row in reader:
+            yield reader.line_num, dict(row)  # the last line of the row: a quoted field may hold line ends
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8-sig") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
@@ -135,7 +158,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorruptError(f"{path}:{number} is not JSON ({error.msg}): mend or delete that line") from error
-            yield f"{path.name}:{number}", row if isinstance(row, dict) else {"value": row}
+            yield number, row if isinstance(row, dict) else {"value": row}
 
 
 def _read_hub(spec: FetchSpec, split: str, commit: str, hub: HfApi) -> Iterator[tuple[str, Row]]:

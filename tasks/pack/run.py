@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, PackedDataset, make_key
-from tasks.errors import SpecError
+from tasks.errors import DataError, SpecError
 from tasks.pack import render
 from tasks.pack.report import length_stats
 from tasks.specs import PackSpec
@@ -36,11 +36,12 @@ def pack_dataset(dataset: FetchedDataset, base: BaseCheckpoint, spec: PackSpec, 
         tokenizer = _load_tokenizer(base, dataset.is_chat)
         train, dropped = _documents(dataset, "train", tokenizer, spec)
         validation, _ = _documents(dataset, "validation", tokenizer, spec)
+        _refuse_empty(train, validation, spec)
         rows = _pack(train, dataset.is_chat, spec)
         validation_rows = _pack(validation, dataset.is_chat, spec)
         _write(claim.folder / "train.parquet", rows)
         _write(claim.folder / "validation.parquet", validation_rows)
-        _write(claim.folder / "validation_documents.parquet", _probe_columns(validation))
+        _write(claim.folder / "validation_documents.parquet", _probe_columns(validation, spec))
         num_tokens = sum(document.num_tokens for document in train)
         artifact = PackedDataset(
             key=key,
@@ -57,6 +58,15 @@ def pack_dataset(dataset: FetchedDataset, base: BaseCheckpoint, spec: PackSpec, 
         )
         logger.info("packed %d documents into %d rows", len(train), artifact.num_train_rows)
         return claim.commit(artifact, spec=spec, about=_about(train, validation, dropped, tokenizer))
+
+
+def _refuse_empty(train: list[render.Document], validation: list[render.Document], spec: PackSpec) -> None:
+    for split, documents in (("train", train), ("validation", validation)):
+        if not documents:
+            raise DataError(
+                f"no {split} document is left: all are longer than a row of {spec.row_tokens} tokens and were dropped; "
+                "raise PackSpec.row_tokens"
+            )
 
 
 def _check_context(model_folder: Path, spec: PackSpec) -> None:
@@ -87,9 +97,10 @@ def _documents(
     spec: PackSpec,  # Any: see _load_tokenizer
 ) -> tuple[list[render.Document], list[render.Document]]:
     rows = pq.read_table(dataset.path / f"{split}.parquet").to_pylist()
-    if not dataset.is_chat:
-        return render.render_texts(rows, tokenizer), []  # packing splits long texts, it drops nothing
-    return render.fit_context(render.render_chats(rows, tokenizer, spec), spec)
+    if dataset.is_chat:
+        return render.fit_context(render.render_chats(rows, tokenizer, spec), spec)
+    texts = render.render_texts(rows, tokenizer)
+    return (texts, []) if spec.packing else render.fit_context(texts, spec)  # packing splits long texts, drops nothing
 
 
 def _pack(documents: list[render.Document], is_chat: bool, spec: PackSpec) -> dict[str, list[list[int]]]:
@@ -107,11 +118,14 @@ def _pack(documents: list[render.Document], is_chat: bool, spec: PackSpec) -> di
     return {name: packed[:][name] for name in ("input_ids", "labels", "seq_lengths")}
 
 
-def _probe_columns(documents: list[render.Document]) -> dict[str, list[Any]]:  # Any: str and list[int] columns
+def _probe_columns(documents: list[render.Document], spec: PackSpec) -> dict[str, list[Any]]:  # Any: str, list[int]
+    """Return what is scored after serving: a text's first token has nothing before it, so it becomes the prompt."""
+    ids = [document.input_ids[: spec.row_tokens] for document in documents]
+    num_asked = [max(1, len(document.prompt_ids)) for document in documents]
     return {
         "row_id": [document.row_id for document in documents],
-        "prompt_ids": [document.prompt_ids for document in documents],
-        "answer_ids": [document.answer_ids for document in documents],
+        "prompt_ids": [row[:count] for row, count in zip(ids, num_asked, strict=True)],
+        "answer_ids": [row[count:] for row, count in zip(ids, num_asked, strict=True)],
     }
 
 

@@ -2,14 +2,13 @@
 
     python -m tasks.pretrain.worker job.json
 
-A corpus of a few thousand distinct tokens under a vocabulary of 201,088 would spend nearly all
-of its time in the output matrix. `num_negatives` > 0 trains with a sampled softmax instead: the
-corpus' own tokens exactly, the rest by a fresh uniform sample whose logits are raised by
-log(rest / sample), so that the normaliser is estimated without bias.  The model is a plain full-softmax model
-afterwards; the final loss reported here is the full one.
-Source: Jean et al., arXiv:1412.2007, section 3; Bengio & Senecal 2008 for the correction.
+A corpus of a few thousand distinct tokens under a vocabulary of 201,088 would spend nearly all of
+its time in two huge matrices of which it touches 2 %. With `compact_vocabulary` the model is
+trained on the corpus' own ids and one class for all the rest, whose rows of the output matrix are
+tied to one vector: its logit is raised by log(number of the rest), so the loss is exactly the full
+softmax of the model that is saved, where each row of the rest is that vector.
 
-Ring: edge.  Shapes: B rows, T tokens, H hidden, V vocabulary, S seen ids, N negatives.
+Ring: edge.  Shapes: B rows, T tokens, H hidden, V vocabulary, S seen ids.
 """
 
 import math
@@ -58,35 +57,40 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": row_T, "labels": row_T}
 
 
-class SampledSoftmaxTrainer(Trainer):
-    """Trainer whose loss normalises over the corpus' ids and a sample of the rest."""
+class Vocabulary:
+    """Which ids are trained under which class: the corpus' own, then one class for all the rest."""
 
-    def __init__(self, *args: Any, seen_S: torch.Tensor, num_negatives: int, vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, ids_N: torch.Tensor, vocab_size: int, *, is_compact: bool) -> None:
+        self.seen_S = ids_N.unique() if is_compact else torch.arange(vocab_size)
+        self.num_rest = vocab_size - len(self.seen_S)
+        self._class_V = torch.full((vocab_size,), len(self.seen_S))
+        self._class_V[self.seen_S] = torch.arange(len(self.seen_S))
+
+    @property
+    def num_classes(self) -> int:
+        """S, and one more when there is a rest."""
+        return len(self.seen_S) + (self.num_rest > 0)
+
+    def classes(self, ids_N: torch.Tensor) -> torch.Tensor:
+        """Return the class of each id."""
+        return self._class_V[ids_N]
+
+
+class TiedRestTrainer(Trainer):
+    """Trainer whose last class stands for `num_rest` ids of equal logit."""
+
+    def __init__(self, *args: Any, num_rest: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        is_rest_V = torch.ones(vocab_size, dtype=torch.bool)
-        is_rest_V[seen_S] = False
-        self.rest_R = is_rest_V.nonzero().flatten()
-        self.seen_S, self.num_negatives = seen_S, min(num_negatives, len(self.rest_R))
-        self.class_V = torch.full((vocab_size,), -1)
-        self.class_V[seen_S] = torch.arange(len(seen_S))
+        self.rest_bias = math.log(num_rest) if num_rest else 0.0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Return the mean next-token loss of the batch; full softmax when there are no negatives."""
-        inner = self.accelerator.unwrap_model(model)
-        hidden_BTH = inner.model(input_ids=inputs["input_ids"]).last_hidden_state
-        flat_MH = hidden_BTH[:, :-1].flatten(0, 1)
-        wanted_M = inputs["labels"][:, 1:].flatten()
-        if not self.num_negatives:
-            return functional.cross_entropy(inner.lm_head(flat_MH).float(), wanted_M)
-        device = flat_MH.device
-        drawn_N = torch.randint(len(self.rest_R), (self.num_negatives,))
-        weight_VH = inner.lm_head.weight
-        seen_MS = flat_MH @ weight_VH[self.seen_S.to(device)].T
-        rest_MN = flat_MH @ weight_VH[self.rest_R[drawn_N].to(device)].T
-        rest_MN = rest_MN + math.log(len(self.rest_R) / self.num_negatives)
-        return functional.cross_entropy(torch.cat([seen_MS, rest_MN], -1).float(), self.class_V.to(device)[wanted_M])
+        """Return the mean next-token loss of the batch under the full softmax."""
+        logits_BTS = model(input_ids=inputs["input_ids"]).logits[:, :-1].float()
+        if self.rest_bias:
+            logits_BTS = torch.cat([logits_BTS[..., :-1], logits_BTS[..., -1:] + self.rest_bias], -1)
+        return functional.cross_entropy(logits_BTS.flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
 
 def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
@@ -97,15 +101,17 @@ def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer_folder"])
     text = Path(job["corpus"]).read_text(encoding="utf-8")
     ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    vocabulary = Vocabulary(ids_N, spec.shape.vocab_size, is_compact=spec.compact_vocabulary)
     say(f"corpus: {len(text):,} characters, {len(ids_N):,} tokens, {len(ids_N.unique()):,} distinct")
-    model = build_model(spec, tokenizer)
-    say(f"model: {model.num_parameters():,} parameters")
-    trainer = make_trainer(model, ids_N, spec, folder)
+    trained = build_model(spec, tokenizer, vocabulary.num_classes)
+    trainer = make_trainer(trained, vocabulary, ids_N, spec, folder)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint_step(checkpoint) < spec.num_steps:  # Trainer would train one more step of a finished run
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     else:
         trainer._load_from_checkpoint(str(checkpoint))
+    model = expand(trained, vocabulary, spec, tokenizer)
+    say(f"model: {model.num_parameters():,} parameters")
     save(model, tokenizer, folder, spec)
     metrics = read_metrics(folder / "metrics.jsonl")
     files.write_json(
@@ -119,19 +125,22 @@ def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
     )
 
 
-def build_model(spec: PretrainSpec, tokenizer: Any) -> GptOssForCausalLM:  # Any: transformers has one class per family
-    """Build the model with random weights drawn from the seed."""
+def build_model(spec: PretrainSpec, tokenizer: Any, vocab_size: int) -> GptOssForCausalLM:
+    """Build the model with random weights drawn from the seed (tokenizer is Any: one class per family)."""
+    is_full = vocab_size == spec.shape.vocab_size
     config = GptOssConfig(
-        **config_values(spec.shape),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{**config_values(spec.shape), "vocab_size": vocab_size},
+        bos_token_id=tokenizer.bos_token_id if is_full else None,
+        eos_token_id=tokenizer.eos_token_id if is_full else None,
+        pad_token_id=tokenizer.pad_token_id if is_full else None,
     )
     config._attn_implementation = "flex_attention" if torch.cuda.is_available() else "eager"
     return GptOssForCausalLM(config).to(getattr(torch, spec.dtype))
 
 
-def make_trainer(model: GptOssForCausalLM, ids_N: torch.Tensor, spec: PretrainSpec, folder: Path) -> Trainer:
+def make_trainer(
+    model: GptOssForCausalLM, vocabulary: Vocabulary, ids_N: torch.Tensor, spec: PretrainSpec, folder: Path
+) -> Trainer:
     """Put model, windows and schedule together; AdamW with cosine decay, as GPT-3 and its heirs."""
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -153,18 +162,35 @@ def make_trainer(model: GptOssForCausalLM, ids_N: torch.Tensor, spec: PretrainSp
         seed=spec.seed,
         remove_unused_columns=False,
     )
-    recorder = Recorder(folder, spec.row_tokens * spec.rows_per_step)
-    trainer = SampledSoftmaxTrainer(
+    trainer = TiedRestTrainer(
         model=model,
         args=args,
-        train_dataset=Windows(ids_N, spec),
-        callbacks=[recorder],
-        seen_S=ids_N.unique(),
-        num_negatives=spec.num_negatives,
-        vocab_size=spec.shape.vocab_size,
+        train_dataset=Windows(vocabulary.classes(ids_N), spec),
+        callbacks=[Recorder(folder, spec.row_tokens * spec.rows_per_step)],
+        num_rest=vocabulary.num_rest,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@torch.no_grad()
+def expand(trained: GptOssForCausalLM, vocabulary: Vocabulary, spec: PretrainSpec, tokenizer: Any) -> GptOssForCausalLM:
+    """Return the full-vocabulary model that computes the same: each id gets the rows of its class.
+
+    Input rows of ids that the corpus never held keep their random start: nothing is known of them.
+    """
+    if not vocabulary.num_rest:
+        return trained
+    model: Any = build_model(spec, tokenizer, spec.shape.vocab_size)  # Any: nn.Module.to is typed oddly
+    model.to(trained.device)
+    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    state = {name: tensor for name, tensor in trained.state_dict().items() if name not in tables}
+    model.load_state_dict(state, strict=False)
+    seen_S = vocabulary.seen_S.to(trained.device)
+    model.lm_head.weight[:] = trained.lm_head.weight[-1]
+    model.lm_head.weight[seen_S] = trained.lm_head.weight[:-1]
+    model.model.embed_tokens.weight[seen_S] = trained.model.embed_tokens.weight[:-1]
+    return model
 
 
 def full_loss(model: GptOssForCausalLM, ids_N: torch.Tensor, spec: PretrainSpec) -> float:

@@ -11,6 +11,7 @@ model fails one of them.
 Ring: pure.  Units: nats per token.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,9 @@ def answer_logprobs(reply: dict[str, Any], prompt_ids: list[int], answer_ids: li
         raise CorruptError(f"the endpoint returned {got} prompt log-probabilities, expected {expected}: is it vLLM?")
     values: list[float] = []
     for token, entry in zip(answer_ids, entries[len(prompt_ids) :], strict=True):
-        if str(token) not in entry:
-            raise CorruptError(f"the endpoint scored tokens {', '.join(entry)} where {token} was asked for")
+        if str(token) not in (entry or {}):
+            scored = ", ".join(entry or {}) or "none"
+            raise CorruptError(f"the endpoint scored tokens {scored} where {token} was asked for")
         values.append(float(entry[str(token)]["logprob"]))
     return values
 
@@ -68,6 +70,11 @@ def mean(values: list[float]) -> float:
 
 def check_scores(scores: Scores, spec: VerifySpec) -> None:
     """Raise AttestationError when the served model is not the merged one, or no better than the base."""
+    if not all(map(math.isfinite, (scores.served, scores.merged, scores.base))):  # NaN passes every comparison
+        raise AttestationError(
+            f"a mean log-probability is not finite (served {scores.served}, merged {scores.merged}, base {scores.base}):"
+            " a model is damaged or overflows in its dtype; look at the merge ledger, or serve with another dtype"
+        )
     gap = abs(scores.served - scores.merged)
     if gap > spec.max_logprob_gap:
         looks = " It answers like the base." if abs(scores.served - scores.base) < gap / 10 else ""

@@ -1,0 +1,280 @@
+"""What can't work is said in the first seconds, all of it at once, with the value and the way out."""
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import close_session
+
+from flows.recipes import pretrain_tiny
+from tasks import errors
+from tasks.artifacts import ArtifactStore
+from tasks.check import run as subject
+from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, Recipe, ServeSpec, TrainSpec, change
+from tests.tiny import save_model, write_chats
+
+HUB = HfApi(token=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "home")
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe without a fault."""
+    monkeypatch.setenv("TATARA_VLLM_PYTHON", sys.executable)
+    vllm, gateway = _free_ports()
+    return Recipe(
+        base=BaseModelSpec(model=str(base)),
+        fetch=FetchSpec(source=str(write_chats(tmp_path / "chats.jsonl", 60)), validation_pct=20),
+        pack={"row_tokens": 256},  # pyright: ignore[reportArgumentType]
+        train=TrainSpec(lora=LoraSpec(target_modules=("q_proj",))),
+        serve=ServeSpec(vllm_port=vllm, gateway_port=gateway),
+    )
+
+
+def test_good_recipe_is_told_line_by_line(recipe: Recipe, store: ArtifactStore, base: Path):
+    said = subject.check_recipe(recipe, None, store, HUB)
+    assert [line.partition(":")[0] for line in said] == ["data", "base", "publish", "serve", "disk"]
+    assert said[0].endswith(" train and 9 validation rows")
+    assert said[1] == f"base: {base}"
+    assert "stays in a local folder" in said[2]
+
+
+def test_pretrained_base_is_checked_from_its_shape(recipe: Recipe, store: ArtifactStore):
+    tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})
+    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1] == "base: pretrain:tiny, made here"
+    with pytest.raises(
+        errors.SpecError, match=r"row_tokens = 4096 but the base's context is 2048 tokens: lower row_token"
+    ):
+        subject.check_recipe(change(tiny, {"pack": {"row_tokens": 4096}}), pretrain_tiny(), store, HUB)
+
+
+def _rows(text: str) -> Callable[[Path], dict[str, Any]]:
+    def changes(folder: Path) -> dict[str, Any]:
+        (folder / "bad.jsonl").write_text(text)
+        return {"fetch": {"source": str(folder / "bad.jsonl")}}
+
+    return changes
+
+
+def _torn_base(folder: Path) -> dict[str, Any]:
+    weights = save_model(folder / "torn") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    return {"base": {"model": str(folder / "torn")}}
+
+
+QUESTION_ONLY = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "cls", "message"),
+    [
+        (lambda f: {"fetch": {"source": f"{f}/no.jsonl"}}, errors.MissingError, r"data file .*/no\.jsonl is not there .*ck F"),
+        (_rows(""), errors.DataError, r"bad\.jsonl is empty: expected at least one row"),
+        (_rows(QUESTION_ONLY), errors.DataError, r"bad\.jsonl:1: the chat has no answer: .*\): mend them, or raise"),
+        (_rows('{"messages": '), errors.CorruptError, r"bad\.jsonl:1 is not JSON \(.*mend or delete that line"),
+        (_rows('{"q": "a"}\n'), errors.DataError, r"bad\.jsonl:1: no column 'messages'; the row has q"),
+        (lambda f: {"pack": {"row_tokens": 1024}}, errors.SpecError, r"row_tokens = 1024 but the .* context is 512 tokens: lo"),
+        (
+            lambda f: {"train": {"lora": {"target_modules": ("q_porj",)}}},
+            errors.SpecError,
+            r"'q_porj' hits nothing.*q_proj.*existing names end in k_proj, lm_head, o_proj, q_proj",
+        ),
+        (
+            lambda f: {"base": {"model": f"{f}/nobase"}},
+            errors.MissingError,
+            r"base model .*/nobase has no config\.json: name a Hub id or a transformers model folder",
+        ),
+        (_torn_base, errors.CorruptError, r"model\.safetensors has \d+ bytes but its header describes \d+: download"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_said_with_value_and_way_out(
+    recipe: Recipe, store: ArtifactStore, tmp_path: Path, changes: Any, cls: type[Exception], message: str
+):
+    with pytest.raises(cls, match=message):
+        subject.check_recipe(change(recipe, changes(tmp_path)), None, store, HUB)
+
+
+def test_taken_port_is_named(recipe: Recipe, store: ArtifactStore):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", recipe.serve.gateway_port))
+        other.listen()
+        with pytest.raises(
+            errors.PortTakenError,
+            match=rf"port {recipe.serve.gateway_port} for gateway is taken by .*: end it, or choose",
+        ):
+            subject.check_recipe(recipe, None, store, HUB)
+
+
+def test_missing_vllm_is_named(recipe: Recipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TATARA_VLLM_PYTHON", "/not/there/python")
+    with pytest.raises(errors.SpecError, match=r"vLLM's environment is not there \(/not/there/python\): make it with"):
+        subject.check_recipe(recipe, None, store, HUB)
+
+
+def test_little_disk_is_said_with_numbers(recipe: Recipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(subject, "_MIN_FREE_BYTES", 10**18)
+    with pytest.raises(errors.CapacityError, match=r"only \d+\.\d GB are free below .*, expected at least 1000000000\.0 GB: free"):  # fmt: skip  # noqa: E501
+        subject.check_recipe(recipe, None, store, HUB)
+
+
+def test_several_faults_are_listed_together(recipe: Recipe, store: ArtifactStore, tmp_path: Path):
+    faulty = change(
+        recipe, {"fetch": {"source": f"{tmp_path}/no.jsonl"}, "train": {"lora": {"target_modules": ("q_porj",)}}}
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", recipe.serve.vllm_port))
+        other.listen()
+        with pytest.raises(errors.SpecError) as caught:
+            subject.check_recipe(faulty, None, store, HUB)
+    assert str(caught.value).startswith("3 faults: ")
+    faults = str(caught.value).removeprefix("3 faults: ").split(" | ")
+    assert ["no.jsonl" in faults[0], "q_porj" in faults[1], str(recipe.serve.vllm_port) in faults[2]] == [True] * 3
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A stand-in for huggingface.co, which is not ours: one status for each path."""
+
+    answers: dict[str, tuple[int, Any]]
+
+    def do_GET(self) -> None:
+        known = next((answer for path, answer in self.answers.items() if self.path.startswith(path)), (404, {}))
+        status, body = known
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        if isinstance(body, dict) and "code" in body:
+            self.send_header("X-Error-Code", body["code"])
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HfApi]]:
+    """Make a client of a Hub on loopback that gives the stated answers."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    servers: list[ThreadingHTTPServer] = []
+
+    def open_hub(answers: dict[str, tuple[int, Any]]) -> HfApi:
+        handler = type("Handler", (_Hub,), {"answers": answers})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_" + "x" * 34)
+
+    yield open_hub
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    close_session()
+
+
+@pytest.mark.parametrize(
+    ("status", "cls", "message"),
+    [
+        (
+            401,
+            errors.AccessError,
+            "checking the Hub token: 401, the token is wrong or expired; make a new one and set HF_T",
+        ),
+        (
+            403,
+            errors.AccessError,
+            "checking the Hub token: 403, the token is valid but lacks this right; it needs write",
+        ),
+    ],
+)
+def test_wrong_token_and_missing_right_are_told_apart(
+    recipe: Recipe, store: ArtifactStore, hub: Any, status: int, cls: type[Exception], message: str
+):
+    with pytest.raises(cls, match=message):
+        subject.check_recipe(recipe, None, store, hub({"/api/whoami-v2": (status, {})}))
+
+
+def test_good_token_is_named(recipe: Recipe, store: ArtifactStore, hub: Any):
+    said = subject.check_recipe(recipe, None, store, hub({"/api/whoami-v2": (200, {"name": "ayu"})}))
+    assert said[2] == "publish: as ayu to HF_REPO_NAME, else a local folder"
+
+
+def test_hub_that_is_away_is_transient_and_hides_no_behind_other_faults(recipe: Recipe, store: ArtifactStore):
+    [port, _] = _free_ports()
+    faulty = change(recipe, {"fetch": {"source": "/no.jsonl"}, "base": {"model": "owner/name"}})
+    constants_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    close_session()
+    try:
+        with pytest.raises(
+            errors.TransientError, match=r"model owner/name@main: the Hub can't be reached \(.*online\?"
+        ):
+            subject.check_recipe(faulty, None, store, HfApi(endpoint=f"http://127.0.0.1:{port}", token=False))
+    finally:
+        constants.HF_HUB_OFFLINE = constants_offline
+        close_session()
+
+
+@pytest.mark.parametrize(
+    ("answer", "cls", "message"),
+    [
+        ((404, {"code": "RepoNotFound"}), errors.MissingError, "model owner/name@main: 404, it does not exist"),
+        (
+            (404, {"code": "RevisionNotFound"}),
+            errors.MissingError,
+            "no such revision; name an existing branch, tag or com",
+        ),
+        ((403, {"code": "GatedRepo"}), errors.AccessError, "the repository is gated; accept its terms on its Hub page"),
+        (
+            (401, {"code": "RepoNotFound"}),
+            errors.AccessError,
+            "401, it is not there or this token may not see it; check",
+        ),
+    ],
+)
+def test_base_that_the_hub_does_not_give_is_named(
+    recipe: Recipe, store: ArtifactStore, hub: Any, answer: Any, cls: type[Exception], message: str
+):
+    far = change(recipe, {"base": {"model": "owner/name"}})
+    client = hub({"/api/whoami-v2": (200, {"name": "ayu"}), "/api/models/owner/name": answer})
+    with pytest.raises(cls, match=message):
+        subject.check_recipe(far, None, store, client)
+
+
+def test_data_set_that_the_hub_does_not_have_is_named(recipe: Recipe, store: ArtifactStore, hub: Any):
+    far = change(recipe, {"fetch": {"source": "owner/data"}})
+    client = hub(
+        {"/api/whoami-v2": (200, {"name": "ayu"}), "/api/datasets/owner/data": (404, {"code": "RepoNotFound"})}
+    )
+    with pytest.raises(errors.MissingError, match="dataset owner/data@main: 404, it does not exist"):
+        subject.check_recipe(far, None, store, client)
+
+
+def test_recipe_is_kept_as_it_was_resolved(recipe: Recipe, tmp_path: Path):
+    path = subject.keep_recipe("mine", recipe, tmp_path / "runs/1")
+    kept = json.loads(path.read_text())
+    assert kept["recipe"] == "mine"
+    assert Recipe.model_validate(kept["resolved"]) == recipe

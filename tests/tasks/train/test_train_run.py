@@ -1,0 +1,184 @@
+"""Real training of a tiny gpt-oss by the real worker process, killed and resumed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+
+from tasks import processes
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter, digest_files
+from tasks.errors import SpecError, TrainingError
+from tasks.fetch.run import fetch_dataset
+from tasks.merge.run import merge_adapter
+from tasks.metrics import read_metrics
+from tasks.pack.run import pack_dataset
+from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, TrainSpec
+from tasks.train.run import train_adapter
+from tasks.training import is_complete, latest_checkpoint
+from tests.tiny import make_base, write_chats
+
+LORA = LoraSpec(
+    rank=2,
+    alpha=4,
+    target_modules=("q_proj", "v_proj"),
+    target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+)
+SPEC = TrainSpec(
+    lora=LORA,
+    learning_rate=2e-2,
+    max_steps=12,
+    rows_per_device=2,
+    dtype="float32",
+    gradient_checkpointing=False,
+    save_steps=2,
+)
+
+
+def make_inputs(store: ArtifactStore, folder: Path) -> tuple[PackedDataset, BaseCheckpoint]:
+    base = make_base(store, folder / "base")
+    source = FetchSpec(source=str(write_chats(folder / "chats.jsonl", 60)), validation_pct=20)
+    dataset = fetch_dataset(source, store, HfApi(token=False))
+    return pack_dataset(dataset, base, PackSpec(row_tokens=128), store), base
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, TrainedAdapter]:
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("trained")
+    store = ArtifactStore(folder / "home")
+    packed, base = make_inputs(store, folder)
+    return store, train_adapter(packed, base, SPEC, store, lambda record: None)
+
+
+def test_loss_falls_on_train_and_validation(trained: tuple[ArtifactStore, TrainedAdapter]):
+    _, adapter = trained
+    assert adapter.num_steps == 12
+    assert adapter.last_loss < adapter.first_loss - 0.1
+    assert adapter.validation_loss_after < adapter.validation_loss_before - 0.1
+
+
+def test_every_target_of_every_layer_moved(trained: tuple[ArtifactStore, TrainedAdapter]):
+    _, adapter = trained
+    tensors = load_file(str(Path(adapter.adapter_folder) / "adapter_model.safetensors"))
+    b_matrices = {name: tensor for name, tensor in tensors.items() if ".lora_B." in name}
+    assert len(b_matrices) == 2 * (2 + 2)  # layers x (attention + experts)
+    assert all(tensor.abs().max() > 0 for tensor in b_matrices.values())
+    config = json.loads((Path(adapter.adapter_folder) / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+def test_a_second_call_is_skipped(trained: tuple[ArtifactStore, TrainedAdapter]):
+    store, adapter = trained
+    base = store.ancestor(adapter, BaseCheckpoint)
+    packed = store.ancestor(adapter, PackedDataset)
+    before = (adapter.path / "manifest.json").stat().st_mtime_ns
+    assert train_adapter(packed, base, SPEC, store, lambda record: None) == adapter
+    assert (adapter.path / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_identical(trained: tuple[ArtifactStore, TrainedAdapter], tmp_path: Path):
+    """SIGKILL of the trainer after a few steps, a torn checkpoint beside it; the rest must match to the bit."""
+    _, whole = trained
+    store = ArtifactStore(tmp_path / "home")
+    packed, base = make_inputs(store, tmp_path)
+    killed = threading.Event()
+
+    def kill_after_five_steps(record: dict[str, float]) -> None:
+        if record["step"] >= 5 and not killed.is_set():
+            killed.set()
+            folder = next((store.root / "adapter").glob("*/process.json"))
+            os.killpg(json.loads(folder.read_text())["pid"], signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match="died without a result"):
+        train_adapter(packed, base, SPEC, store, kill_after_five_steps)
+    folder = next((store.root / "adapter").glob("[!.]*"))
+    torn = folder / "checkpoints" / "checkpoint-11"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 11')
+    assert latest_checkpoint(folder / "checkpoints").name in {"checkpoint-4", "checkpoint-6"}
+    assert not torn.exists()
+
+    resumed = train_adapter(packed, base, SPEC, store, lambda record: None)
+    assert "resuming from checkpoint-" in (folder / "output.log").read_text()
+    assert [r["loss"] for r in read_metrics(folder / "metrics.jsonl")] == [
+        r["loss"] for r in read_metrics(whole.path / "metrics.jsonl")
+    ]
+    mine, theirs = digest_files(Path(resumed.adapter_folder)), digest_files(Path(whole.adapter_folder))
+    assert mine["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
+    """The parent is killed; the trainer goes on; the next try follows it instead of starting another."""
+    store = ArtifactStore(tmp_path / "home")
+    packed, base = make_inputs(store, tmp_path)
+    spec = SPEC.model_copy(update={"max_steps": 40})
+    pid = os.fork()
+    if pid == 0:  # the parent that will be killed
+        try:
+            train_adapter(packed, base, spec, store, lambda record: None)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 60
+    while not list((store.root / "adapter").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    identity_file = next((store.root / "adapter").glob("*/process.json"))
+    survivor = processes.find_alive(identity_file)
+    assert survivor is not None
+    adapter = train_adapter(packed, base, spec, store, lambda record: None)
+    assert json.loads(identity_file.read_text())["pid"] == survivor.pid
+    assert adapter.num_steps == 40
+    assert [r["step"] for r in read_metrics(adapter.path / "metrics.jsonl")] == list(range(1, 41))
+
+
+def test_a_target_that_hits_nothing_is_named_before_anything_starts(tmp_path: Path):
+    store = ArtifactStore(tmp_path / "home")
+    packed, base = make_inputs(store, tmp_path)
+    lora = LORA.model_copy(update={"target_modules": ("q_proj", "qkv_proj")})
+    with pytest.raises(SpecError, match=r"'qkv_proj' hits nothing.*q_proj"):
+        train_adapter(packed, base, SPEC.model_copy(update={"lora": lora}), store, lambda record: None)
+    assert not list((store.root / "adapter").glob("*/process.json"))
+
+
+def test_a_checkpoint_is_whole_only_with_all_its_files(trained: tuple[ArtifactStore, TrainedAdapter]):
+    _, adapter = trained
+    checkpoint = latest_checkpoint(adapter.path / "checkpoints")
+    assert checkpoint is not None
+    assert is_complete(checkpoint)
+    optimizer = checkpoint / "optimizer.pt"
+    saved = optimizer.read_bytes()
+    try:
+        optimizer.unlink()  # Trainer would resume without a word, with a fresh optimizer
+        assert not is_complete(checkpoint)
+    finally:
+        optimizer.write_bytes(saved)
+
+
+def test_merged_equals_peft(trained: tuple[ArtifactStore, TrainedAdapter]):
+    """In float32 our streaming merge differs from PEFT's merge_and_unload in no element, in bf16 neither."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    store, adapter = trained
+    for dtype in ("float32", "bfloat16"):
+        merged = merge_adapter(adapter, MergeSpec(dtype=dtype, shard_bytes=1_000_000), store)
+        base = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(base, adapter.adapter_folder).merge_and_unload().state_dict()
+        ours = AutoModelForCausalLM.from_pretrained(merged.model_folder, dtype=getattr(torch, dtype)).state_dict()
+        assert ours.keys() == theirs.keys()
+        differing = sum(int((ours[n] != theirs[n].to(ours[n].dtype)).sum()) for n in ours)
+        assert differing == 0
+        assert merged.num_changed == 8
+        untouched = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype=torch.float32).state_dict()
+        changed = {n for n in ours if not torch.equal(ours[n], untouched[n].to(ours[n].dtype))}
+        assert len(changed) == 8

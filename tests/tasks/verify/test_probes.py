@@ -1,0 +1,105 @@
+"""Only the merged model, served whole, passes; the base, another model or a damaged one fails by name."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import AttestationError, CorruptError
+from tasks.specs import VerifySpec
+from tasks.verify import probes as subject
+from tasks.verify.probes import Scores
+
+SPEC = VerifySpec(max_logprob_gap=0.02, min_base_margin=0.05)
+nats = st.floats(-12, 0)
+
+
+def test_request_scores_given_tokens_and_generates_almost_nothing():
+    assert subject.scoring_request("tatara-tiny", [1, 2], [3]) == {
+        "model": "tatara-tiny",
+        "prompt": [1, 2, 3],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+        "add_special_tokens": False,
+    }
+
+
+def _reply(tokens: list[int], values: list[float]) -> dict[str, Any]:
+    """The form of vLLM's answer: nothing for the first token, then one entry a token, extra ranks beside it."""
+    entries: list[Any] = [{str(token): {"logprob": value}} for token, value in zip(tokens, values, strict=True)]
+    entries[0] = None
+    for entry in entries[1:]:
+        entry.setdefault("0", {"logprob": -0.5})
+    return {"choices": [{"text": "", "prompt_logprobs": entries}]}
+
+
+@given(st.lists(st.tuples(st.integers(1, 999), nats), min_size=2, max_size=20), st.data())
+def test_log_probabilities_of_the_answer_are_picked(pairs: list[tuple[int, float]], data: st.DataObject):
+    tokens, values = [token for token, _ in pairs], [value for _, value in pairs]
+    cut = data.draw(st.integers(1, len(tokens) - 1))
+    assert subject.answer_logprobs(_reply(tokens, values), tokens[:cut], tokens[cut:]) == values[cut:]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({}, "returned no prompt log-probabilities, expected 3: is it vLLM?"),
+        ({"choices": []}, "returned no prompt log-probabilities"),
+        ({"choices": [{"prompt_logprobs": None}]}, "returned no prompt log-probabilities"),
+        (_reply([1, 2], [0, 0]), "returned 2 prompt log-probabilities, expected 3"),
+        (_reply([1, 2, 7], [0, 0, 0]), "scored tokens 7, 0 where 3 was asked for"),
+        (
+            {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": 0}}, None]}]},
+            "scored tokens none where 3 was asked",
+        ),
+    ],
+)
+def test_reply_that_is_not_about_our_tokens_is_refused(reply: dict[str, Any], message: str):
+    with pytest.raises(CorruptError, match=message.replace("?", r"\?")):
+        subject.answer_logprobs(reply, [1, 2], [3])
+
+
+@given(nats, nats, nats)
+def test_passes_exactly_when_near_the_merged_and_better_than_the_base(served: float, merged: float, base: float):
+    scores = Scores(served=served, merged=merged, base=base)
+    good = abs(served - merged) <= 0.02 and served - base >= 0.05
+    if good:
+        subject.check_scores(scores, SPEC)
+    else:
+        with pytest.raises(AttestationError):
+            subject.check_scores(scores, SPEC)
+
+
+def test_a_deploy_of_the_base_is_told_as_such():
+    with pytest.raises(AttestationError, match=r"is -4\.0010, the merged files give -3\.0000 \(gap 1\.0010, allowed 0\.02\)\.") as caught:  # fmt: skip  # noqa: E501
+        subject.check_scores(Scores(served=-4.001, merged=-3.0, base=-4.0), SPEC)
+    assert "It answers like the base. Redeploy the merged folder" in str(caught.value)
+
+
+def test_another_model_is_not_called_the_base():
+    with pytest.raises(AttestationError) as caught:
+        subject.check_scores(Scores(served=-7.0, merged=-3.0, base=-4.0), SPEC)
+    assert "the served model is not the merged one" in str(caught.value)
+    assert "like the base" not in str(caught.value)
+
+
+def test_a_tune_that_learnt_nothing_is_refused():
+    with pytest.raises(
+        AttestationError, match=r"no better than its base .*-3\.0000 against -3\.0100 \(margin 0\.0100, want"
+    ):
+        subject.check_scores(Scores(served=-3.0, merged=-3.0, base=-3.01), SPEC)
+
+
+@pytest.mark.parametrize("field", ["served", "merged", "base"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_never_pass(field: str, value: float):
+    scores = Scores(**{"served": -3.0, "merged": -3.0, "base": -4.0, field: value})
+    with pytest.raises(AttestationError, match=f"not finite .*{field} {value}"):
+        subject.check_scores(scores, SPEC)
+
+
+@given(st.lists(nats, min_size=1))
+def test_mean(values: list[float]):
+    assert subject.mean(values) * len(values) == pytest.approx(sum(values), abs=1e-6)
