@@ -7,6 +7,7 @@ Ring: edge.
 
 import contextlib
 import json
+import logging
 import subprocess
 import threading
 import time
@@ -25,6 +26,7 @@ from deployments import orchestration
 from tasks.artifacts import KINDS, ArtifactStore, HealthReport
 from tasks.errors import ServiceError
 
+DRAIN = "ingest-traces/every-5-minutes"
 _STEPS = ("pretrained", "base", "dataset", "packed", "adapter", "merged", "published", "served", "health")
 
 
@@ -39,20 +41,25 @@ class Run:
 def run_demo(prefect: orchestration.Prefect, deployment: str = "finetune/tiny") -> int:
     """Run the deployment and print what was made; return the exit status."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # a log file has no edge
     begin = time.monotonic()
-    console.print("[bold]1/3[/bold] Prefect server, work pools, deployments, worker")
+    console.print("[bold]1/4[/bold] Prefect server, work pools, deployments, worker")
     orchestration.start_server(prefect)
     fresh = orchestration.deploy(prefect)
     orchestration.start_worker(prefect)
     console.print(f"    {prefect.ui_url}  ({'deployed' if fresh else 'deployed before'}, worker runs)")
-    console.print(f"[bold]2/3[/bold] prefect deployment run {deployment} --watch")
+    console.print(f"[bold]2/4[/bold] prefect deployment run {deployment} --watch")
     run = watch(prefect, deployment, console)
     if run is None:
         console.print(
             f"[red]The run did not complete.[/red] Its page in {prefect.ui_url}/runs says which step and why."
         )
         return 1
-    console.print("[bold]3/3[/bold] What was made")
+    console.print(f"[bold]3/4[/bold] prefect deployment run {DRAIN} --watch")
+    if watch(prefect, DRAIN, console) is None:
+        console.print("    the traces stay in the queue: a scheduled drain is at work, or its page says what failed")
+    console.print("[bold]4/4[/bold] What was made")
     print_result(ArtifactStore(Path(prefect.variables["TATARA_HOME"])), run, prefect, console)
     console.print(f"\n{time.monotonic() - begin:.0f} s in all, of which the flow {run.seconds:.0f} s.")
     return 0
@@ -126,9 +133,14 @@ def read_lines(prefect: orchestration.Prefect, tag: str, done: threading.Event) 
             )
             entries = post(prefect, "/logs/filter", query) if query else []
             offset += len(entries)
-            yield from (entry["message"].split("\n")[0] for entry in entries)
+            yield from (entry["message"].split("\n")[0] for entry in entries if is_worth_showing(entry))
         if last_round:
             return
+
+
+def is_worth_showing(entry: dict[str, Any]) -> bool:  # Any: JSON values
+    """Leave out Prefect's own routine; keep what the tasks say, and every warning."""
+    return not entry["name"].startswith("prefect") or entry["level"] >= logging.WARNING
 
 
 def parse_step(line: str) -> tuple[int, int] | None:

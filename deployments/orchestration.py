@@ -26,7 +26,7 @@ from tasks import files, processes
 from tasks.errors import PortTakenError, ServiceError
 
 ROOT = Path(__file__).resolve().parents[1]
-POOLS = {"local": 1, "gpu": 1}  # name -> flow runs at once on one machine
+POOLS = {"local": 4, "gpu": 1}  # name -> flow runs at once on one machine; drains run beside a training
 _START_TIMEOUT_S = 120.0
 logger = logging.getLogger(__name__)
 

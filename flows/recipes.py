@@ -47,7 +47,7 @@ def tiny() -> Recipe:
             ),
             learning_rate=1e-2,
             warmup_steps=4,
-            max_steps=70,
+            max_steps=56,
             rows_per_device=2,
             dtype="float32",
             gradient_checkpointing=False,

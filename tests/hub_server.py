@@ -276,7 +276,8 @@ def _add_account_routes(app: FastAPI, hub: HubServer) -> None:
             return _error(403 if user else 401, "You don't have the rights to create a repo with this token")
         name = f"{body.get('organization') or user[0]}/{body['name']}"
         if (body.get("type", "model"), name) in hub.repos:
-            return _error(409, "You already created this repo")
+            told = {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
+            return JSONResponse(told, 409)
         repo = hub.repos[body.get("type", "model"), name] = Repo(body.get("type", "model"), name)
         repo.private = body.get("visibility") == "private" or bool(body.get("private"))
         repo.add("main", {".gitattributes": hub.store(_GITATTRIBUTES)})
@@ -515,7 +516,11 @@ def hub_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
         hub.tokens = {WRITE: ("ada", "write"), READ: ("ada", "read"), NOBODY: ("eve", "none")}
         fast = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # refused: our code must pass the endpoint
+        nowhere = "http://127.0.0.1:9"  # refuses: our code must pass its client's endpoint
+        monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(_http, "time", fast)
         monkeypatch.setattr(file_download, "time", fast)

@@ -8,17 +8,19 @@ Ring: edge.
 import csv
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, digest_files, folder_digest, make_key
-from tasks.errors import CorruptError, DataError, MissingError
+from tasks.errors import CorruptError, DataError, MissingError, SpecError, TransientError
 from tasks.fetch.rows import RejectedRowError, is_validation_row, read_row
 from tasks.hub import hub_errors, pin_commit
 from tasks.specs import BaseModelSpec, FetchSpec
@@ -27,6 +29,7 @@ VERSION = 1
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture"
 _SUFFIXES = (".jsonl", ".csv", ".parquet")
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+_BASE_COPIES = ["original/*", "metal/*"]  # gpt-oss ships its weights three times
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]  # Any: whatever the source holds
 
@@ -162,13 +165,19 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_hub(spec: FetchSpec, split: str, commit: str, hub: HfApi) -> Iterator[tuple[str, Row]]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
 
     doing = f"data set {spec.source}@{commit[:8]} split {split!r}"
+    if config.HF_ENDPOINT.rstrip("/") != hub.endpoint:  # datasets reads it at import: the token would go elsewhere
+        raise SpecError(f"{doing}: the Hub Account's endpoint is {hub.endpoint}; set HF_ENDPOINT to it as well")
     with hub_errors(doing):
         try:
-            rows = load_dataset(spec.source, spec.config or None, split=split, revision=commit, token=hub.token)
+            builder = load_dataset_builder(spec.source, spec.config or None, revision=commit, token=hub.token)
+            if builder.hash != commit:  # when the Hub fails, datasets falls back to whatever revision it has cached
+                raise TransientError(f"{doing}: the Hub failed, and the cache holds {builder.hash} instead")
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
         except DatasetNotFoundError as error:
             raise MissingError(f"{doing}: not found; check FetchSpec.source and HF_TOKEN") from error
         except ValueError as error:  # an unknown split or configuration; the message lists what exists
@@ -269,15 +278,17 @@ def _download(repo_id: str, commit: str, folder: Path, hub: HfApi) -> Path:
     """Download a snapshot; an interrupted one goes on where it was."""
     with hub_errors(f"base model {repo_id}@{commit[:8]}"):
         info = hub.model_info(repo_id, revision=commit, files_metadata=True)
-        needed = sum(s.size or 0 for s in info.siblings or [] if s.rfilename.endswith((".safetensors", ".json")))
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        wanted = filter_repo_objects(sizes, allow_patterns=_BASE_FILES, ignore_patterns=_BASE_COPIES)
+        needed = sum(sizes[name] for name in wanted)
         files.require_disk(folder, needed, f"downloading {repo_id}")
         target = folder / "model"
-        snapshot_download(
+        hub.snapshot_download(  # the client's own: it keeps its endpoint and token
             repo_id,
             revision=commit,
             local_dir=target,
             allow_patterns=_BASE_FILES,
-            ignore_patterns=["original/*", "metal/*"],  # gpt-oss ships its weights three times
-            token=hub.token,
+            ignore_patterns=_BASE_COPIES,
         )
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # the client's notes hold times: no part of the digest
     return target

@@ -23,6 +23,7 @@ from tasks.errors import DataError
 from tasks.specs import PackSpec
 
 IGNORE = -100
+_INSTRUCTIONS_END = re.compile(r"""(?P<kept>\{\{- developer_message \}\}\s*)\{\{- "\\n\\n" \}\}""")
 _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 Message = dict[str, str]
 
@@ -71,6 +72,16 @@ def pin_date(template: str, prompt_date: str) -> str:
     return _CLOCK.sub(lambda call: repr(day.strftime(call["format"])), template)
 
 
+def as_served(template: str) -> str:
+    """Return gpt-oss's template with the developer message closed as vLLM's harmony renderer closes it.
+
+    The published template puts two line ends after the instructions even when no tools follow; the
+    server does not, and a model tuned on the one would be asked the other. Other templates are
+    returned as they are.
+    """
+    return _INSTRUCTIONS_END.sub(lambda match: match["kept"] + '{{- "\\n\\n" if tools else "" }}', template)
+
+
 def turns(messages: list[Message], system_prompt: str) -> Iterator[tuple[list[Message], list[Message]]]:
     """Yield (what is asked, what is asked plus the answer) for each assistant turn.
 
@@ -94,7 +105,7 @@ def render_chats(rows: list[dict[str, Any]], tokenizer: Tokenizer, spec: PackSpe
         spec: system prompt and pinned date are used here.
     Raises: DataError naming the row when the template does not keep its own prompt as a prefix.
     """
-    template = pin_date(tokenizer.chat_template, spec.prompt_date)
+    template = as_served(pin_date(tokenizer.chat_template, spec.prompt_date))
     ids: list[str] = []
     prompts: list[str] = []
     fulls: list[str] = []

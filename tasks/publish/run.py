@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._verification import FolderVerification
 
 from tasks import files
 from tasks.artifacts import (
@@ -24,11 +26,12 @@ from tasks.artifacts import (
     make_key,
 )
 from tasks.errors import AccessError, CorruptError
-from tasks.hub import hub_errors
+from tasks.hub import hub_errors, require_writer
 from tasks.publish.card import Lineage, model_card
-from tasks.specs import PublishSpec
+from tasks.specs import PublishSpec, validate
 
 VERSION = 1
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 LOCAL_REPO = "local/{name}"
 logger = logging.getLogger(__name__)
 
@@ -40,13 +43,13 @@ def publish_model(merged: MergedModel, spec: PublishSpec, store: ArtifactStore, 
     Raises: AccessError (401, 403, a public repo where a private one was asked for), TransientError,
         CorruptError when what arrived differs from what was sent.
     """
-    repo_id = spec.repo_id or os.environ.get("HF_REPO_NAME", "")
+    repo_id = spec.repo_id or validate(PublishSpec, {"repo_id": os.environ.get("HF_REPO_NAME", "")}).repo_id
     place = "hub" if repo_id and hub.token else "local"
     repo_id = repo_id or LOCAL_REPO.format(name=f"tatara-{merged.short}")
     pins = {"place": place, "repo_id": repo_id, "digest": merged.model_digest}
     key = make_key("publish", VERSION, spec, pins, (merged,))
     with store.claim(PublishedModel, key) as claim:
-        if claim.found and Path(claim.found.model_folder).is_dir():
+        if claim.found and _is_whole(Path(claim.found.model_folder), claim.folder / "model"):
             return claim.found
         staging = _stage(merged, claim.folder / "model", model_card(lineage_of(merged, store)))
         if place == "hub":
@@ -94,6 +97,11 @@ def _stage(merged: MergedModel, folder: Path, card: str) -> Path:
     return folder
 
 
+def _is_whole(published: Path, staging: Path) -> bool:
+    """A local snapshot lies outside of the artifact's folder, so its manifest does not watch over it."""
+    return files.list_files(published) == files.list_files(staging)
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -106,8 +114,8 @@ def _link(source: Path, target: Path) -> None:
 def upload(hub: HfApi, repo_id: str, folder: Path, spec: PublishSpec) -> tuple[str, str]:
     """Upload `folder` and compare checksums on the commit. Returns (commit, URL)."""
     doing = f"publishing to {repo_id}"
+    require_writer(hub, doing)
     with hub_errors(doing):
-        hub.whoami()
         hub.create_repo(repo_id, private=spec.private, exist_ok=True)
         if spec.private and not hub.model_info(repo_id).private:  # exist_ok leaves a public repo public
             raise AccessError(
@@ -121,12 +129,28 @@ def upload(hub: HfApi, repo_id: str, folder: Path, spec: PublishSpec) -> tuple[s
             folder_path=folder,
             revision=spec.revision,
             ignore_patterns=list(spec.ignore_patterns),
+            delete_patterns=_WEIGHTS,  # an older model's shards beside the new ones would be loaded
             commit_message="Publish a merged model with Tatara",
         )
         found = hub.verify_repo_checksums(repo_id, revision=commit.oid, local_dir=folder)
-    if found.mismatches or found.missing_paths:
-        raise CorruptError(f"{doing}: commit {commit.oid[:8]} differs from what was sent: {found}; run it again")
+    _refuse_difference(f"{doing}: commit {commit.oid[:8]}", found, spec)
     return commit.oid, f"{hub.endpoint}/{repo_id}/tree/{commit.oid}"
+
+
+def _refuse_difference(doing: str, found: FolderVerification, spec: PublishSpec) -> None:
+    """Raise CorruptError when the commit lacks, changes or adds to the weights that were sent.
+
+    `extra_paths` are here but not there (a .gitignore on the Hub dropped them); `missing_paths` are there
+    but not here: .gitattributes, which the Hub makes itself, or a person's own files.
+    """
+    dropped = list(filter_repo_objects(found.extra_paths, ignore_patterns=list(spec.ignore_patterns)))
+    stale = list(filter_repo_objects(found.missing_paths, allow_patterns=_WEIGHTS))
+    changed = [mismatch["path"] for mismatch in found.mismatches]
+    if changed or dropped or stale:
+        raise CorruptError(
+            f"{doing} differs from what was sent: changed {changed}, not stored {dropped}, not ours {stale}; "
+            "run it again, and look for a .gitignore in the repo"
+        )
 
 
 def store_locally(staging: Path, cache: Path, repo_id: str, digest: str) -> tuple[str, Path]:

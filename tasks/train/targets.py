@@ -69,9 +69,9 @@ def _target(name: str, shape: tuple[int, ...], rank: int) -> Target:
 
 def _nothing_hit(kind: str, target: str, candidates: list[str]) -> str:
     endings = sorted({".".join(part for part in name.split(".")[-3:]) for name in candidates})
-    near = get_close_matches(target, [*endings, *candidates], n=3, cutoff=0.5)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
     last = sorted({name.rpartition(".")[2] for name in candidates})
+    near = get_close_matches(target, [*last, *endings, *candidates], n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
     layers = {name.split(".layers.")[1].split(".")[0] for name in candidates if ".layers." in name}
     count = f" in {len(layers)} layers" if layers else ""
     exists = f"existing names end in {', '.join(last)}{count}" if last else "the base has no such weights"

@@ -72,8 +72,8 @@ def check_scores(scores: Scores, spec: VerifySpec) -> None:
     """Raise AttestationError when the served model is not the merged one, or no better than the base."""
     if not all(map(math.isfinite, (scores.served, scores.merged, scores.base))):  # NaN passes every comparison
         raise AttestationError(
-            f"a mean log-probability is not finite (served {scores.served}, merged {scores.merged}, base {scores.base}):"
-            " a model is damaged or overflows in its dtype; look at the merge ledger, or serve with another dtype"
+            f"a mean log-probability is not finite (served {scores.served}, merged {scores.merged}, base {scores.base})"
+            ": a model is damaged or overflows in its dtype; look at the merge ledger, or serve with another dtype"
         )
     gap = abs(scores.served - scores.merged)
     if gap > spec.max_logprob_gap:

@@ -91,16 +91,16 @@ QUESTION_ONLY = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "
 @pytest.mark.parametrize(
     ("changes", "cls", "message"),
     [
-        (lambda f: {"fetch": {"source": f"{f}/no.jsonl"}}, errors.MissingError, r"data file .*/no\.jsonl is not there .*ck F"),
+        (lambda f: {"fetch": {"source": f"{f}/no.jsonl"}}, errors.MissingError, r"data file .*/no\.jsonl is not there"),
         (_rows(""), errors.DataError, r"bad\.jsonl is empty: expected at least one row"),
         (_rows(QUESTION_ONLY), errors.DataError, r"bad\.jsonl:1: the chat has no answer: .*\): mend them, or raise"),
         (_rows('{"messages": '), errors.CorruptError, r"bad\.jsonl:1 is not JSON \(.*mend or delete that line"),
         (_rows('{"q": "a"}\n'), errors.DataError, r"bad\.jsonl:1: no column 'messages'; the row has q"),
-        (lambda f: {"pack": {"row_tokens": 1024}}, errors.SpecError, r"row_tokens = 1024 but the .* context is 512 tokens: lo"),
+        (lambda f: {"pack": {"row_tokens": 1024}}, errors.SpecError, r"row_tokens = 1024 but the .* is 512 tokens"),
         (
             lambda f: {"train": {"lora": {"target_modules": ("q_porj",)}}},
             errors.SpecError,
-            r"'q_porj' hits nothing.*q_proj.*existing names end in k_proj, lm_head, o_proj, q_proj",
+            r"'q_porj' hits nothing; did you mean q_proj.*existing names end in k_proj, lm_head, o_proj, q_proj",
         ),
         (
             lambda f: {"base": {"model": f"{f}/nobase"}},

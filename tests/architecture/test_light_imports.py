@@ -1,0 +1,54 @@
+"""What starts often starts light: looked at in a fresh interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEARNING = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "safetensors", "bitsandbytes"}
+PLOTTING = {"matplotlib", "pyarrow", "wandb", "weave"}
+
+
+def _loaded(statement: str) -> tuple[set[str], float]:
+    """Return the top-level modules after `statement`, and its seconds."""
+    code = (
+        f"import sys, time; begin = time.perf_counter(); {statement}; spent = time.perf_counter() - begin\n"
+        "import json; print(json.dumps([sorted({name.partition('.')[0] for name in sys.modules}), spent]))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    names, seconds = json.loads(done.stdout.splitlines()[-1])
+    return set(names), seconds
+
+
+@pytest.mark.parametrize("flow", ["finetune", "pretrain", "release", "drain"])
+def test_flows_load_no_learning_library(flow: str):
+    names, _ = _loaded(f"import flows.{flow}")
+    assert "prefect" in names
+    assert not names & (LEARNING | PLOTTING | {"huggingface_hub"})
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import deployments.gateway.app", "import deployments.services", "import deployments.vllm.entrypoint"],
+)
+def test_long_running_services_load_neither_prefect_nor_torch(statement: str):
+    names, _ = _loaded(statement)
+    assert "deployments" in names
+    assert not names & (LEARNING | PLOTTING | {"prefect", "huggingface_hub", "flows", "blocks"})
+
+
+@pytest.mark.parametrize("statement", ["import deployments.cli", "import flows.recipes", "import tasks.specs"])
+def test_command_line_and_recipes_load_no_prefect(statement: str):
+    names, _ = _loaded(statement)
+    assert not names & (LEARNING | PLOTTING | {"prefect", "huggingface_hub", "fastapi"})
+
+
+@pytest.mark.parametrize("module", ["tasks.train.run", "tasks.pretrain.run", "tasks.trainer_job", "tasks.metrics"])
+def test_parents_of_trainers_load_no_torch(module: str):
+    names, _ = _loaded(f"import {module}")
+    assert not names & {"torch", "transformers", "prefect"}
