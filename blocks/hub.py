@@ -6,12 +6,11 @@ from pydantic import Field, SecretStr
 
 
 class HubAccount(Block):
-    """A token and the namespace that it may write to."""
+    """A token for the Hub; which repo is written to is the recipe's choice."""
 
     _block_type_name = "Hub Account"
     _block_type_slug = "hub-account"
 
-    namespace: str = Field(default="", description="User or organisation that owns published models.")
     token: SecretStr | None = Field(default=None, description="Token; write access is needed to publish.")
     endpoint: str = Field(default="", description="Another Hub's address; empty: the public one or HF_ENDPOINT.")
 

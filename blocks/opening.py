@@ -32,3 +32,13 @@ def open_hub(name: str) -> HfApi:
 
     block: Any = HubAccount.load(name)  # Any: load() is typed as maybe a coroutine
     return block.client()
+
+
+def open_host(name: str) -> dict[str, str]:
+    """Return the variables of the Serving Host block `name`; empty: none, the recipe and the environment count."""
+    if not name:
+        return {}
+    from blocks.serving_host import ServingHost
+
+    block: Any = ServingHost.load(name)  # Any: load() is typed as maybe a coroutine
+    return block.client()

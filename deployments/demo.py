@@ -52,9 +52,7 @@ def run_demo(prefect: orchestration.Prefect, deployment: str = "finetune/tiny") 
     console.print(f"[bold]2/4[/bold] prefect deployment run {deployment} --watch")
     run = watch(prefect, deployment, console)
     if run is None:
-        console.print(
-            f"[red]The run did not complete.[/red] Its page in {prefect.ui_url}/runs says which step and why."
-        )
+        console.print(f"[red]The run did not complete.[/red] Its page says which step and why: {prefect.ui_url}/runs")
         return 1
     console.print(f"[bold]3/4[/bold] prefect deployment run {DRAIN} --watch")
     if watch(prefect, DRAIN, console) is None:
@@ -176,7 +174,7 @@ def print_result(store: ArtifactStore, run: Run, prefect: orchestration.Prefect,
         f"\nproof: served {report.served_logprob:.4f}, merged files {report.merged_logprob:.4f}, base "
         f"{report.base_logprob:.4f} nats per token over {report.num_answers} validation answers\n"
         f"question: {report.question}\nanswer:   {report.answer}\n\n"
-        f"Prefect   {prefect.ui_url}\ngateway   {report.gateway_url}  (docs at /docs)\n\n"
+        f"Prefect   {prefect.ui_url}\ngateway   {report.gateway_url}  (/health, /v1/models)\n\n"
         f"{curl_line(report)}\n\nstop it all: make stop",
         markup=False,
     )

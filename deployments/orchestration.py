@@ -9,6 +9,7 @@ Ring: edge; the parent's side, it imports no Prefect (1.2 s) but calls its comma
 """
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -28,6 +29,7 @@ from tasks.errors import PortTakenError, ServiceError
 ROOT = Path(__file__).resolve().parents[1]
 POOLS = {"local": 4, "gpu": 1}  # name -> flow runs at once on one machine; drains run beside a training
 _START_TIMEOUT_S = 120.0
+NUM_DEPLOYMENTS = 6  # of prefect.yaml, all tagged tatara
 logger = logging.getLogger(__name__)
 
 
@@ -121,14 +123,25 @@ def is_taken(port: int) -> bool:
 def deploy(prefect: Prefect) -> bool:
     """Make pools and deployments; False when they are as prefect.yaml and the flows say already."""
     stamp, wanted = prefect.home / "deployed.json", _deployed_digest(prefect)
-    if stamp.exists() and files.read_json(stamp) == wanted:
+    if stamp.exists() and files.read_json(stamp) == wanted and _count_deployments(prefect) >= NUM_DEPLOYMENTS:
         return False
     for name, limit in POOLS.items():
-        _run(prefect, "work-pool", "create", name, "--type", "process", "--overwrite")
-        _run(prefect, "work-pool", "set-concurrency-limit", name, str(limit))
+        if prefect.is_ours:  # pools of a server that others use too are left as they are
+            _run(prefect, "work-pool", "create", name, "--type", "process", "--overwrite")
+            _run(prefect, "work-pool", "set-concurrency-limit", name, str(limit))
     _run(prefect, "deploy", "--all")
     files.write_json(stamp, wanted)
     return True
+
+
+def _count_deployments(prefect: Prefect) -> int:
+    request = urllib.request.Request(  # noqa: S310 - the user's server
+        f"{prefect.api_url}/deployments/count",
+        data=json.dumps({"deployments": {"tags": {"all_": ["tatara"]}}}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
+        return int(reply.read())
 
 
 def _deployed_digest(prefect: Prefect) -> dict[str, str]:
@@ -150,7 +163,6 @@ def start_worker(prefect: Prefect, pool: str = "local") -> None:
     if processes.find_alive(prefect.identity("worker")):
         return
     argv = prefect.command("worker", "start", "--pool", pool, "--type", "process", "--name", f"tatara-{pool}")
-    os.chdir(ROOT)
     processes.start_detached(argv, prefect.variables, prefect.home / "worker.log", prefect.identity("worker"))
 
 

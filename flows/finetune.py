@@ -24,6 +24,7 @@ def finetune(
     changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
     storage: str = "",
     hub_account: str = "",
+    serving_host: str = "",
 ) -> HealthReport:
     """Run one recipe end to end; verbs whose artifact is whole already are skipped.
 
@@ -32,6 +33,7 @@ def finetune(
         changes: fields of the recipe to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
+        serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve(recipe, changes)
     pretraining = resolve_base(spec)
@@ -42,5 +44,5 @@ def finetune(
     adapter = train_adapter(packed, base, spec.train, storage)
     merged = merge_adapter(adapter, spec.merge, storage)
     published = publish_model(merged, spec.publish, storage, hub_account)
-    served = serve_model(published, spec.serve, storage)
+    served = serve_model(published, spec.serve, storage, serving_host)
     return verify_model(served, spec.verify, storage)

@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows.recipes import PretrainName, resolve_pretrain
 from tasks.artifacts import PretrainedModel
+from tasks.check.task import keep_recipe
 from tasks.pretrain.task import pretrain_model
 from tasks.specs import PretrainChanges
 
@@ -23,4 +24,6 @@ def pretrain(
         changes: fields of the recipe to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
     """
-    return pretrain_model(resolve_pretrain(recipe, changes), storage)
+    spec = resolve_pretrain(recipe, changes)
+    keep_recipe(recipe, spec, storage)
+    return pretrain_model(spec, storage)

@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows.recipes import RecipeName, resolve
 from tasks.artifacts import HealthReport
+from tasks.check.task import check_release
 from tasks.merge.task import merge_adapter
 from tasks.publish.task import publish_model
 from tasks.serve.task import serve_model
@@ -21,6 +22,7 @@ def release(
     changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
     storage: str = "",
     hub_account: str = "",
+    serving_host: str = "",
 ) -> HealthReport:
     """Release one trained adapter.
 
@@ -30,10 +32,12 @@ def release(
         changes: fields of the recipe to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
+        serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve(recipe, changes)
+    check_release(recipe, spec, storage, hub_account)
     trained = find_adapter(adapter, storage)
     merged = merge_adapter(trained, spec.merge, storage)
     published = publish_model(merged, spec.publish, storage, hub_account)
-    served = serve_model(published, spec.serve, storage)
+    served = serve_model(published, spec.serve, storage, serving_host)
     return verify_model(served, spec.verify, storage)

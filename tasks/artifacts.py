@@ -151,7 +151,7 @@ class ServedModel(Artifact):
     model_folder: str
     model_digest: str
     served_model_name: str
-    dtype: str  # in which the reference is computed: "float32", or "bfloat16" for what is served in it
+    dtype: str  # what it is served in, and so what the reference is computed in
     vllm_url: str
     gateway_url: str
     reused: bool

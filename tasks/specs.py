@@ -172,7 +172,7 @@ class PretrainSpec(Spec):
     """A GptOssForCausalLM from its config, trained from scratch on plain text."""
 
     shape: GptOssShape
-    corpus: str = Field(default="shipped", description="'shipped' or a UTF-8 text file; blank lines part documents.")
+    corpus: str = Field(default="shipped", description="'shipped' or a UTF-8 text file, read as one stream.")
     row_tokens: Positive = 256
     rows_per_step: Positive = 4
     num_steps: Positive = 200

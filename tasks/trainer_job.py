@@ -14,6 +14,7 @@ from typing import Any
 from tasks import errors, files
 from tasks.processes import Job, last_lines, supervise
 
+SECRETS = frozenset({"HF_TOKEN", "WANDB_API_KEY", "REDIS_URL", "PREFECT_API_KEY", "VLLM_API_KEY", "LITE_API_KEY"})
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 
 
@@ -60,7 +61,7 @@ def run_trainer(
 
 def _environment() -> dict[str, str]:
     """Return the trainer's environment: ours without secrets that it has no use for."""
-    env = {name: value for name, value in os.environ.items() if name not in {"HF_TOKEN", "REDIS_URL"}}
+    env = {name: value for name, value in os.environ.items() if name not in SECRETS}
     env.update(
         PYTHONUNBUFFERED="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",

@@ -58,14 +58,15 @@ def is_complete(checkpoint: Path) -> bool:
     return all(present.get(name) == size for name, size in listed.items())
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole `checkpoint-*`, after removing torn ones, or None."""
+def latest_checkpoint(folder: Path, *, is_owner: bool = True) -> Path | None:
+    """Return the newest whole `checkpoint-*`, or None; the owner (rank 0) removes torn ones."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if is_complete(checkpoint):
             return checkpoint
-        logger.warning("%s is not whole: removed", checkpoint.name)
-        shutil.rmtree(checkpoint)
+        if is_owner:
+            logger.warning("%s is not whole: removed", checkpoint.name)
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
@@ -87,7 +88,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Begin to measure speed at the step that training starts from, and drop records of steps to be redone."""
         self._last = (state.global_step, time.monotonic())
-        truncate_metrics(self.path, state.global_step)
+        if state.is_world_process_zero:
+            truncate_metrics(self.path, state.global_step)
 
     def on_log(
         self,
@@ -142,8 +144,9 @@ def say(line: str) -> None:
 
 def run_worker(folder: Path, work: Any) -> None:  # Any: a callable without arguments
     """Run `work`; write down why it failed, so that the parent can raise the right class of error."""
-    for name in (RESULT, FAILURE):
-        (folder / name).unlink(missing_ok=True)
+    if is_rank_zero():
+        for name in (RESULT, FAILURE):
+            (folder / name).unlink(missing_ok=True)
     try:
         work()
     except torch.OutOfMemoryError as error:
@@ -157,6 +160,11 @@ def run_worker(folder: Path, work: Any) -> None:  # Any: a callable without argu
         raise
 
 
+def is_rank_zero() -> bool:
+    """Say whether this process is the first of the run; torchrun sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(folder: Path, kind: str, message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_zero():
         files.write_json(folder / FAILURE, {"error": kind, "message": message})

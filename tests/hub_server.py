@@ -15,8 +15,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,9 +73,13 @@ class Repo:
 class HubServer:
     """State and switches of the loopback Hub."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.url = ""
+        self.reset(Path())
+
+    def reset(self, folder: Path) -> None:
+        """Forget everything but the address; `folder` holds the CAS of the xet path."""
+        self.folder = folder
         self.tokens: dict[str, tuple[str, str]] = {}  # token -> (user, role: write | read | none)
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # sha256 -> content that arrived
@@ -463,27 +467,21 @@ def _file(hub: HubServer, request: Request, repo: Repo, revision: str, path: str
     return Response(data, headers=headers, media_type="application/octet-stream")
 
 
-@contextmanager
-def serve_hub(folder: Path) -> Iterator[HubServer]:
-    """Run a Hub in a thread on a free loopback port."""
-    hub = HubServer(folder)
+@cache
+def shared_hub() -> HubServer:
+    """Start the one Hub of this process in a daemon thread on a free loopback port."""
+    hub = HubServer()
     config = uvicorn.Config(
         _Failures(create_app(hub), hub), host="127.0.0.1", port=0, log_level="critical", lifespan="off", loop="asyncio"
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, name="loopback-hub", daemon=True)
-    thread.start()
-    try:
-        for _ in range(1000):
-            if server.started:
-                break
-            time.sleep(0.01)
-        hub.url = "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
-        yield hub
-    finally:
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(timeout=10)
+    threading.Thread(target=server.run, name="loopback-hub", daemon=True).start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline, "the loopback Hub did not start"
+        time.sleep(0.01)
+    hub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    return hub
 
 
 def client_environment(hub: HubServer, home: Path) -> dict[str, str]:
@@ -512,19 +510,18 @@ def hub_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
-    with serve_hub(tmp_path / "hub-server") as hub:
-        hub.tokens = {WRITE: ("ada", "write"), READ: ("ada", "read"), NOBODY: ("eve", "none")}
-        fast = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        nowhere = "http://127.0.0.1:9"  # refuses: our code must pass its client's endpoint
-        monkeypatch.setattr(constants, "ENDPOINT", nowhere)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(_http, "time", fast)
-        monkeypatch.setattr(file_download, "time", fast)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        _http.close_session()
-        yield hub
-        _http.close_session()
+    hub = shared_hub()
+    hub.reset(tmp_path / "hub-server")
+    hub.tokens = {WRITE: ("ada", "write"), READ: ("ada", "read"), NOBODY: ("eve", "none")}
+    fast = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
+    nowhere = "http://127.0.0.1:9"  # refuses: our code must pass its client's endpoint
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(_http, "time", fast)
+    monkeypatch.setattr(file_download, "time", fast)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    _http.close_session()
+    yield hub
+    _http.close_session()

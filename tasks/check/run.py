@@ -7,6 +7,7 @@ Ring: edge.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tasks.gptoss.layout import parameter_shapes
 from tasks.hub import hub_errors, pin_commit
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import SERVICES, ServiceSettings
-from tasks.specs import PretrainSpec, Recipe
+from tasks.specs import PretrainSpec, Recipe, Spec
 from tasks.train.run import base_shapes
 from tasks.train.targets import Shapes, find_targets
 
@@ -38,13 +39,27 @@ def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: Artifa
     Raises: the error itself when there is one fault; SpecError listing all when there are several;
         TransientError when the Hub can't be reached, so that the check is retried.
     """
-    checks: list[Callable[[], str]] = [
+    data: list[Callable[[], str]] = [
         lambda: _check_data(recipe, hub),
         lambda: _check_base(recipe, pretraining, hub),
+    ]
+    return _run_all([*data, *_late_checks(recipe, store, hub)])
+
+
+def check_release(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
+    """Run the checks that matter from the merge on; returns and raises as check_recipe does."""
+    return _run_all(_late_checks(recipe, store, hub))
+
+
+def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[Callable[[], str]]:
+    return [
         lambda: _check_publish(recipe, hub),
         lambda: _check_serving(recipe, store),
         lambda: _check_disk(store),
     ]
+
+
+def _run_all(checks: list[Callable[[], str]]) -> list[str]:
     said: list[str] = []
     faults: list[TataraError] = []
     for check in checks:
@@ -96,11 +111,13 @@ def _check_fit(recipe: Recipe, shapes: Shapes, context_tokens: int) -> None:
 
 
 def _check_publish(recipe: Recipe, hub: HfApi) -> str:
-    if not hub.token:
-        return "publish: no Hub token, the model stays in a local folder in Hub layout"
+    repo_id = recipe.publish.repo_id or os.environ.get("HF_REPO_NAME", "")
+    if not hub.token or not repo_id:
+        lacking = "repo" if hub.token else "token"
+        return f"publish: no Hub {lacking} is given, the model stays in a local folder in Hub layout"
     with hub_errors("checking the Hub token"):
         name = hub.whoami()["name"]
-    return f"publish: as {name} to {recipe.publish.repo_id or 'HF_REPO_NAME, else a local folder'}"
+    return f"publish: as {name} to {repo_id}"
 
 
 def _check_serving(recipe: Recipe, store: ArtifactStore) -> str:
@@ -128,7 +145,7 @@ def _check_disk(store: ArtifactStore) -> str:
     return f"disk: {free / 1e9:.0f} GB free below {store.root}"
 
 
-def keep_recipe(name: str, recipe: Recipe, folder: Path) -> Path:
+def keep_recipe(name: str, recipe: Spec, folder: Path) -> Path:
     """Write the resolved recipe down beside the run."""
     path = folder / "recipe.json"
     files.write_json(path, {"recipe": name, "resolved": recipe.model_dump(mode="json")})

@@ -5,28 +5,52 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from tasks.errors import is_worth_retrying
-from tasks.specs import PretrainSpec, Recipe
+from tasks.specs import PretrainSpec, Recipe, Spec
+
+_RETRYING = {
+    "retries": 2,
+    "retry_delay_seconds": [5, 30],
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_worth_retrying,
+    "timeout_seconds": 300,
+    "cache_policy": NO_CACHE,  # the world changes
+}
 
 
-@task(
-    task_run_name="check-{name}",
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_jitter_factor=0.5,
-    retry_condition_fn=is_worth_retrying,
-    timeout_seconds=300,
-    cache_policy=NO_CACHE,  # the world changes
-)
+@task(task_run_name="check-{name}", **_RETRYING)
 def check_recipe(
     name: str, recipe: Recipe, pretraining: PretrainSpec | None, storage: str = "", hub_account: str = ""
 ) -> None:
     """Store the resolved recipe with the run, then say all that can't work before long work starts."""
     from blocks.opening import open_hub, open_store
     from tasks.check import run
+
+    keep_recipe.fn(name, recipe, storage)
+    _show_checks(run.check_recipe(recipe, pretraining, open_store(storage), open_hub(hub_account)))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str = "") -> None:
+    """The same for a run that begins with the merge."""
+    from blocks.opening import open_hub, open_store
+    from tasks.check import run
+
+    keep_recipe.fn(name, recipe, storage)
+    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account)))
+
+
+@task(task_run_name="keep-{name}", cache_policy=NO_CACHE)
+def keep_recipe(name: str, recipe: Spec, storage: str = "") -> None:
+    """Store the resolved recipe with the run, as a file and as an artifact."""
+    from blocks.opening import open_store
+    from tasks.check import run
     from tasks.prefect_ui import show_markdown
 
-    store = open_store(storage)
-    run.keep_recipe(name, recipe, store.root / "runs" / str(flow_run.get_id()))
+    run.keep_recipe(name, recipe, open_store(storage).root / "runs" / str(flow_run.get_id()))
     show_markdown("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```", f"The resolved recipe {name}")
-    said = run.check_recipe(recipe, pretraining, store, open_hub(hub_account))
+
+
+def _show_checks(said: list[str]) -> None:
+    from tasks.prefect_ui import show_markdown
+
     show_markdown("checks", "\n".join(f"- {line}" for line in said), "What was checked before the run")

@@ -5,6 +5,9 @@ Ring: edge.
 
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from tasks.artifacts import ArtifactStore, PublishedModel, ServedModel, make_key
 from tasks.serve import services
@@ -12,17 +15,27 @@ from tasks.serve.settings import ServiceSettings
 from tasks.specs import ServeSpec
 
 VERSION = 1
+NO_OVERRIDES: Mapping[str, str] = {}
 
 
-def serve_model(published: PublishedModel, spec: ServeSpec, store: ArtifactStore) -> ServedModel:
+def serve_model(
+    published: PublishedModel, spec: ServeSpec, store: ArtifactStore, host: Mapping[str, str] = NO_OVERRIDES
+) -> ServedModel:
     """Serve the published model; always runs, since the answer depends on the world.
 
+    Args:
+        published: what is served, from its local folder.
+        spec: ports, name, lengths.
+        store: its root holds the services' records and logs.
+        host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
     Raises: PortTakenError, CapacityError or MissingError before anything starts; ServiceError with
         the last lines of the log when a service dies or does not answer in time.
     """
-    settings = ServiceSettings(
-        model=published.model_folder, spec=spec, home=store.root, variables=os.environ, vllm_url=""
-    )
+    if host.get("HOST"):
+        spec = spec.model_copy(update={"host": host["HOST"]})
+    settings = ServiceSettings(model=published.model_folder, spec=spec, home=store.root, variables=os.environ)
+    if host.get("TATARA_VLLM_PYTHON"):
+        settings = replace(settings, vllm_python=Path(host["TATARA_VLLM_PYTHON"]))
     status = services.start(settings)
     key = make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,))
     with store.claim(ServedModel, key) as claim:
@@ -33,7 +46,7 @@ def serve_model(published: PublishedModel, spec: ServeSpec, store: ArtifactStore
             model_folder=published.model_folder,
             model_digest=published.model_digest,
             served_model_name=spec.served_model_name,
-            dtype="float32" if spec.dtype == "float32" else "bfloat16",
+            dtype="bfloat16" if spec.dtype == "auto" else spec.dtype,
             vllm_url=status.vllm.url,
             gateway_url=status.gateway.url,
             reused=status.reused,

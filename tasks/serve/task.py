@@ -17,12 +17,12 @@ from tasks.specs import ServeSpec
     timeout_seconds=3600,
     cache_policy=NO_CACHE,  # always runs: the answer depends on the world
 )
-def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "") -> ServedModel:
+def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "", serving_host: str = "") -> ServedModel:
     """Start vLLM, then the gateway; what serves this model already is kept."""
-    from blocks.opening import open_store
+    from blocks.opening import open_host, open_store
     from tasks.prefect_ui import show_link
     from tasks.serve import run
 
-    served = run.serve_model(published, spec, open_store(storage))
-    show_link("gateway", f"{served.gateway_url}/docs", f"gateway of {served.served_model_name}")
+    served = run.serve_model(published, spec, open_store(storage), open_host(serving_host))
+    show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served

@@ -9,6 +9,7 @@ Ring: edge.
 """
 
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     model = load_base(Path(job["base_folder"]), spec)
     separate_documents(model)
     trainer = make_trainer(model, job, spec)
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
     before = evaluate_once(trainer, folder / "evaluation_before.json")
     run_to_end(trainer, checkpoint)
     after = trainer.evaluate()["eval_loss"]
@@ -82,7 +83,7 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     elif getattr(config, "quantization_config", None):
         kwargs["quantization_config"] = dequantized(config.quantization_config)
     if on_gpu:
-        kwargs["device_map"] = {"": torch.cuda.current_device()}
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {model.config._attn_implementation}")

@@ -27,6 +27,7 @@ from tasks.artifacts import (
 from tasks.errors import AttestationError, ServiceError
 from tasks.processes import last_lines
 from tasks.specs import VerifySpec
+from tasks.trainer_job import SECRETS
 from tasks.verify.client import get_json, post_json, stream_chat, text_of
 from tasks.verify.probes import Scores, answer_logprobs, check_scores, mean, scoring_request
 
@@ -124,7 +125,8 @@ def reference_scores(
 
 def _run_reference(folder: Path) -> None:
     log = folder / "output.log"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(_ROOT)}
+    env = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(_ROOT))
     with log.open("wb") as output:
         argv = [sys.executable, "-m", "tasks.verify.reference", str(folder / "job.json")]
         code = subprocess.run(argv, env=env, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
@@ -155,7 +157,9 @@ def ask(served: ServedModel, spec: VerifySpec) -> dict[str, Any]:  # Any: JSON v
     start = time.monotonic()
     reply = post_json(url, body, spec.request_timeout_s)
     seconds = time.monotonic() - start
-    pieces = list(stream_chat(url, body, spec.request_timeout_s))
+    if "tatara" in reply:  # the gateway marks what vLLM did not say
+        raise ServiceError(f"{url} was answered by {reply['tatara']}, not by vLLM: unset LITE_CANNED and LITE_MODEL")
+    pieces = [piece for piece in stream_chat(url, body, spec.request_timeout_s) if piece[1]]
     answer = text_of(reply["choices"][0]["message"])
     streamed = "".join(text for _, text in pieces)
     if not answer or not streamed:

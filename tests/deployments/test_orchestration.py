@@ -65,7 +65,7 @@ class _Other(BaseHTTPRequestHandler):
 def other_program() -> Iterator[int]:
     """A port on which a web server that is not Prefect's answers."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Other)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server.server_port
     server.shutdown()
     server.server_close()

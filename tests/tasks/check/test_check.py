@@ -185,7 +185,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HfApi]]:
     def open_hub(answers: dict[str, tuple[int, Any]]) -> HfApi:
         handler = type("Handler", (_Hub,), {"answers": answers})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_" + "x" * 34)
 

@@ -28,6 +28,13 @@ from tests.tasks.publish.conftest import write_model
 
 BASE = "ada/base"
 SPEC = BaseModelSpec(model=BASE)
+VALUES = {
+    "source": "ada/rows",
+    "split": "train",
+    "validation_split": "test",
+    "question_column": "q",
+    "answer_column": "a",
+}
 
 
 @pytest.fixture
@@ -123,10 +130,8 @@ def test_a_hub_that_goes_away_before_the_listing_is_transient(
     assert store.committed(BaseCheckpoint) == [] and rule.hits
 
 
-@pytest.mark.parametrize(("token", "code"), [(NOBODY, 403), (False, 401)])
-def test_a_gated_base_is_named(
-    store: ArtifactStore, hub: HubServer, model: dict[str, bytes], token: str | bool, code: int
-):
+@pytest.mark.parametrize("token", [NOBODY, False])
+def test_a_gated_base_is_named(store: ArtifactStore, hub: HubServer, model: dict[str, bytes], token: str | bool):
     hub.add_repo("model", BASE, model, gated=True)
     with pytest.raises(AccessError, match="ada/base@main: the repository is gated"):
         fetch_base(SPEC, store, client(hub, token))
@@ -188,7 +193,8 @@ from pathlib import Path
 
 def show(values, token, endpoint=None):
     try:
-        found = fetch_dataset(FetchSpec(**values), ArtifactStore(Path(sys.argv[1])), HfApi(endpoint=endpoint, token=token))
+        store, hub = ArtifactStore(Path(sys.argv[1])), HfApi(endpoint=endpoint, token=token)
+        found = fetch_dataset(FetchSpec(**values), store, hub)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     rows = {n: pq.read_table(f"{found.folder}/{n}.parquet").to_pylist() for n in ("train", "validation")}
@@ -221,12 +227,11 @@ def test_a_data_set_by_id_revision_split_and_columns(hub: HubServer, tmp_path: P
     first = repo.branches["main"]
     hub.add_repo("dataset", "ada/rows", {"train.jsonl": as_jsonl([{"q": "new", "a": "newer", "rest": ""}])})
     second = repo.branches["main"]
-    values = dict(source="ada/rows", split="train", validation_split="test", question_column="q", answer_column="a")
     said = in_a_process(
         hub,
         tmp_path,
         f"""
-        values, token = {values!r}, {READ!r}
+        values, token = {VALUES!r}, {READ!r}
         said = {{
             "first": show({{**values, "revision": {first!r}}}, token),
             "main": show(values, token),
@@ -256,10 +261,9 @@ def test_a_data_set_by_id_revision_split_and_columns(hub: HubServer, tmp_path: P
 
 def test_a_failing_hub_never_yields_another_revisions_rows(hub: HubServer, tmp_path: Path):
     """datasets answers from its cache when the Hub fails, whatever revision that is."""
-    values = dict(source="ada/rows", split="train", validation_split="test", question_column="q", answer_column="a")
     held = as_jsonl([{"q": "q", "a": "held out"}])
     hub.add_repo("dataset", "ada/rows", {"train.jsonl": as_jsonl([{"q": "q", "a": "old"}]), "test.jsonl": held})
-    fetch = f"said = show({values!r}, {READ!r})"
+    fetch = f"said = show({VALUES!r}, {READ!r})"
     old = in_a_process(hub, tmp_path, fetch)
     assert old["train"][0]["messages"][1]["content"] == "old"
     hub.add_repo("dataset", "ada/rows", {"train.jsonl": as_jsonl([{"q": "q", "a": "new"}])})

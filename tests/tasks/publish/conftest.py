@@ -45,7 +45,7 @@ def write_model(folder: Path, first: int = 0) -> None:
 
 def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_model) -> MergedModel:
     """Commit data set, packed rows, base, adapter and a merged model whose files `write` makes."""
-    rows = dict(num_train_rows=8, num_validation_rows=2)
+    rows = {"num_train_rows": 8, "num_validation_rows": 2}
     dataset = _commit(
         store,
         FetchedDataset,
@@ -57,7 +57,12 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         is_chat=True,
         num_rejected_rows=0,
     )
-    counts = dict(num_train_documents=8, num_validation_documents=2, num_train_tokens=900, num_learnt_tokens=300)
+    counts = {
+        "num_train_documents": 8,
+        "num_validation_documents": 2,
+        "num_train_tokens": 900,
+        "num_learnt_tokens": 300,
+    }
     packed = _commit(store, PackedDataset, PackSpec(), (dataset,), **rows, **counts, row_tokens=128, fill_pct=90.0)
     base = _commit(
         store,
@@ -69,7 +74,7 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         model_digest="c" * 64,
         num_parameters=40_000,
     )
-    losses = dict(first_loss=3.0, last_loss=2.0, validation_loss_before=3.1, validation_loss_after=2.2)
+    losses = {"first_loss": 3.0, "last_loss": 2.0, "validation_loss_before": 3.1, "validation_loss_after": 2.2}
     adapter = _commit(
         store,
         TrainedAdapter,

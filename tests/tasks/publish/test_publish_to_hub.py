@@ -105,7 +105,7 @@ def test_a_read_only_token_is_403_before_anything_is_sent(
 ):
     if is_there:  # create_repo(exist_ok=True) would succeed
         hub.add_repo("model", REPO, {}, private=True)
-    with pytest.raises(AccessError, match="publishing to ada/tuned: 403, .*needs write access"):
+    with pytest.raises(AccessError, match=r"publishing to ada/tuned: 403, .*needs write access"):
         publish_model(merged, SPEC, store, client(hub, READ))
     assert hub.writes() == []
 
@@ -123,7 +123,7 @@ def test_a_public_repo_is_refused_when_a_private_one_was_asked_for(
 ):
     repo = hub.add_repo("model", REPO, {})
     before = dict(repo.commits)
-    with pytest.raises(AccessError, match="is public, but PublishSpec.private is true"):
+    with pytest.raises(AccessError, match=r"is public, but PublishSpec\.private is true"):
         publish_model(merged, SPEC, store, client(hub))
     assert repo.commits == before and hub.count("PUT", "") == 0
     assert publish_model(merged, PublishSpec(repo_id=REPO, private=False), store, client(hub)).place == "hub"
