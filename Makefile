@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check bench serve stop status clean
+.PHONY: help setup demo test quick check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -13,17 +13,19 @@ setup:           ## make both environments (.venv, .venv-vllm); instant when the
 demo: setup      ## the main job on this machine: data to a served, verified model
 	@.venv/bin/tatara demo
 
-test: setup check ## everything: format, lint, types, doctests and all tests, real vLLM included
-	@.venv/bin/python -m pytest -q --durations=10
+test: setup lint ## everything: format, lint, types, doctests and all tests, real vLLM included
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 --doctest-modules tests tasks flows deployments
 
 quick: setup     ## the fast tests only
-	@.venv/bin/python -m pytest -q -m "not slow"
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
-check: setup     ## ruff format, ruff, pyright, doctests
+check: setup lint ## ruff format, ruff, pyright, doctests
+	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments
+
+lint:
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/pyright
-	@.venv/bin/python -m pytest -q --doctest-modules -p no:cacheprovider tasks flows deployments
 
 bench: setup     ## speed and memory; prints one JSON line each
 	@for file in tests/bench/bench_*.py; do .venv/bin/python $$file || exit 1; done

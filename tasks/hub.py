@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from tasks.errors import AccessError, MissingError, TataraError, TransientError
 
-_CLIENT_MODULES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})  # huggingface_hub 2.4 moved to httpx2
+_CLIENT_MODULES = frozenset({"httpx", "httpx2"})  # huggingface_hub 2.4 moved to httpx2
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from prefect import Flow
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
 
-from deployments.orchestration import POOLS, ROOT
+from deployments.orchestration import NUM_DEPLOYMENTS, POOLS, ROOT
 from tasks.specs import PretrainSpec, Recipe, Spec, _spec_of
 
 TEXT = (ROOT / "prefect.yaml").read_text()
@@ -38,6 +38,8 @@ def test_prefects_own_model_takes_the_file():
 
 
 def test_all_deployments_of_the_issue_are_there():
+    assert len(DEPLOYMENTS) == NUM_DEPLOYMENTS
+    assert all("tatara" in deployment["tags"] for deployment in DEPLOYMENTS)  # by which they are counted
     assert sorted(map(_full_name, DEPLOYMENTS)) == sorted(
         [
             "finetune/h100",

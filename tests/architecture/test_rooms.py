@@ -188,24 +188,3 @@ def test_flow_files_define_flows_only():
 def test_names_say_what_is_inside():
     parts = {part for file in FILES for part in Path(file).with_suffix("").parts}
     assert not parts & {"utils", "util", "helpers", "common", "misc", "manager"}
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_task_decorators_keep_their_promises(verb: str):
-    """No result cache, a name; who retries asks the error, waits with jitter, and has a time limit.
-
-    Trainers may take days: they are watched by TrainSpec.stall_timeout_s instead.
-    """
-    found = 0
-    for node in ast.walk(_tree(f"tasks/{verb}/task.py")):
-        for decorator in getattr(node, "decorator_list", []):
-            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "task":
-                found += 1
-                words = {keyword.arg: ast.unparse(keyword.value) for keyword in decorator.keywords}
-                assert words["cache_policy"] == "NO_CACHE"
-                assert "task_run_name" in words
-                if words.get("retries", "0") != "0":
-                    assert words["retry_condition_fn"].endswith("is_worth_retrying")
-                    assert "retry_jitter_factor" in words
-                    assert "timeout_seconds" in words or verb in {"train", "pretrain"}
-    assert found

@@ -93,13 +93,30 @@ def test_is_taken(other_program: int, free_port: int):
     assert not subject.is_taken(free_port)
 
 
-def test_deployments_are_made_once_for_the_same_sources(tmp_path: Path):
-    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path)})
+class _Counting(_Other):
+    """A Prefect server, which is not ours, that knows all six deployments."""
+
+    def do_POST(self) -> None:
+        known = self.path == "/api/deployments/count"
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", "1")
+        self.end_headers()
+        self.wfile.write(b"6")
+
+
+def test_deployments_are_made_once_for_the_same_sources(tmp_path: Path, free_port: int):
+    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(free_port)})
     elsewhere = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": "4999"})
     wanted = subject._deployed_digest(prefect)
     assert wanted == subject._deployed_digest(prefect) != subject._deployed_digest(elsewhere)
     files.write_json(prefect.home / "deployed.json", wanted)
-    assert subject.deploy(prefect) is False  # no Prefect is called: none is there
+    server = ThreadingHTTPServer(("127.0.0.1", free_port), _Counting)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        assert subject.deploy(prefect) is False  # Prefect's command line is not called: it would fail here
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_stop_ends_worker_before_server_and_only_ours(tmp_path: Path):

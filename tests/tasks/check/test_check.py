@@ -196,6 +196,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HfApi]]:
     close_session()
 
 
+def _to_hub(recipe: Recipe) -> Recipe:
+    return change(recipe, {"publish": {"repo_id": "ayu/tuned"}})
+
+
 @pytest.mark.parametrize(
     ("status", "cls", "message"),
     [
@@ -215,12 +219,18 @@ def test_wrong_token_and_missing_right_are_told_apart(
     recipe: Recipe, store: ArtifactStore, hub: Any, status: int, cls: type[Exception], message: str
 ):
     with pytest.raises(cls, match=message):
-        subject.check_recipe(recipe, None, store, hub({"/api/whoami-v2": (status, {})}))
+        subject.check_recipe(_to_hub(recipe), None, store, hub({"/api/whoami-v2": (status, {})}))
 
 
-def test_good_token_is_named(recipe: Recipe, store: ArtifactStore, hub: Any):
-    said = subject.check_recipe(recipe, None, store, hub({"/api/whoami-v2": (200, {"name": "ayu"})}))
-    assert said[2] == "publish: as ayu to HF_REPO_NAME, else a local folder"
+def test_token_is_asked_for_its_owner_only_when_a_repo_is_named(
+    recipe: Recipe, store: ArtifactStore, hub: Any, monkeypatch: pytest.MonkeyPatch
+):
+    client = hub({"/api/whoami-v2": (200, {"name": "ayu"})})
+    assert subject.check_recipe(_to_hub(recipe), None, store, client)[2] == "publish: as ayu to ayu/tuned"
+    assert "no Hub repo is given" in subject.check_recipe(recipe, None, store, client)[2]
+    assert "no Hub token is given" in subject.check_recipe(_to_hub(recipe), None, store, HUB)[2]
+    monkeypatch.setenv("HF_REPO_NAME", "ayu/other")
+    assert subject.check_recipe(recipe, None, store, client)[2] == "publish: as ayu to ayu/other"
 
 
 def test_hub_that_is_away_is_transient_and_hides_no_behind_other_faults(recipe: Recipe, store: ArtifactStore):

@@ -84,7 +84,8 @@ def test_an_interrupted_publish_leaves_nothing_half(
     monkeypatch.setattr(run, "_link", link_until_the_cut)
     with pytest.raises(PowerCutError):
         publish_model(merged, PublishSpec(repo_id="ada/tuned"), store, NOBODY)
-    assert store.committed(PublishedModel) == []
+    assert made == links_made and store.committed(PublishedModel) == []
+    assert not (store.root / "hub/models--ada--tuned/snapshots" / merged.model_digest[:40]).exists()
     with pytest.raises(FileNotFoundError):
         snapshot_download("ada/tuned", cache_dir=store.root / "hub", local_files_only=True)
     monkeypatch.setattr(run, "_link", link)

@@ -1,0 +1,50 @@
+"""Every Prefect task keeps the promises of handbook section 6, example 3."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.errors import SpecError, TransientError
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS: dict[str, Task[..., Any]] = {
+    f"{path.parent.name}.{name}": value
+    for path in sorted((ROOT / "tasks").glob("*/task.py"))
+    for name, value in vars(importlib.import_module(f"tasks.{path.parent.name}.task")).items()
+    if isinstance(value, Task)
+}
+TRAINERS = {"train.train_adapter", "pretrain.pretrain_model"}  # may take days; TrainSpec.stall_timeout_s watches them
+
+
+class _State:
+    def __init__(self, data: object) -> None:
+        self.data = data
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_has_a_name_no_result_cache_and_sane_retries(name: str):
+    task = TASKS[name]
+    assert task.task_run_name
+    assert task.cache_policy == NO_CACHE
+    assert not task.persist_result
+    if task.retries:
+        assert task.retry_jitter_factor
+        assert task.timeout_seconds or name in TRAINERS
+        assert task.retry_condition_fn is not None
+        asked = [TransientError("503"), SpecError("rank"), MemoryError(), None]
+        answers = [task.retry_condition_fn(task, None, _State(data)) for data in asked]  # pyright: ignore
+        assert answers == [True, False, False, False]
+
+
+def test_the_seven_steps_are_tasks():
+    steps = {"fetch_dataset", "pack_dataset", "train_adapter", "merge_adapter", "publish_model", "serve_model"}
+    assert {name.partition(".")[2] for name in TASKS} >= steps | {"verify_model", "pretrain_model", "drain_traces"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tasks").glob("*/task.py")), ids=lambda path: path.parent.name)
+def test_task_files_are_thin(path: Path):
+    assert len(path.read_text().splitlines()) <= 80
