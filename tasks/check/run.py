@@ -18,7 +18,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import check_model_folder, local_folder, pin_dataset, read_dataset
 from tasks.gptoss.layout import parameter_shapes
-from tasks.hub import hub_errors, pin_commit
+from tasks.hub import pin_commit, require_writer
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import SERVICES, ServiceSettings
 from tasks.specs import PretrainSpec, Recipe, Spec
@@ -115,8 +115,7 @@ def _check_publish(recipe: Recipe, hub: HfApi) -> str:
     if not hub.token or not repo_id:
         lacking = "repo" if hub.token else "token"
         return f"publish: no Hub {lacking} is given, the model stays in a local folder in Hub layout"
-    with hub_errors("checking the Hub token"):
-        name = hub.whoami()["name"]
+    name = require_writer(hub, "checking the Hub token")
     return f"publish: as {name} to {repo_id}"
 
 
