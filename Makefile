@@ -14,7 +14,8 @@ demo: setup      ## the main job on this machine: data to a served, verified mod
 	@.venv/bin/tatara demo
 
 test: setup lint ## everything: format, lint, types, doctests and all tests, real vLLM included
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 --doctest-modules tests tasks flows deployments
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
+		tests/flows/test_line.py tests tasks flows deployments  # the longest file first, the rest beside it
 
 quick: setup     ## the fast tests only
 	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests

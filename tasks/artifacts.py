@@ -212,13 +212,16 @@ class Claim(Generic[A]):
         self._started = time.monotonic()
 
     def commit(self, artifact: A, *, spec: Spec, about: dict[str, Any] | None = None) -> A:  # Any: JSON values
-        """Write the manifest, last and whole; from here on the artifact exists."""
+        """Write the manifest, last and whole, after all files are on disk; from here on the artifact exists."""
+        listed = {name: size for name, size in files.list_files(self.folder).items() if name != MANIFEST}
+        for name in listed:
+            files.fsync_file(self.folder / name)
         manifest = {
             "kind": artifact.kind,
             "artifact": artifact.model_dump(mode="json", exclude={"folder"}),
             "spec": spec.model_dump(mode="json"),
             "about": about or {},
-            "files": {name: size for name, size in files.list_files(self.folder).items() if name != MANIFEST},
+            "files": listed,
             "created_at": datetime.now(UTC).isoformat(),
             "seconds": round(time.monotonic() - self._started, 3),
             "python": platform.python_version(),

@@ -35,6 +35,12 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable, whoever wrote it."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success fsync it and rename it to `path`.
@@ -50,8 +56,7 @@ def aside(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600 files; a served model is read by others
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        fsync_file(temporary)
         temporary.replace(path)
         fsync_folder(path.parent)
     except BaseException:

@@ -18,6 +18,7 @@ from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
+    create_table_artifact,
     update_progress_artifact,
 )
 
@@ -42,6 +43,12 @@ def _never_fatal(show: Callable[P, R]) -> Callable[P, R | None]:
 def show_markdown(key: str, text: str, description: str) -> None:
     """Show a table or a text under `key` (lower case, digits, dashes)."""
     create_markdown_artifact(text, key=key, description=description)
+
+
+@_never_fatal
+def show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:  # Any: cells are plain values
+    """Show rows of equal columns; the first 200, the whole of it lies in the artifact's folder."""
+    create_table_artifact(rows[:200], key=key, description=description)
 
 
 @_never_fatal

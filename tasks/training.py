@@ -43,8 +43,7 @@ def mark_complete(checkpoint: Path) -> None:
     """Declare a checkpoint whole: every file on disk, then the list of them."""
     names = files.list_files(checkpoint)
     for name in names:
-        with (checkpoint / name).open("rb") as handle:
-            os.fsync(handle.fileno())
+        files.fsync_file(checkpoint / name)
     files.write_json(checkpoint / COMPLETE, {name: size for name, size in names.items() if name != COMPLETE})
 
 

@@ -21,10 +21,11 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, storage: str = "") -
     """Merge the adapter into its base; a second call returns the finished one."""
     from blocks.opening import open_store
     from tasks.merge import report, run  # torch: loaded where it runs, not where it is deployed
-    from tasks.prefect_ui import show_markdown
+    from tasks.prefect_ui import show_markdown, show_table
 
     store = open_store(storage)
     merged = run.merge_adapter(adapter, spec, store)
     changes = (store.manifest(MergedModel, merged.key) or {})["about"]["ledger"]
     show_markdown("merge-ledger", report.ledger_markdown(merged, changes), "Which tensor got which change")
+    show_table("merge-changes", changes, "One row for each changed tensor: LoRA pair, scale, norm, shard")
     return merged

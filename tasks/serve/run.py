@@ -36,9 +36,9 @@ def serve_model(
     settings = ServiceSettings(model=published.model_folder, spec=spec, home=store.root, variables=os.environ)
     if host.get("TATARA_VLLM_PYTHON"):
         settings = replace(settings, vllm_python=Path(host["TATARA_VLLM_PYTHON"]))
-    status = services.start(settings)
     key = make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,))
     with store.claim(ServedModel, key) as claim:
+        status = services.start(settings)
         served = ServedModel(
             key=key,
             folder=str(claim.folder),

@@ -47,37 +47,11 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
     Raises: AttestationError when the served model is not the merged one or no better than its base;
         ServiceError or TransientError when the endpoint is not healthy.
     """
-    documents = pq.read_table(store.ancestor(served, PackedDataset).path / "validation_documents.parquet").to_pylist()
-    documents = documents[: spec.num_answers]
-    reference = reference_scores(served, documents, store)
-    health = check_health(served, spec)
-    chat = ask(served, spec)
-    served_values: list[float] = []
-    for document in documents:
-        prompt, answer = document["prompt_ids"], document["answer_ids"]
-        body = scoring_request(served.served_model_name, prompt, answer)
-        reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
-        served_values.extend(answer_logprobs(reply, prompt, answer))
-    scores = Scores(served=mean(served_values), merged=reference["merged"], base=reference["base"])
-    return _report(served, spec, store, scores, len(documents), {"health": health, "chat": chat}, show)
-
-
-def _report(
-    served: ServedModel,
-    spec: VerifySpec,
-    store: ArtifactStore,
-    scores: Scores,
-    num_answers: int,
-    about: dict[str, Any],  # Any: JSON values
-    show: ShowFn,
-) -> HealthReport:
-    failure: AttestationError | None = None
-    try:
-        check_scores(scores, spec)
-    except AttestationError as error:
-        failure = error
     key = make_key("verify", VERSION, spec, {"time": str(time.time_ns())}, (served,))
     with store.claim(HealthReport, key) as claim:
+        scores, about = probe(served, spec, store)
+        failure = _failure(scores, spec)
+        about["failure"] = str(failure) if failure else ""
         report = HealthReport(
             key=key,
             folder=str(claim.folder),
@@ -86,18 +60,42 @@ def _report(
             served_logprob=scores.served,
             merged_logprob=scores.merged,
             base_logprob=scores.base,
-            num_answers=num_answers,
+            num_answers=about["num_answers"],
             question=spec.question,
             answer=about["chat"]["answer"],
             gateway_url=served.gateway_url,
             served_model_name=served.served_model_name,
         )
-        about["failure"] = str(failure) if failure else ""
         claim.commit(report, spec=spec, about=about)
     show(report, about)
     if failure:
         raise failure
     return report
+
+
+def _failure(scores: Scores, spec: VerifySpec) -> AttestationError | None:
+    try:
+        check_scores(scores, spec)
+    except AttestationError as error:
+        return error
+    return None
+
+
+def probe(
+    served: ServedModel, spec: VerifySpec, store: ArtifactStore
+) -> tuple[Scores, dict[str, Any]]:  # Any: JSON values
+    """Ask everything that is asked of the endpoint; return the scores and what stands beside them."""
+    documents = pq.read_table(store.ancestor(served, PackedDataset).path / "validation_documents.parquet").to_pylist()
+    documents = documents[: spec.num_answers]
+    reference = reference_scores(served, documents, store)
+    about = {"health": check_health(served, spec), "chat": ask(served, spec), "num_answers": len(documents)}
+    served_values: list[float] = []
+    for document in documents:
+        prompt, answer = document["prompt_ids"], document["answer_ids"]
+        body = scoring_request(served.served_model_name, prompt, answer)
+        reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
+        served_values.extend(answer_logprobs(reply, prompt, answer))
+    return Scores(served=mean(served_values), merged=reference["merged"], base=reference["base"]), about
 
 
 def reference_scores(
@@ -107,11 +105,14 @@ def reference_scores(
 ) -> dict[str, float]:
     """Return {"merged", "base"} mean log-probabilities, computed once for the same weights and answers."""
     merged, adapter = store.ancestor(served, MergedModel), store.ancestor(served, TrainedAdapter)
+    growth = 2 if served.dtype == "float32" else 1  # bf16 files opened in float32
+    needed = growth * merged.total_bytes + (1 << 30)
     identity = [merged.model_digest, adapter.base_digest, served.dtype, [d["row_id"] for d in documents], adapter.key]
     folder = store.root / "reference" / sha256(repr(identity).encode()).hexdigest()[:16]
     result = folder / "scores.json"
     with files.lock_file(folder.with_suffix(".lock")):
         if not result.exists():
+            files.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
             job = {
                 "folders": {"merged": merged.model_folder, "base": adapter.base_folder},
                 "documents": documents,
