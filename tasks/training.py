@@ -33,7 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def fix_seeds(seed: int) -> None:
-    """Seed every generator that a model's construction draws from."""
+    """Seed every generator that a model's construction draws from; on a CPU, let no sum depend on the threads' order.
+
+    The grouped experts of transformers add up tokens by threads: without this two equal runs differ
+    in the last bits, and a resumed run from the one that was never killed.
+    """
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic: Any = torch.utils.deterministic  # Any: the stubs lack its property
+        deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

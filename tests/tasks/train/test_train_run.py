@@ -20,7 +20,7 @@ from tasks.metrics import read_metrics
 from tasks.pack.run import pack_dataset
 from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, TrainSpec
 from tasks.train.run import train_adapter
-from tasks.training import is_complete, latest_checkpoint
+from tasks.training import checkpoint_step, is_complete, latest_checkpoint
 from tests.tiny import make_base, write_chats
 
 LORA = LoraSpec(
@@ -32,7 +32,7 @@ LORA = LoraSpec(
 SPEC = TrainSpec(
     lora=LORA,
     learning_rate=2e-2,
-    max_steps=12,
+    max_steps=40,
     rows_per_device=2,
     dtype="float32",
     gradient_checkpointing=False,
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, Tr
 
 def test_loss_falls_on_train_and_validation(trained: tuple[ArtifactStore, TrainedAdapter]):
     _, adapter = trained
-    assert adapter.num_steps == 12
+    assert adapter.num_steps == 40
     assert adapter.last_loss < adapter.first_loss - 0.1
     assert adapter.validation_loss_after < adapter.validation_loss_before - 0.1
 
@@ -99,10 +99,10 @@ def test_killed_and_resumed_is_bit_identical(trained: tuple[ArtifactStore, Train
     with pytest.raises(TrainingError, match="died without a result"):
         train_adapter(packed, base, SPEC, store, kill_after_five_steps)
     folder = next((store.root / "adapter").glob("[!.]*"))
-    torn = folder / "checkpoints" / "checkpoint-11"
+    torn = folder / "checkpoints" / "checkpoint-39"
     torn.mkdir()
-    (torn / "trainer_state.json").write_text('{"global_step": 11')
-    assert latest_checkpoint(folder / "checkpoints").name in {"checkpoint-4", "checkpoint-6"}
+    (torn / "trainer_state.json").write_text('{"global_step": 39')
+    assert 4 <= checkpoint_step(latest_checkpoint(folder / "checkpoints")) < 39
     assert not torn.exists()
 
     resumed = train_adapter(packed, base, SPEC, store, lambda record: None)
@@ -119,7 +119,7 @@ def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
     """The parent is killed; the trainer goes on; the next try follows it instead of starting another."""
     store = ArtifactStore(tmp_path / "home")
     packed, base = make_inputs(store, tmp_path)
-    spec = SPEC.model_copy(update={"max_steps": 40})
+    spec = SPEC.model_copy(update={"max_steps": 60})
     pid = os.fork()
     if pid == 0:  # the parent that will be killed
         try:
@@ -136,8 +136,8 @@ def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
     assert survivor is not None
     adapter = train_adapter(packed, base, spec, store, lambda record: None)
     assert json.loads(identity_file.read_text())["pid"] == survivor.pid
-    assert adapter.num_steps == 40
-    assert [r["step"] for r in read_metrics(adapter.path / "metrics.jsonl")] == list(range(1, 41))
+    assert adapter.num_steps == 60
+    assert [r["step"] for r in read_metrics(adapter.path / "metrics.jsonl")] == list(range(1, 61))
 
 
 def test_a_target_that_hits_nothing_is_named_before_anything_starts(tmp_path: Path):

@@ -1,0 +1,50 @@
+"""Pretraining by the real worker: repeatable to the bit, and its compact vocabulary is exact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from flows.recipes import resolve_pretrain
+from tasks.artifacts import ArtifactStore
+from tasks.pretrain.run import pretrain_model
+from tasks.pretrain.worker import TiedRestTrainer, Vocabulary, build_model, expand
+from tasks.specs import PretrainSpec, change
+
+SMALL = {"num_steps": 6, "save_steps": 6, "shape": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 32}}
+
+
+class NoSpecialTokens:
+    bos_token_id = eos_token_id = pad_token_id = None
+
+
+@pytest.mark.slow
+def test_the_same_question_gives_the_same_bytes(tmp_path: Path):
+    spec = change(resolve_pretrain("tiny"), SMALL)
+    digests = {
+        pretrain_model(spec, ArtifactStore(tmp_path / name), lambda record: None).model_digest for name in ("a", "b")
+    }
+    assert len(digests) == 1
+
+
+def small_spec() -> PretrainSpec:
+    return change(resolve_pretrain("tiny"), {"shape": {**SMALL["shape"], "vocab_size": 500}})
+
+
+def test_the_compact_loss_is_the_full_softmax_of_the_expanded_model():
+    spec = small_spec()
+    torch.manual_seed(0)
+    ids = torch.randint(0, 400, (3, 24)) // 7 * 7  # 58 of 500 ids
+    vocabulary = Vocabulary(ids.flatten(), 500, is_compact=True)
+    trained = build_model(spec, NoSpecialTokens(), vocabulary.num_classes).eval()
+    with torch.no_grad():
+        trained.lm_head.weight.normal_()
+    inputs = {"input_ids": vocabulary.classes(ids), "labels": vocabulary.classes(ids)}
+    holder = TiedRestTrainer.__new__(TiedRestTrainer)
+    holder.rest_bias = float(torch.log(torch.tensor(float(vocabulary.num_rest))))
+    compact = holder.compute_loss(trained, inputs)
+    model = expand(trained, vocabulary, spec, NoSpecialTokens()).eval()
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    full = functional.cross_entropy(logits, ids[:, 1:].flatten())
+    torch.testing.assert_close(compact, full, rtol=1e-5, atol=1e-5)
