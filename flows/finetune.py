@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.recipes import RecipeName, resolve, resolve_base
 from tasks.artifacts import HealthReport
-from tasks.check.task import check_recipe
+from tasks.check.task import check_lengths, check_recipe
 from tasks.fetch.task import fetch_base, fetch_dataset
 from tasks.merge.task import merge_adapter
 from tasks.pack.task import pack_dataset
@@ -38,8 +38,9 @@ def finetune(
     spec = resolve(recipe, changes)
     pretraining = resolve_base(spec)
     check_recipe(recipe, spec, pretraining, storage, hub_account)
-    base = pretrain_model(pretraining, storage) if pretraining else fetch_base(spec.base, storage, hub_account)
     dataset = fetch_dataset(spec.fetch, storage, hub_account)
+    check_lengths(recipe, dataset, spec, pretraining, storage, hub_account)
+    base = pretrain_model(pretraining, storage) if pretraining else fetch_base(spec.base, storage, hub_account)
     packed = pack_dataset(dataset, base, spec.pack, storage)
     adapter = train_adapter(packed, base, spec.train, storage)
     merged = merge_adapter(adapter, spec.merge, storage)

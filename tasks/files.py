@@ -116,29 +116,6 @@ def require_disk(path: Path, needed_bytes: int, step: str) -> None:
         )
 
 
-def available_memory_bytes() -> int:
-    """Return the memory that can be had without swapping (MemAvailable, capped by the cgroup)."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        available = int(fields.get("MemAvailable", f"{available // 1024} kB").split()[0]) * 1024
-    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(current.read_text()))
-    return available
-
-
-def require_memory(needed_bytes: int, step: str, way_out: str) -> None:
-    """Raise CapacityError before `step` starts when the machine has too little memory."""
-    available = available_memory_bytes()
-    if available < needed_bytes:
-        raise CapacityError(
-            f"{step} needs about {needed_bytes / 1e9:.1f} GB of memory but only {available / 1e9:.1f} GB are "
-            f"available: {way_out}"
-        )
-
-
 def read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:  # Any: dtype, shape, offsets
     """Return (tensor name -> {dtype, shape, data_offsets}, offset of the first data byte).
 

@@ -63,9 +63,9 @@ def make_model(seed: int = 0) -> GptOssForCausalLM:
     return model.eval()
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, seed: int = 0, shard_size: str = "5GB") -> Path:
     """Save a random tiny model with its tokenizer."""
-    make_model(seed).save_pretrained(folder)
+    make_model(seed).save_pretrained(folder, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

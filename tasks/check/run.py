@@ -9,21 +9,23 @@ Ring: edge.
 import importlib.util
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from tasks import files
-from tasks.artifacts import ArtifactStore
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter
+from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
-from tasks.fetch.run import check_model_folder, local_folder, pin_dataset, read_dataset
-from tasks.gptoss.layout import parameter_shapes
-from tasks.hub import pin_commit, require_writer
+from tasks.fetch.run import pin_dataset, read_dataset
+from tasks.hub import require_writer
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import SERVICES, ServiceSettings
 from tasks.specs import PretrainSpec, Recipe, Spec
-from tasks.train.run import base_shapes
-from tasks.train.targets import Shapes, find_targets
+from tasks.train.needs import say_needs, training_needs
+from tasks.train.run import checkpoint_bytes, require_training_memory
+from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
 
@@ -39,11 +41,15 @@ def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: Artifa
     Raises: the error itself when there is one fault; SpecError listing all when there are several;
         TransientError when the Hub can't be reached, so that the check is retried.
     """
-    data: list[Callable[[], str]] = [
+    facts: list[BaseFacts] = []  # empty when the base can't be looked at: then that is the fault to say
+    checks: list[Callable[[], str]] = [
         lambda: _check_data(recipe, hub),
-        lambda: _check_base(recipe, pretraining, hub),
+        lambda: _look(recipe, pretraining, hub, facts),
+        lambda: _check_fit(recipe, facts),
+        lambda: _check_room(recipe, store, facts),
+        lambda: _check_memory(recipe, store, facts),
     ]
-    return _run_all([*data, *_late_checks(recipe, store, hub)])
+    return _run_all([*checks, *_late_checks(recipe, store, hub)])
 
 
 def check_release(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
@@ -55,7 +61,7 @@ def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[Calla
     return [
         lambda: _check_publish(recipe, hub),
         lambda: _check_serving(recipe, store),
-        lambda: _check_disk(store),
+        lambda: _check_free_disk(store),
     ]
 
 
@@ -64,7 +70,8 @@ def _run_all(checks: list[Callable[[], str]]) -> list[str]:
     faults: list[TataraError] = []
     for check in checks:
         try:
-            said.append(check())
+            line = check()
+            said.extend([line] if line else [])
         except TransientError:
             raise
         except TataraError as error:
@@ -86,28 +93,61 @@ def _check_data(recipe: Recipe, hub: HfApi) -> str:
     return f"{said}, {len(train)} train and {len(validation)} validation rows"
 
 
-def _check_base(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi) -> str:
-    """Where names and shapes are known already, every target must hit and a row must fit the context."""
-    local = local_folder(recipe.base)
-    if pretraining is not None:
-        _check_fit(recipe, parameter_shapes(pretraining.shape), pretraining.shape.context_tokens)
-        return f"base: {recipe.base.model}, made here"
-    if local is None:
-        commit = pin_commit(hub, recipe.base.model, recipe.base.revision, "model")
-        return f"base: {recipe.base.model} at {commit[:12]}"
-    check_model_folder(local)
-    context = files.read_json(local / "config.json").get("max_position_embeddings", 0)
-    _check_fit(recipe, base_shapes(local), context)
-    return f"base: {local}"
+def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:
+    facts.append(look_at_base(recipe.base, pretraining, hub))
+    return f"base: {facts[0].origin}" + (", made here" if pretraining else "")
 
 
-def _check_fit(recipe: Recipe, shapes: Shapes, context_tokens: int) -> None:
-    find_targets(shapes, recipe.train.lora)
+def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
+    """Every target must hit, a row must fit the context."""
+    if not facts:
+        return ""
+    targets, context_tokens = find_targets(facts[0].shapes, recipe.train.lora), facts[0].context_tokens
     if context_tokens and recipe.pack.row_tokens > context_tokens:
         raise SpecError(
             f"PackSpec.row_tokens = {recipe.pack.row_tokens} but the base's context is {context_tokens} tokens: "
             "lower row_tokens"
         )
+    return f"adapter: {len(targets)} weights, {sum(target.num_trainable for target in targets):,} trainable"
+
+
+def _check_room(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) -> str:
+    """Download, checkpoints and merged model together; published files are links to the merged ones."""
+    if not facts:
+        return ""
+    base, element = facts[0], 4 if recipe.merge.dtype == "float32" else 2
+    is_here = any(found.origin == base.origin for found in store.committed(BaseCheckpoint))
+    num_trainable = sum(target.num_trainable for target in _targets(recipe, base))
+    adapter = find_made(store, TrainedAdapter, recipe.train, base.origin)
+    merged = find_made(store, MergedModel, recipe.merge, base.origin)
+    is_merged = adapter is not None and merged is not None and merged.parents[0] == adapter.ref
+    needs = {
+        "download": 0 if is_here else base.download_bytes,
+        "checkpoints": 0 if adapter else checkpoint_bytes(num_trainable, recipe.train),
+        "merged model": 0 if is_merged else element * sum(prod(size) for size in base.shapes.values()),
+    }
+    files.require_disk(store.root, sum(needs.values()), f"the run ({say_needs(needs)})")
+    return f"room: the run writes about {say_needs(needs)}"
+
+
+def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) -> str:
+    """The peak of a training step must fit the GPU; not asked when the adapter is there already."""
+    if not facts:
+        return ""
+    base = facts[0]
+    if find_made(store, TrainedAdapter, recipe.train, base.origin):
+        return "memory: trained before"
+    tokens = recipe.pack.row_tokens * recipe.train.rows_per_device
+    needs = training_needs(base.shapes, base.config, recipe.train, _targets(recipe, base), tokens)
+    return "memory: " + require_training_memory(needs, recipe.train)
+
+
+def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:
+    """Return what is hit; nothing when a target is wrong, which _check_fit says."""
+    try:
+        return find_targets(base.shapes, recipe.train.lora)
+    except SpecError:
+        return []
 
 
 def _check_publish(recipe: Recipe, hub: HfApi) -> str:
@@ -134,7 +174,7 @@ def _check_serving(recipe: Recipe, store: ArtifactStore) -> str:
     return f"serve: ports {recipe.serve.vllm_port} and {recipe.serve.gateway_port}"
 
 
-def _check_disk(store: ArtifactStore) -> str:
+def _check_free_disk(store: ArtifactStore) -> str:
     free = files.free_bytes(store.root)
     if free < _MIN_FREE_BYTES:
         raise CapacityError(

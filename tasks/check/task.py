@@ -4,6 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from tasks.artifacts import FetchedDataset
 from tasks.errors import is_worth_retrying
 from tasks.specs import PretrainSpec, Recipe, Spec
 
@@ -37,6 +38,24 @@ def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str
 
     keep_recipe.fn(name, recipe, storage)
     _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account)))
+
+
+@task(task_run_name="check-lengths-{name}", **_RETRYING)
+def check_lengths(
+    name: str,
+    dataset: FetchedDataset,
+    recipe: Recipe,
+    pretraining: PretrainSpec | None,
+    storage: str = "",
+    hub_account: str = "",
+) -> None:
+    """Say which row is longer than a packed row before the base is downloaded or made."""
+    from blocks.opening import open_hub, open_store
+    from tasks.check.lengths import check_lengths
+    from tasks.prefect_ui import show_markdown
+
+    said = check_lengths(dataset, recipe, pretraining, open_store(storage), open_hub(hub_account))
+    show_markdown("lengths", said, "Whether every row fits a packed row")
 
 
 @task(task_run_name="keep-{name}", cache_policy=NO_CACHE)

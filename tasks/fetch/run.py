@@ -274,15 +274,20 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def _download(repo_id: str, commit: str, folder: Path, hub: HfApi) -> Path:
-    """Download a snapshot; an interrupted one goes on where it was."""
+def download_bytes(repo_id: str, commit: str, hub: HfApi) -> int:
+    """Return the size of what `fetch_base` downloads of a Hub model."""
     with hub_errors(f"base model {repo_id}@{commit[:8]}"):
         info = hub.model_info(repo_id, revision=commit, files_metadata=True)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-        wanted = filter_repo_objects(sizes, allow_patterns=_BASE_FILES, ignore_patterns=_BASE_COPIES)
-        needed = sum(sizes[name] for name in wanted)
-        files.require_disk(folder, needed, f"downloading {repo_id}")
-        target = folder / "model"
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    wanted = filter_repo_objects(sizes, allow_patterns=_BASE_FILES, ignore_patterns=_BASE_COPIES)
+    return sum(sizes[name] for name in wanted)
+
+
+def _download(repo_id: str, commit: str, folder: Path, hub: HfApi) -> Path:
+    """Download a snapshot; an interrupted one goes on where it was."""
+    files.require_disk(folder, download_bytes(repo_id, commit, hub), f"downloading {repo_id}")
+    target = folder / "model"
+    with hub_errors(f"base model {repo_id}@{commit[:8]}"):
         hub.snapshot_download(  # the client's own: it keeps its endpoint and token
             repo_id,
             revision=commit,

@@ -17,6 +17,7 @@ Trap: TRL swaps in its training template only when ours equals its gptoss.jinja 
 import base64
 import hashlib
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from tasks.errors import CorruptError, MissingError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_BUILD = 1  # raised when build_tokenizer would write other bytes
 NUM_IDS = 201_088
 NUM_RANKS = 199_998
 RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
@@ -92,6 +94,19 @@ def build_tokenizer(folder: Path) -> None:
     files.write_json(folder / "special_tokens_map.json", specials)
     files.write_bytes(folder / "chat_template.jinja", template)
     files.write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
+
+
+def shared_tokenizer(root: Path) -> Path:
+    """Return the tokenizer below `root`, built once (5 s); a second process waits for the first."""
+    folder = root / "tokenizers" / f"o200k-harmony-{_BUILD}"
+    with files.lock_file(folder.parent / f".{folder.name}.lock"):
+        if not folder.exists():
+            aside = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            build_tokenizer(aside)
+            aside.rename(folder)
+            files.fsync_folder(folder.parent)
+    return folder
 
 
 def special_tokens() -> dict[int, str]:

@@ -33,7 +33,7 @@ def pack_dataset(dataset: FetchedDataset, base: BaseCheckpoint, spec: PackSpec, 
         if claim.found:
             return claim.found
         _check_context(Path(base.model_folder), spec)
-        tokenizer = _load_tokenizer(base, dataset.is_chat)
+        tokenizer = load_tokenizer(Path(base.model_folder), base.origin, is_chat=dataset.is_chat)
         train, dropped = _documents(dataset, "train", tokenizer, spec)
         validation, _ = _documents(dataset, "validation", tokenizer, spec)
         _refuse_empty(train, validation, spec)
@@ -78,13 +78,14 @@ def _check_context(model_folder: Path, spec: PackSpec) -> None:
         )
 
 
-def _load_tokenizer(base: BaseCheckpoint, is_chat: bool) -> Any:  # Any: transformers has one class per family
+def load_tokenizer(folder: Path, origin: str, *, is_chat: bool) -> Any:  # Any: transformers has one class per family
+    """Load a base's tokenizer. Raises SpecError when chats are to be rendered and it has no template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base.model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if is_chat and not tokenizer.chat_template:
         raise SpecError(
-            f"the tokenizer of {base.origin} has no chat template, so chats can't be rendered: name an instruct model "
+            f"the tokenizer of {origin} has no chat template, so chats can't be rendered: name an instruct model "
             "as base, or train on plain text with FetchSpec.text_column"
         )
     return tokenizer
@@ -94,7 +95,7 @@ def _documents(
     dataset: FetchedDataset,
     split: str,
     tokenizer: Any,
-    spec: PackSpec,  # Any: see _load_tokenizer
+    spec: PackSpec,  # Any: see load_tokenizer
 ) -> tuple[list[render.Document], list[render.Document]]:
     rows = pq.read_table(dataset.path / f"{split}.parquet").to_pylist()
     if dataset.is_chat:
@@ -142,7 +143,7 @@ def _about(
     train: list[render.Document],
     validation: list[render.Document],
     dropped: list[render.Document],
-    tokenizer: Any,  # Any: see _load_tokenizer
+    tokenizer: Any,  # Any: see load_tokenizer
 ) -> dict[str, Any]:  # Any: JSON values
     return {
         "lengths": {

@@ -9,10 +9,11 @@ import shutil
 from math import prod
 from pathlib import Path
 
-from tasks import files
+from tasks import files, machine
 from tasks.artifacts import ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
 from tasks.errors import DataError, MissingError
 from tasks.gptoss.layout import parameter_shapes
+from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.specs import PretrainSpec
 from tasks.trainer_job import ProgressFn, run_trainer
 
@@ -25,19 +26,12 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
 
     Raises: MissingError or DataError (corpus), CapacityError, TrainingError.
     """
-    corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
-    if not corpus.is_file():
-        raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")
-    if corpus.stat().st_size < 4 * spec.row_tokens:
-        raise DataError(
-            f"corpus {corpus} has {corpus.stat().st_size} bytes, less than a row of {spec.row_tokens} tokens"
-        )
-    key = make_key("pretrain", VERSION, spec, {"corpus": files.digest(corpus)})
+    corpus, key = _find_corpus(spec), pretrain_key(spec)
     with store.claim(PretrainedModel, key) as claim:
         if claim.found:
             return claim.found
         _require_room(spec, claim.folder)
-        _make_tokenizer(claim.folder / "tokenizer")
+        tokenizer_folder = shared_tokenizer(store.root)
         result = run_trainer(
             "tasks.pretrain.worker",
             claim.folder,
@@ -45,7 +39,7 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
                 "folder": str(claim.folder),
                 "spec": spec.model_dump(mode="json"),
                 "corpus": str(corpus.resolve()),
-                "tokenizer_folder": str(claim.folder / "tokenizer"),
+                "tokenizer_folder": str(tokenizer_folder),
             },
             num_processes=1,
             stall_timeout_s=1800.0,
@@ -56,7 +50,7 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
             key=key,
             folder=str(claim.folder),
             model_folder=str(model_folder),
-            origin=f"pretrained {key[:8]}",
+            origin=pretrained_origin(key),
             model_digest=folder_digest(digest_files(model_folder)),
             num_parameters=result["num_parameters"],
             num_steps=spec.num_steps,
@@ -67,18 +61,29 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
         return claim.commit(artifact, spec=spec, about={"num_corpus_tokens": result["num_corpus_tokens"]})
 
 
+def pretrain_key(spec: PretrainSpec) -> str:
+    """Return the key of the model that `spec` makes. Raises MissingError or DataError (corpus)."""
+    return make_key("pretrain", VERSION, spec, {"corpus": files.digest(_find_corpus(spec))})
+
+
+def pretrained_origin(key: str) -> str:
+    """Return what a base that was made here is called."""
+    return f"pretrained {key[:8]}"
+
+
+def _find_corpus(spec: PretrainSpec) -> Path:
+    corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
+    if not corpus.is_file():
+        raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")
+    if corpus.stat().st_size < 4 * spec.row_tokens:
+        raise DataError(
+            f"corpus {corpus} has {corpus.stat().st_size} bytes, less than a row of {spec.row_tokens} tokens"
+        )
+    return corpus
+
+
 def _require_room(spec: PretrainSpec, folder: Path) -> None:
     """AdamW in fp32 holds weight, gradient and two moments: 16 bytes a parameter; a checkpoint holds 12."""
     num_parameters = sum(prod(size) for size in parameter_shapes(spec.shape).values())
     files.require_disk(folder, 2 * 12 * num_parameters, "pretraining")
-    files.require_memory(16 * num_parameters + (1 << 30), "pretraining", "lower the shape or use a larger machine")
-
-
-def _make_tokenizer(folder: Path) -> None:
-    from tasks.gptoss.tokenizer import build_tokenizer
-
-    if not (folder / "tokenizer_config.json").exists():
-        aside = folder.with_suffix(".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        build_tokenizer(aside)
-        aside.rename(folder)
+    machine.require_memory(16 * num_parameters + (1 << 30), "pretraining", "lower the shape or use a larger machine")

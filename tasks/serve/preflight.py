@@ -3,11 +3,10 @@
 Ring: edge (looks at disk, /proc and nvidia-smi; changes nothing).  Units: bytes.
 """
 
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from tasks import files
+from tasks import machine
 from tasks.errors import CapacityError, MissingError, PortTakenError
 from tasks.serve import process
 from tasks.serve.settings import SERVICES, ServiceSettings
@@ -56,11 +55,12 @@ def check_memory(settings: ServiceSettings) -> None:
     if has_cpu_build(settings.vllm_python):
         widening = 2 if settings.spec.dtype == "float32" else 1  # the files hold bfloat16
         needed = weight_bytes * widening + settings.spec.cpu_kv_cache_bytes + _CPU_OVERHEAD_BYTES
-        available = files.available_memory_bytes() + process.resident_bytes(settings.folder, "vllm")
+        available = machine.available_memory_bytes() + process.resident_bytes(settings.folder, "vllm")
         way_out = "stop other programs, serve a smaller model, or serve on a GPU"
         kind = "memory"
     else:
-        available = int(read_gpu_bytes() * settings.spec.gpu_memory_utilization)
+        largest = max((gpu.total_bytes for gpu in machine.list_gpus()), default=0)
+        available = int(largest * settings.spec.gpu_memory_utilization)
         needed = weight_bytes
         way_out = "raise gpu_memory_utilization, or pass --tensor-parallel-size in extra_args"
         kind = "GPU memory"
@@ -76,13 +76,3 @@ def check_memory(settings: ServiceSettings) -> None:
 def has_cpu_build(vllm_python: Path) -> bool:
     """Say whether the vLLM beside this interpreter is the CPU build; the flags differ."""
     return any((vllm_python.parent.parent / "lib").glob("python3*/site-packages/vllm-*cpu*.dist-info"))
-
-
-def read_gpu_bytes() -> int:
-    """Return the memory of the largest GPU; 0 when nvidia-smi does not answer."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return max((int(line) << 20 for line in answer.split() if line.isdigit()), default=0)

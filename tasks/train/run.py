@@ -7,7 +7,7 @@ Ring: edge. Imports no torch.
 
 from pathlib import Path
 
-from tasks import files
+from tasks import files, machine
 from tasks.artifacts import (
     ArtifactStore,
     BaseCheckpoint,
@@ -17,10 +17,10 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import MissingError, SpecError
-from tasks.gptoss.layout import parameter_name, quantized_stem
+from tasks.errors import CapacityError, MissingError, SpecError
 from tasks.specs import LoraSpec, TrainSpec
-from tasks.train.targets import Shapes, Target, find_targets
+from tasks.train.needs import say_needs, training_needs
+from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, run_trainer
 
 VERSION = 1
@@ -37,8 +37,7 @@ def train_adapter(
     with store.claim(TrainedAdapter, key) as claim:
         if claim.found:
             return claim.found
-        targets = plan_targets(base, spec.lora)
-        _require_room(base, targets, spec, claim.folder)
+        _require_room(base, packed, spec, claim.folder)
         result = run_trainer(
             "tasks.train.worker",
             claim.folder,
@@ -84,17 +83,8 @@ def find_adapter(name: str, store: ArtifactStore) -> TrainedAdapter:
 
 def base_shapes(model_folder: Path) -> Shapes:
     """Return parameter name -> shape as the loaded model will have it, from safetensors headers alone."""
-    shapes: Shapes = {}
-    for shard in sorted(model_folder.glob("*.safetensors")):
-        for stored, entry in files.read_safetensors_header(shard)[0].items():
-            name = parameter_name(stored)
-            if name is None:
-                continue
-            shape = tuple(entry["shape"])
-            if quantized_stem(stored):  # (E, O, I/32, 16) blocks are the transposed (E, I, O) parameter
-                shape = (shape[0], shape[2] * 32, shape[1])
-            shapes[name] = shape
-    return shapes
+    headers = (files.read_safetensors_header(shard)[0] for shard in sorted(model_folder.glob("*.safetensors")))
+    return loaded_shapes({name: tuple(entry["shape"]) for header in headers for name, entry in header.items()})
 
 
 def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
@@ -102,11 +92,48 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
     return find_targets(base_shapes(Path(base.model_folder)), lora)
 
 
-def _require_room(base: BaseCheckpoint, targets: list[Target], spec: TrainSpec, folder: Path) -> None:
-    """A checkpoint holds the adapter and two moments in fp32; the host holds the base while it loads."""
+def _require_room(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec, folder: Path) -> None:
+    """A checkpoint holds the adapter and two moments in fp32."""
+    shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
+    targets = find_targets(shapes, spec.lora)
     num_trainable = sum(target.num_trainable for target in targets)
-    files.require_disk(folder, (spec.keep_checkpoints + 2) * 12 * num_trainable + (64 << 20), "training")
-    if not Path("/dev/nvidia0").exists():
-        weight_bytes = 4 if spec.dtype == "float32" else 2
-        needed = weight_bytes * base.num_parameters + 16 * num_trainable + (1 << 30)
-        files.require_memory(needed, "training on the CPU", "use a smaller base, or a machine with a GPU")
+    files.require_disk(folder, checkpoint_bytes(num_trainable, spec), "training")
+    tokens = packed.row_tokens * spec.rows_per_device
+    require_training_memory(training_needs(shapes, config, spec, targets, tokens), spec)
+
+
+def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:
+    """Return the disk that checkpoints take: those that are kept, the one being written, the adapter."""
+    return (spec.keep_checkpoints + 2) * 12 * num_trainable + (64 << 20)
+
+
+def require_training_memory(needs: dict[str, int], spec: TrainSpec) -> str:
+    """Say what training needs and what is there. Raises CapacityError when it can't fit.
+
+    Each process of a run has a GPU of its own, so one has to hold `needs`; without a GPU the host does.
+    """
+    needed, said = sum(needs.values()), f"training needs about {say_needs(needs)}"
+    gpus = machine.list_gpus()
+    way_out = "lower TrainSpec.rows_per_device or PackSpec.row_tokens, choose nf4, or a smaller base"
+    if not gpus:
+        available = machine.available_memory_bytes()
+        if needed > available:
+            raise CapacityError(
+                f"{said} but there is no GPU and {available / 1e9:.1f} GB of memory are available: use a machine with "
+                f"a GPU, or {way_out}"
+            )
+        return f"{said}, {available / 1e9:.1f} GB of memory are available"
+    used = gpus[: spec.num_processes]
+    tightest = min(used, key=lambda gpu: gpu.free_bytes)
+    if len(used) < spec.num_processes:
+        raise CapacityError(
+            f"TrainSpec.num_processes = {spec.num_processes} but this machine has {len(gpus)} GPUs: lower it"
+        )
+    if needed > tightest.free_bytes:
+        busy = (tightest.total_bytes - tightest.free_bytes) / 1e9
+        freeing = f"free the {busy:.1f} GB that are in use (`tatara services stop` ends vLLM), or " if busy > 2 else ""
+        raise CapacityError(
+            f"{said} of GPU memory but {tightest.free_bytes / 1e9:.1f} of {tightest.total_bytes / 1e9:.1f} GB of the "
+            f"{tightest.name} are free: {freeing}{way_out}"
+        )
+    return f"{said} of GPU memory, {tightest.free_bytes / 1e9:.1f} GB of the {tightest.name} are free"

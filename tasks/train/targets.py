@@ -6,11 +6,13 @@ beside a good one without a word. Here a target that hits nothing is an error th
 Ring: pure.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
 
 from tasks.errors import SpecError
+from tasks.gptoss.layout import parameter_name, quantized_stem
 from tasks.specs import LoraSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -34,6 +36,20 @@ def is_hit(name: str, target: str) -> bool:
     False
     """
     return name == target or name.endswith("." + target)
+
+
+def loaded_shapes(stored: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Return parameter name -> shape of the loaded model from the names and shapes of its files.
+
+    >>> loaded_shapes({"model.layers.0.mlp.experts.down_proj_blocks": (2, 64, 1, 16)})
+    {'model.layers.0.mlp.experts.down_proj': (2, 32, 64)}
+    """
+    shapes: Shapes = {}
+    for written, shape in stored.items():
+        name = parameter_name(written)
+        if name is not None:  # (E, O, I/32, 16) blocks are the transposed (E, I, O) parameter
+            shapes[name] = (shape[0], shape[2] * 32, shape[1]) if quantized_stem(written) else shape
+    return shapes
 
 
 def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tasks import files
+from tasks import files, machine
 from tasks.artifacts import (
     ArtifactStore,
     HealthReport,
@@ -112,7 +112,7 @@ def reference_scores(
     result = folder / "scores.json"
     with files.lock_file(folder.with_suffix(".lock")):
         if not result.exists():
-            files.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
+            machine.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
             job = {
                 "folders": {"merged": merged.model_folder, "base": adapter.base_folder},
                 "documents": documents,

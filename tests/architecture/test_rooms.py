@@ -16,11 +16,11 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 
 # from file (pattern) -> modules of ours (pattern) that it may import; {verb} is the file's own verb.
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
-SHARED = r"tasks\.(artifacts|specs|errors|files|hub|metrics|models|processes|trainer_job|training)"
+SHARED = r"tasks\.(artifacts|specs|errors|files|hub|machine|metrics|models|processes|trainer_job|training)"
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)"),
-    (r"tasks/check/run\.py", rf"tasks\.(fetch|train)\.run|tasks\.serve\.(preflight|settings)|tasks\.train\.targets|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(preflight|settings)|tasks\.train\.(needs|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),
     (r"tasks/\w+\.py", SHARED),
@@ -39,7 +39,7 @@ IMPURE = {
     "random", "secrets", "uuid", "platform", "sys", "logging", "fcntl", "signal", "urllib.request", "http.client",
     "requests", "httpx", "aiohttp", "redis", "huggingface_hub", "fastapi", "prefect", "transformers", "datasets", "trl",
     "peft", "accelerate", "safetensors", "torch.distributed", "wandb", "weave", "tasks.files", "tasks.hub",
-    "tasks.processes", "tasks.prefect_ui", "matplotlib.pyplot",
+    "tasks.machine", "tasks.processes", "tasks.prefect_ui", "matplotlib.pyplot",
 }  # fmt: skip
 IMPURE_CALLS = {
     "open", "print", "input", "read_text", "write_text", "read_bytes", "write_bytes", "exists", "is_file", "is_dir",

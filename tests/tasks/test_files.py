@@ -120,16 +120,6 @@ def test_disk_and_memory_are_asked_for_with_numbers(small_disk: Path):
         subject.require_disk(small_disk, 41_000_000_000, "merging")
 
 
-def test_memory_is_said_with_numbers():
-    available = subject.available_memory_bytes()
-    assert available > 1 << 20
-    subject.require_memory(1, "training", "-")
-    with pytest.raises(CapacityError, match=r"training needs about 1000000\.0 GB of memory but only \d+\.\d GB are "):
-        subject.require_memory(10**15, "training", "use a smaller base")
-    with pytest.raises(CapacityError, match=r"available: use a smaller base$"):
-        subject.require_memory(10**15, "training", "use a smaller base")
-
-
 def test_torn_json_is_named(tmp_path: Path):
     for content in (b'{"a": [1,', b"\xff\xfe", b""):
         (tmp_path / "x.json").write_bytes(content)

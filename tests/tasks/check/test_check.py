@@ -1,6 +1,7 @@
 """What can't work is said in the first seconds, all of it at once, with the value and the way out."""
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -56,15 +57,17 @@ def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recip
 
 def test_good_recipe_is_told_line_by_line(recipe: Recipe, store: ArtifactStore, base: Path):
     said = subject.check_recipe(recipe, None, store, HUB)
-    assert [line.partition(":")[0] for line in said] == ["data", "base", "publish", "serve", "disk"]
+    told = ["data", "base", "adapter", "room", "memory", "publish", "serve", "disk"]
+    assert [line.partition(":")[0] for line in said] == told
     assert said[0].endswith(" train and 9 validation rows")
     assert said[1] == f"base: {base}"
-    assert "stays in a local folder" in said[2]
+    assert "stays in a local folder" in said[5]
+    assert re.search(r"training needs about 1\.1 GB \(workspace 1\.1.*\), \d+\.\d GB of memory are available", said[4])
 
 
 def test_pretrained_base_is_checked_from_its_shape(recipe: Recipe, store: ArtifactStore):
     tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})
-    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1] == "base: pretrain:tiny, made here"
+    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1].endswith(", made here")
     with pytest.raises(
         errors.SpecError, match=r"row_tokens = 4096 but the base's context is 2048 tokens: lower row_token"
     ):
@@ -226,11 +229,15 @@ def test_token_is_asked_for_its_owner_only_when_a_repo_is_named(
     recipe: Recipe, store: ArtifactStore, hub: Any, monkeypatch: pytest.MonkeyPatch
 ):
     client = hub({"/api/whoami-v2": (200, {"name": "ayu"})})
-    assert subject.check_recipe(_to_hub(recipe), None, store, client)[2] == "publish: as ayu to ayu/tuned"
-    assert "no Hub repo is given" in subject.check_recipe(recipe, None, store, client)[2]
-    assert "no Hub token is given" in subject.check_recipe(_to_hub(recipe), None, store, HUB)[2]
+
+    def said_of_publishing(recipe: Recipe, client: HfApi) -> str:
+        return subject.check_recipe(recipe, None, store, client)[5]
+
+    assert said_of_publishing(_to_hub(recipe), client) == "publish: as ayu to ayu/tuned"
+    assert "no Hub repo is given" in said_of_publishing(recipe, client)
+    assert "no Hub token is given" in said_of_publishing(_to_hub(recipe), HUB)
     monkeypatch.setenv("HF_REPO_NAME", "ayu/other")
-    assert subject.check_recipe(recipe, None, store, client)[2] == "publish: as ayu to ayu/other"
+    assert said_of_publishing(recipe, client) == "publish: as ayu to ayu/other"
 
 
 def test_hub_that_is_away_is_transient_and_hides_no_behind_other_faults(recipe: Recipe, store: ArtifactStore):

@@ -1,0 +1,118 @@
+"""What can be known of a base before it is downloaded or made: names, shapes, context, size, tokenizer.
+
+    Hub id -> config.json + the headers of its safetensors files (kilobytes) -> BaseFacts
+
+Ring: edge (disk, Hub).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError
+
+from tasks import files
+from tasks.artifacts import Artifact, ArtifactStore, BaseCheckpoint
+from tasks.errors import MissingError
+from tasks.fetch.run import check_model_folder, download_bytes, local_folder
+from tasks.gptoss.layout import config_values, parameter_shapes
+from tasks.gptoss.tokenizer import shared_tokenizer
+from tasks.hub import hub_errors, pin_commit
+from tasks.pretrain.run import pretrain_key, pretrained_origin
+from tasks.specs import BaseModelSpec, PretrainSpec, Spec
+from tasks.train.run import base_shapes
+from tasks.train.targets import Shapes, loaded_shapes
+
+_TOKENIZER_FILES = [
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "config.json",
+]
+
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseFacts:
+    """A base that may not be here yet. `origin` is the one that its artifact will carry."""
+
+    origin: str
+    shapes: Shapes
+    config: dict[str, Any]  # Any: config.json
+    download_bytes: int = 0
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest row that the model takes; 0 when its config does not say."""
+        return self.config.get("max_position_embeddings") or 0
+
+
+def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfApi) -> BaseFacts:
+    """Collect the facts without any weights. Raises MissingError, CorruptError, AccessError, TransientError."""
+    local = local_folder(spec)
+    if pretraining is not None:
+        shape = pretraining.shape
+        return BaseFacts(
+            origin=pretrained_origin(pretrain_key(pretraining)),
+            shapes=parameter_shapes(shape),
+            config=config_values(shape),
+        )
+    if local is not None:
+        config = files.read_json(check_model_folder(local) / "config.json")
+        return BaseFacts(origin=str(local), shapes=base_shapes(local), config=config)
+    commit = pin_commit(hub, spec.model, spec.revision, "model")
+    doing = f"base model {spec.model}@{commit[:8]}"
+    with hub_errors(doing):
+        try:
+            headers = hub.get_safetensors_metadata(spec.model, revision=commit).files_metadata.values()
+        except NotASafetensorsRepoError as error:
+            raise MissingError(f"{doing} has no .safetensors weights: name a model that has, or convert it") from error
+        config = files.read_json(Path(hub.hf_hub_download(spec.model, "config.json", revision=commit)))
+    stored = {name: tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()}
+    return BaseFacts(
+        origin=f"{spec.model}@{commit}",
+        shapes=loaded_shapes(stored),
+        config=config,
+        download_bytes=download_bytes(spec.model, commit, hub),
+    )
+
+
+def find_origin(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfApi) -> str:
+    """Return the origin that the base's artifact has or will have."""
+    if pretraining is not None:
+        return pretrained_origin(pretrain_key(pretraining))
+    local = local_folder(spec)
+    return str(local) if local else f"{spec.model}@{pin_commit(hub, spec.model, spec.revision, 'model')}"
+
+
+def find_made(store: ArtifactStore, cls: type[A], spec: Spec, origin: str) -> A | None:
+    """Return the newest artifact that this spec made on the base called `origin`, None without one.
+
+    What older runs left may have lost its parents: that is no fault of this run.
+    """
+    for found in reversed(store.committed(cls)):
+        if (store.manifest(cls, found.key) or {}).get("spec") != spec.model_dump(mode="json"):
+            continue
+        try:
+            if store.ancestor(found, BaseCheckpoint).origin == origin:
+                return found
+        except MissingError:
+            continue
+    return None
+
+
+def find_tokenizer(spec: BaseModelSpec, pretraining: PretrainSpec | None, root: Path, hub: HfApi) -> Path:
+    """Return a folder with the base's tokenizer, fetched or built without its weights."""
+    local = local_folder(spec)
+    if pretraining is not None:
+        return shared_tokenizer(root)
+    if local is not None:
+        return local
+    commit = pin_commit(hub, spec.model, spec.revision, "model")
+    with hub_errors(f"tokenizer of {spec.model}@{commit[:8]}"):
+        return Path(hub.snapshot_download(spec.model, revision=commit, allow_patterns=_TOKENIZER_FILES))

@@ -1,0 +1,68 @@
+"""What this machine has: memory of the host, memory of its GPUs.
+
+Ring: edge (reads /proc, cgroups and nvidia-smi; changes nothing).  Units: bytes.
+"""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import CapacityError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU as nvidia-smi sees it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that can be had without swapping (MemAvailable, capped by the cgroup)."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        available = int(fields.get("MemAvailable", f"{available // 1024} kB").split()[0]) * 1024
+    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(current.read_text()))
+    return available
+
+
+def require_memory(needed_bytes: int, step: str, way_out: str) -> None:
+    """Raise CapacityError before `step` starts when the machine has too little memory."""
+    available = available_memory_bytes()
+    if available < needed_bytes:
+        raise CapacityError(
+            f"{step} needs about {needed_bytes / 1e9:.1f} GB of memory but only {available / 1e9:.1f} GB are "
+            f"available: {way_out}"
+        )
+
+
+def list_gpus() -> list[Gpu]:
+    """Return the GPUs in nvidia-smi's order; none when it does not answer."""
+    query = "--query-gpu=name,memory.total,memory.free"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(answer)
+
+
+def parse_gpus(answer: str) -> list[Gpu]:
+    r"""Read nvidia-smi's table of name, total and free MiB; lines without numbers (MIG, errors) are left out.
+
+    >>> parse_gpus("NVIDIA H100 80GB HBM3, 81559, 80994\nbroken, [N/A], [N/A]\n")[0].total_bytes
+    85520809984
+    """
+    rows = [line.rsplit(", ", 2) for line in answer.splitlines()]
+    return [
+        Gpu(name=row[0], total_bytes=int(row[1]) << 20, free_bytes=int(row[2]) << 20)
+        for row in rows
+        if len(row) == 3 and row[1].isdigit() and row[2].isdigit()
+    ]
