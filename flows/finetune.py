@@ -11,17 +11,19 @@ from tasks.pack.task import pack_dataset
 from tasks.pretrain.task import pretrain_model
 from tasks.publish.task import publish_model
 from tasks.serve.task import serve_model
-from tasks.specs import RecipeChanges
+from tasks.specs import PretrainChanges, RecipeChanges
 from tasks.train.task import train_adapter
 from tasks.verify.task import verify_model
 
 NO_CHANGES = RecipeChanges()
+NO_BASE_CHANGES = PretrainChanges()
 
 
 @flow(name="finetune", flow_run_name="finetune-{recipe}", validate_parameters=True)
 def finetune(
     recipe: RecipeName = "tiny",
     changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
+    base_changes: PretrainChanges = NO_BASE_CHANGES,  # type: ignore[valid-type]  # as above
     storage: str = "",
     hub_account: str = "",
     serving_host: str = "",
@@ -31,15 +33,16 @@ def finetune(
     Args:
         recipe: name of a recipe in flows/recipes.py.
         changes: fields of the recipe to change.
+        base_changes: fields to change of the recipe that makes the base, when it is made here.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
         serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve(recipe, changes)
-    pretraining = resolve_base(spec)
-    check_recipe(recipe, spec, pretraining, storage, hub_account)
+    pretraining = resolve_base(spec, base_changes)
+    check_recipe(recipe, spec, pretraining, storage, hub_account, serving_host)
     dataset = fetch_dataset(spec.fetch, storage, hub_account)
-    check_lengths(recipe, dataset, spec, pretraining, storage, hub_account)
+    check_lengths(dataset, spec, pretraining, storage, hub_account)
     base = pretrain_model(pretraining, storage) if pretraining else fetch_base(spec.base, storage, hub_account)
     packed = pack_dataset(dataset, base, spec.pack, storage)
     adapter = train_adapter(packed, base, spec.train, storage)

@@ -95,7 +95,7 @@ def gptoss20b_lora_h100() -> Recipe:
 
 
 def qwen_qlora_16gb() -> Recipe:
-    """A dense 7 B model by QLoRA on one 16 GB GPU, with the Colab seed's knobs."""
+    """A dense 7 B model by QLoRA on one 16 GB GPU: the Colab seed's adapter, steps that fit the shipped chats."""
     return Recipe(
         base=BaseModelSpec(model="Qwen/Qwen2.5-7B-Instruct"),
         fetch=FetchSpec(source="shipped"),
@@ -103,13 +103,12 @@ def qwen_qlora_16gb() -> Recipe:
         train=TrainSpec(
             lora=LoraSpec(rank=64, alpha=16, dropout=0.05, target_modules=("q_proj", "v_proj")),
             learning_rate=2e-4,
-            warmup_steps=100,
-            num_epochs=2,
+            warmup_steps=5,
+            num_epochs=3,
             rows_per_device=1,
-            gradient_accumulation=16,
+            gradient_accumulation=4,
             quantization="nf4",
-            log_steps=10,
-            save_steps=500,
+            save_steps=50,
         ),
         serve=ServeSpec(served_model_name="qwen2.5-7b", max_model_len=4096),
         verify=VerifySpec(max_logprob_gap=0.05),
@@ -160,10 +159,20 @@ def resolve_pretrain(name: str, changes: BaseModel | dict[str, Any] | None = Non
     return change(_named(PRETRAIN_RECIPES, name, "pretrain recipe")(), changes)
 
 
-def resolve_base(recipe: Recipe) -> PretrainSpec | None:
-    """Return how the recipe's base is made here, None when it is fetched."""
+def resolve_base(
+    recipe: Recipe, changes: BaseModel | dict[str, Any] | None = None
+) -> PretrainSpec | None:  # Any: ditto
+    """Return how the recipe's base is made here, None when it is fetched.
+
+    Raises SpecError for changes to a base that is not made here.
+    """
     name = recipe.base.pretrain_recipe
-    return resolve_pretrain(name) if name else None
+    if name:
+        return resolve_pretrain(name, changes)
+    wanted = changes.model_dump(exclude_none=True) if isinstance(changes, BaseModel) else changes
+    if wanted:
+        raise SpecError(f"base_changes are for a base that is made here (pretrain:...), but it is {recipe.base.model}")
+    return None
 
 
 def _named(table: dict[str, F], name: str, what: str) -> F:

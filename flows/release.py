@@ -27,7 +27,7 @@ def release(
     """Release one trained adapter.
 
     Args:
-        adapter: key of a trained adapter (its first digits will do), or `latest`.
+        adapter: key of a trained adapter (its first digits will do), or `latest` of the recipe's base.
         recipe: whose merge, publish, serve and verify knobs count.
         changes: fields of the recipe to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
@@ -35,8 +35,8 @@ def release(
         serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve(recipe, changes)
-    check_release(recipe, spec, storage, hub_account)
-    trained = find_adapter(adapter, storage)
+    check_release(recipe, spec, storage, hub_account, serving_host)
+    trained = find_adapter(adapter, spec.base, storage)
     merged = merge_adapter(trained, spec.merge, storage)
     published = publish_model(merged, spec.publish, storage, hub_account)
     served = serve_model(published, spec.serve, storage, serving_host)

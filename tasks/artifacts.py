@@ -28,6 +28,8 @@ from tasks import files
 from tasks.errors import CorruptError, MissingError
 from tasks.specs import Spec
 
+CHECKPOINTS = "checkpoints"  # removed once the artifact is whole: no part of it
+_NOT_LISTED = {"manifest.json", "output.log", "process.json"}  # a trainer may still write its last line
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
@@ -165,6 +167,8 @@ class HealthReport(Artifact):
     served_logprob: float
     merged_logprob: float
     base_logprob: float
+    token_gap: float
+    tuning_gap: float
     num_answers: int
     question: str
     answer: str
@@ -213,7 +217,9 @@ class Claim(Generic[A]):
 
     def commit(self, artifact: A, *, spec: Spec, about: dict[str, Any] | None = None) -> A:  # Any: JSON values
         """Write the manifest, last and whole, after all files are on disk; from here on the artifact exists."""
-        listed = {name: size for name, size in files.list_files(self.folder).items() if name != MANIFEST}
+        files.remove_strays(self.folder)
+        present = files.list_files(self.folder).items()
+        listed = {name: size for name, size in present if name not in _NOT_LISTED and _is_kept(name)}
         for name in listed:
             files.fsync_file(self.folder / name)
         manifest = {
@@ -322,6 +328,10 @@ class ArtifactStore:
                 return parent
             queue.extend(parent.parents)
         raise MissingError(f"{artifact.ref} has no {cls.kind} among its ancestors: it was made by another line")
+
+
+def _is_kept(name: str) -> bool:
+    return not name.startswith(f"{CHECKPOINTS}/")
 
 
 def _clear_damaged(folder: Path) -> None:

@@ -64,6 +64,12 @@ def aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_strays(folder: Path) -> None:
+    """Remove what a SIGKILL inside `aside` left below `folder`. The caller holds the folder's lock."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with aside(path) as temporary:
@@ -97,6 +103,12 @@ def digest(path: Path) -> str:
 def list_files(folder: Path) -> dict[str, int]:
     """Return relative path -> size in bytes of every regular file below `folder`, sorted by path."""
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stamp(folder: Path) -> dict[str, str]:
+    """Name the state of a folder without reading 40 GB: size and time of each file."""
+    stats = {name: (folder / name).stat() for name in list_files(folder)}
+    return {name: f"{stat.st_size}@{stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def free_bytes(path: Path) -> int:

@@ -10,6 +10,15 @@ from pathlib import Path
 
 from tasks.errors import CapacityError
 
+_CGROUPS = (  # version 2, version 1: limit, used, the part of it that is file cache
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
@@ -27,10 +36,18 @@ def available_memory_bytes() -> int:
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         available = int(fields.get("MemAvailable", f"{available // 1024} kB").split()[0]) * 1024
-    limit, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(current.read_text()))
-    return available
+    return min([available, *(room for room in (_cgroup_room(*names) for names in _CGROUPS) if room is not None)])
+
+
+def _cgroup_room(limit: str, used: str, cache: str) -> int | None:
+    """Return what a cgroup still allows; its file cache is given back on demand and so counts as free."""
+    folder = Path(limit).parent
+    try:
+        text, taken = Path(limit).read_text().strip(), int(Path(used).read_text())
+        stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines() if " " in line)
+        return None if text == "max" else int(text) - taken + int(stat.get(cache, "0"))
+    except (OSError, ValueError):
+        return None
 
 
 def require_memory(needed_bytes: int, step: str, way_out: str) -> None:

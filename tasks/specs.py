@@ -122,7 +122,7 @@ class TrainSpec(Spec):
     attention: Literal["auto", "eager", "flex_attention", "sdpa"] = "auto"
     gradient_checkpointing: bool = True
     save_steps: Positive = 50
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: int = Field(default=2, ge=2, description="The oldest goes before the newest is whole: 2 or more.")
     eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")
     log_steps: Positive = 1
     num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")
@@ -165,6 +165,14 @@ class GptOssShape(Spec):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
+        stretched = self.initial_context_tokens * self.rope_factor
+        if round(stretched) != self.context_tokens:
+            raise ValueError(
+                f"initial_context_tokens={self.initial_context_tokens} times rope_factor={self.rope_factor:g} is "
+                f"{stretched:g}, expected context_tokens={self.context_tokens}"
+            )
         return self
 
 
@@ -187,7 +195,9 @@ class PretrainSpec(Spec):
     dtype: Literal["bfloat16", "float32"] = "float32"
 
     @model_validator(mode="after")
-    def _compact_is_untied(self) -> Self:
+    def _fits(self) -> Self:
+        if self.row_tokens > self.shape.context_tokens:
+            raise ValueError(f"row_tokens={self.row_tokens} exceeds shape.context_tokens={self.shape.context_tokens}")
         if self.compact_vocabulary and self.shape.tie_embeddings:
             raise ValueError("compact_vocabulary needs tie_embeddings=false: the rest share an output row only")
         return self
@@ -244,6 +254,12 @@ class VerifySpec(Spec):
     num_answers: Positive = Field(default=16, description="Validation answers whose log-probability is compared.")
     max_logprob_gap: float = Field(
         default=0.02, gt=0, description="Largest |served - merged| mean log-probability, nats per token."
+    )
+    max_token_gap_share: float = Field(
+        default=0.25,
+        gt=0,
+        lt=1,
+        description="Largest mean |served - merged| token by token, as a share of |merged - base|.",
     )
     min_base_margin: float = Field(
         default=0.05, gt=0, description="Served must beat the base by at least this, nats per token."

@@ -137,8 +137,24 @@ class Recorder(TrainerCallback):
                 "look at the rows of this step"
             )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the last step, whatever log_steps says: the artifact names its loss."""
+        control.should_log |= state.global_step >= state.max_steps
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint that was just written as whole."""
+        """Mark the checkpoint that was just written as whole, once every rank has written its part.
+
+        Raises TrainingError when a weight is not finite: log_steps may skip the step that broke it, and every later
+        try would resume from it.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        trained = (weight for weight in kwargs["model"].parameters() if weight.requires_grad)
+        if not all(bool(torch.isfinite(weight).all()) for weight in trained):
+            raise TrainingError(
+                f"weights are not finite at step {state.global_step}: the checkpoint before is kept; lower "
+                "learning_rate"
+            )
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 

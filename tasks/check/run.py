@@ -8,7 +8,7 @@ Ring: edge.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -19,18 +19,27 @@ from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedA
 from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import pin_dataset, read_dataset
+from tasks.gptoss.layout import MODEL_TYPE
 from tasks.hub import require_writer
+from tasks.machine import list_gpus
+from tasks.models import require_mxfp4
 from tasks.serve.preflight import check_ports
-from tasks.serve.settings import SERVICES, ServiceSettings
+from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import PretrainSpec, Recipe, Spec
-from tasks.train.needs import say_needs, training_needs
+from tasks.train.needs import choose_attention, say_needs, training_needs
 from tasks.train.run import checkpoint_bytes, require_training_memory
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
 
 
-def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: ArtifactStore, hub: HfApi) -> list[str]:
+def check_recipe(
+    recipe: Recipe,
+    pretraining: PretrainSpec | None,
+    store: ArtifactStore,
+    hub: HfApi,
+    host: Mapping[str, str] = NO_OVERRIDES,
+) -> list[str]:
     """Run every check; return what was found in order, one line each.
 
     Args:
@@ -38,6 +47,7 @@ def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: Artifa
         pretraining: the recipe of its base when that is made here.
         store: where artifacts will go.
         hub: client with the token that will be used.
+        host: what the Serving Host block overrides.
     Raises: the error itself when there is one fault; SpecError listing all when there are several;
         TransientError when the Hub can't be reached, so that the check is retried.
     """
@@ -49,18 +59,20 @@ def check_recipe(recipe: Recipe, pretraining: PretrainSpec | None, store: Artifa
         lambda: _check_room(recipe, store, facts),
         lambda: _check_memory(recipe, store, facts),
     ]
-    return _run_all([*checks, *_late_checks(recipe, store, hub)])
+    return _run_all([*checks, *_late_checks(recipe, store, hub, host)])
 
 
-def check_release(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
+def check_release(
+    recipe: Recipe, store: ArtifactStore, hub: HfApi, host: Mapping[str, str] = NO_OVERRIDES
+) -> list[str]:
     """Run the checks that matter from the merge on; returns and raises as check_recipe does."""
-    return _run_all(_late_checks(recipe, store, hub))
+    return _run_all(_late_checks(recipe, store, hub, host))
 
 
-def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[Callable[[], str]]:
+def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]) -> list[Callable[[], str]]:
     return [
         lambda: _check_publish(recipe, hub),
-        lambda: _check_serving(recipe, store),
+        lambda: _check_serving(recipe, store, host),
         lambda: _check_free_disk(store),
     ]
 
@@ -99,7 +111,7 @@ def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: l
 
 
 def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
-    """Every target must hit, a row must fit the context."""
+    """Every target must hit, a row must fit the context and the server, the attention must be right for the base."""
     if not facts:
         return ""
     targets, context_tokens = find_targets(facts[0].shapes, recipe.train.lora), facts[0].context_tokens
@@ -108,6 +120,17 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
             f"PackSpec.row_tokens = {recipe.pack.row_tokens} but the base's context is {context_tokens} tokens: "
             "lower row_tokens"
         )
+    longest = recipe.serve.max_model_len
+    if context_tokens and longest > context_tokens:
+        raise SpecError(f"ServeSpec.max_model_len = {longest} but the base's context is {context_tokens}: lower it")
+    if recipe.pack.row_tokens >= longest:
+        raise SpecError(
+            f"ServeSpec.max_model_len = {longest} but a row holds {recipe.pack.row_tokens} tokens, and verify asks the "
+            "server to score whole rows and to add one token: raise max_model_len or lower PackSpec.row_tokens"
+        )
+    choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train.attention, on_gpu=bool(list_gpus()))
+    if stored := facts[0].config.get("quantization_config"):
+        require_mxfp4(stored)
     return f"adapter: {len(targets)} weights, {sum(target.num_trainable for target in targets):,} trainable"
 
 
@@ -159,8 +182,8 @@ def _check_publish(recipe: Recipe, hub: HfApi) -> str:
     return f"publish: as {name} to {repo_id}"
 
 
-def _check_serving(recipe: Recipe, store: ArtifactStore) -> str:
-    settings = ServiceSettings(model=str(store.root), spec=recipe.serve, home=store.root)
+def _check_serving(recipe: Recipe, store: ArtifactStore, host: Mapping[str, str]) -> str:
+    settings = service_settings(str(store.root), recipe.serve, store.root, host)
     if not settings.vllm_python.exists():
         raise SpecError(
             f"vLLM's environment is not there ({settings.vllm_python}): make it with "
@@ -184,8 +207,9 @@ def _check_free_disk(store: ArtifactStore) -> str:
     return f"disk: {free / 1e9:.0f} GB free below {store.root}"
 
 
-def keep_recipe(name: str, recipe: Spec, folder: Path) -> Path:
-    """Write the resolved recipe down beside the run."""
+def keep_recipe(name: str, recipe: Spec, folder: Path, pretraining: PretrainSpec | None = None) -> Path:
+    """Write the resolved recipe down beside the run, and that of its base when it is made here."""
     path = folder / "recipe.json"
-    files.write_json(path, {"recipe": name, "resolved": recipe.model_dump(mode="json")})
+    base = {"pretraining": pretraining.model_dump(mode="json")} if pretraining else {}
+    files.write_json(path, {"recipe": name, "resolved": recipe.model_dump(mode="json"), **base})
     return path

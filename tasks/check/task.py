@@ -20,34 +20,35 @@ _RETRYING = {
 
 @task(task_run_name="check-{name}", **_RETRYING)
 def check_recipe(
-    name: str, recipe: Recipe, pretraining: PretrainSpec | None, storage: str = "", hub_account: str = ""
-) -> None:
-    """Store the resolved recipe with the run, then say all that can't work before long work starts."""
-    from blocks.opening import open_hub, open_store
-    from tasks.check import run
-
-    keep_recipe.fn(name, recipe, storage)
-    _show_checks(run.check_recipe(recipe, pretraining, open_store(storage), open_hub(hub_account)))
-
-
-@task(task_run_name="check-{name}", **_RETRYING)
-def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str = "") -> None:
-    """The same for a run that begins with the merge."""
-    from blocks.opening import open_hub, open_store
-    from tasks.check import run
-
-    keep_recipe.fn(name, recipe, storage)
-    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account)))
-
-
-@task(task_run_name="check-lengths-{name}", **_RETRYING)
-def check_lengths(
     name: str,
-    dataset: FetchedDataset,
     recipe: Recipe,
     pretraining: PretrainSpec | None,
     storage: str = "",
     hub_account: str = "",
+    serving_host: str = "",
+) -> None:
+    """Store the resolved recipe with the run, then say all that can't work before long work starts."""
+    from blocks.opening import open_host, open_hub, open_store
+    from tasks.check import run
+
+    keep_recipe.fn(name, recipe, storage, pretraining)
+    store, host = open_store(storage), open_host(serving_host)
+    _show_checks(run.check_recipe(recipe, pretraining, store, open_hub(hub_account), host))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str = "", serving_host: str = "") -> None:
+    """The same for a run that begins with the merge."""
+    from blocks.opening import open_host, open_hub, open_store
+    from tasks.check import run
+
+    keep_recipe.fn(name, recipe, storage)
+    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host)))
+
+
+@task(task_run_name="check-lengths-{dataset.short}", **_RETRYING)
+def check_lengths(
+    dataset: FetchedDataset, recipe: Recipe, pretraining: PretrainSpec | None, storage: str = "", hub_account: str = ""
 ) -> None:
     """Say which row is longer than a packed row before the base is downloaded or made."""
     from blocks.opening import open_hub, open_store
@@ -59,14 +60,14 @@ def check_lengths(
 
 
 @task(task_run_name="keep-{name}", cache_policy=NO_CACHE)
-def keep_recipe(name: str, recipe: Spec, storage: str = "") -> None:
+def keep_recipe(name: str, recipe: Spec, storage: str = "", pretraining: PretrainSpec | None = None) -> None:
     """Store the resolved recipe with the run, as a file and as an artifact."""
     from blocks.opening import open_store
     from tasks.check import run
     from tasks.prefect_ui import show_markdown
 
-    run.keep_recipe(name, recipe, open_store(storage).root / "runs" / str(flow_run.get_id()))
-    show_markdown("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```", f"The resolved recipe {name}")
+    kept = run.keep_recipe(name, recipe, open_store(storage).root / "runs" / str(flow_run.get_id()), pretraining)
+    show_markdown("recipe", f"```json\n{kept.read_text()}\n```", f"The resolved recipe {name}")
 
 
 def _show_checks(said: list[str]) -> None:

@@ -210,7 +210,9 @@ def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseChe
     """
     local = local_folder(spec)
     pins = (
-        _stamp(check_model_folder(local)) if local else {"commit": pin_commit(hub, spec.model, spec.revision, "model")}
+        files.stamp(check_model_folder(local))
+        if local
+        else {"commit": pin_commit(hub, spec.model, spec.revision, "model")}
     )
     key = make_key("fetch-base", VERSION, spec, pins)
     with store.claim(BaseCheckpoint, key) as claim:
@@ -226,7 +228,7 @@ def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseChe
             model_digest=folder_digest(digests),
             num_parameters=count_parameters(model_folder),
         )
-        return claim.commit(artifact, spec=spec, about={"digests": digests})
+        return claim.commit(artifact, spec=spec, about={"digests": digests, "stamp": files.stamp(model_folder)})
 
 
 def local_folder(spec: BaseModelSpec) -> Path | None:
@@ -235,12 +237,6 @@ def local_folder(spec: BaseModelSpec) -> Path | None:
     if folder.is_dir() or spec.model.startswith((".", "/", "~")):
         return folder.resolve()
     return None
-
-
-def _stamp(folder: Path) -> dict[str, str]:
-    """Name the state of a local folder without reading 40 GB: sizes and times of its files."""
-    stats = {name: (folder / name).stat() for name in files.list_files(folder)}
-    return {name: f"{stat.st_size}@{stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def check_model_folder(folder: Path) -> Path:

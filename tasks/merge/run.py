@@ -21,8 +21,16 @@ import torch
 from safetensors import safe_open
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, MergedModel, TrainedAdapter, folder_digest, make_key
-from tasks.errors import CorruptError, ShapeError
+from tasks.artifacts import (
+    ArtifactStore,
+    BaseCheckpoint,
+    MergedModel,
+    TrainedAdapter,
+    digest_files,
+    folder_digest,
+    make_key,
+)
+from tasks.errors import CorruptError, MissingError, ShapeError
 from tasks.gptoss.mxfp4 import dequantize
 from tasks.merge.delta import expert_deltas, linear_delta
 from tasks.merge.plan import MergePlan, Output, plan_merge, shard_names
@@ -64,21 +72,24 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, store: ArtifactStore
     """Merge the adapter into its base; a second call returns the finished model.
 
     Raises: SpecError (kind of adapter), ShapeError (does not fit, unused, without effect),
-        CorruptError (torn file, value that is not finite), CapacityError (disk).
+        MissingError or CorruptError (the base is gone or another; torn file, value that is not finite),
+        CapacityError (disk).
     """
     key = make_key("merge", VERSION, spec, {"adapter": adapter.adapter_digest}, (adapter,))
     with store.claim(MergedModel, key) as claim:
         if claim.found:
             return claim.found
+        require_same_base(adapter, store)
         base, deltas = Reader(Path(adapter.base_folder)), Reader(Path(adapter.adapter_folder))
         config = files.read_json(Path(adapter.adapter_folder) / "adapter_config.json")
         element_bytes = _DTYPES[spec.dtype][1]
         plan = plan_merge(
             base.headers, deltas.headers, config, element_bytes=element_bytes, shard_bytes=spec.shard_bytes
         )
-        files.require_disk(claim.folder, plan.total_bytes + (64 << 20), "merging")
         partial, target = claim.folder / "model.partial", claim.folder / "model"
         if not target.exists():
+            written = sum(files.list_files(partial).values()) if partial.exists() else 0
+            files.require_disk(claim.folder, plan.total_bytes - written + (64 << 20), "merging")
             ledger = write_model(plan, base, deltas, partial, spec)
             _write_side_files(Path(adapter.base_folder), partial, spec)
             files.write_json(partial / LEDGER, ledger)
@@ -101,6 +112,28 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, store: ArtifactStore
         return claim.commit(artifact, spec=spec, about={"digests": digests, "ledger": ledger["changes"]})
 
 
+def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
+    """Raise unless the base is still the one that the adapter was trained on.
+
+    Sizes and times tell in microseconds; when they moved, the files are digested.
+    Raises: MissingError when the base is gone, CorruptError when its bytes changed.
+    """
+    folder = Path(adapter.base_folder)
+    if not folder.is_dir():
+        raise MissingError(
+            f"the base of adapter {adapter.short} was at {folder} and is gone: bring it back, or train again"
+        )
+    base = store.ancestor(adapter, BaseCheckpoint)
+    about = (store.manifest(type(base), base.key) or {}).get("about", {})
+    if about.get("stamp") == files.stamp(folder):
+        return
+    if folder_digest(digest_files(folder)) != adapter.base_digest:
+        raise CorruptError(
+            f"the base at {folder} is not the one that adapter {adapter.short} was trained on (its files "
+            "changed since): bring the old files back, or train on the new ones"
+        )
+
+
 def _side_digests(folder: Path, shards: dict[str, str]) -> dict[str, str]:
     return {name: files.digest(folder / name) for name in files.list_files(folder) if name not in shards}
 
@@ -111,6 +144,7 @@ def write_model(plan: MergePlan, base: Reader, deltas: Reader, folder: Path, spe
     Returns the ledger: {"shards": file -> sha256, "changes": [one entry per changed tensor]}.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files.remove_strays(folder)  # a kill inside a shard leaves up to 10 GB, which would be digested and published
     names = shard_names(len(plan.shards))
     ledger: dict[str, Any] = {"shards": {}, "changes": []}  # Any: JSON values
     for number, (name, outputs) in enumerate(zip(names, plan.shards, strict=True), start=1):

@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 
 from tasks import files, machine
-from tasks.artifacts import ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
-from tasks.errors import DataError, MissingError
+from tasks.artifacts import CHECKPOINTS, ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
+from tasks.errors import DataError, MissingError, SpecError
 from tasks.gptoss.layout import parameter_shapes
-from tasks.gptoss.tokenizer import shared_tokenizer
+from tasks.gptoss.tokenizer import NUM_IDS, shared_tokenizer
 from tasks.specs import PretrainSpec
 from tasks.trainer_job import ProgressFn, run_trainer
 
@@ -57,12 +57,17 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
             first_loss=result["first_loss"],
             last_loss=result["last_loss"],
         )
-        shutil.rmtree(claim.folder / "checkpoints", ignore_errors=True)
-        return claim.commit(artifact, spec=spec, about={"num_corpus_tokens": result["num_corpus_tokens"]})
+        claim.commit(
+            artifact,
+            spec=spec,
+            about={"num_corpus_tokens": result["num_corpus_tokens"], "stamp": files.stamp(model_folder)},
+        )
+        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)
+        return artifact
 
 
 def pretrain_key(spec: PretrainSpec) -> str:
-    """Return the key of the model that `spec` makes. Raises MissingError or DataError (corpus)."""
+    """Return the key of the model that `spec` makes. Raises SpecError, MissingError or DataError (corpus)."""
     return make_key("pretrain", VERSION, spec, {"corpus": files.digest(_find_corpus(spec))})
 
 
@@ -72,6 +77,11 @@ def pretrained_origin(key: str) -> str:
 
 
 def _find_corpus(spec: PretrainSpec) -> Path:
+    if spec.shape.vocab_size < NUM_IDS:
+        raise SpecError(
+            f"GptOssShape.vocab_size = {spec.shape.vocab_size} but the gpt-oss tokenizer has {NUM_IDS} ids, which "
+            "vLLM's harmony path is wired to: leave it out"
+        )
     corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
     if not corpus.is_file():
         raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")

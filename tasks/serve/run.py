@@ -3,19 +3,15 @@
 Ring: edge.
 """
 
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 
 from tasks.artifacts import ArtifactStore, PublishedModel, ServedModel, make_key
 from tasks.serve import services
-from tasks.serve.settings import ServiceSettings
+from tasks.serve.settings import NO_OVERRIDES, service_settings
 from tasks.specs import ServeSpec
 
 VERSION = 1
-NO_OVERRIDES: Mapping[str, str] = {}
 
 
 def serve_model(
@@ -31,11 +27,8 @@ def serve_model(
     Raises: PortTakenError, CapacityError or MissingError before anything starts; ServiceError with
         the last lines of the log when a service dies or does not answer in time.
     """
-    if host.get("HOST"):
-        spec = spec.model_copy(update={"host": host["HOST"]})
-    settings = ServiceSettings(model=published.model_folder, spec=spec, home=store.root, variables=os.environ)
-    if host.get("TATARA_VLLM_PYTHON"):
-        settings = replace(settings, vllm_python=Path(host["TATARA_VLLM_PYTHON"]))
+    settings = service_settings(published.model_folder, spec, store.root, host)
+    spec = settings.spec
     key = make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,))
     with store.claim(ServedModel, key) as claim:
         status = services.start(settings)

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +19,7 @@ from tasks.serve.command import reach
 from tasks.specs import ServeSpec
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_OVERRIDES: Mapping[str, str] = {}
 SERVICES = ("vllm", "gateway")
 
 
@@ -64,6 +65,23 @@ class ServiceSettings:
         if len(str(folder)) <= 60:
             return folder
         return Path(tempfile.gettempdir()) / f"tatara-{os.getuid()}-{digest_of(str(folder))[:12]}"
+
+
+def service_settings(model: str, spec: ServeSpec, home: Path, host: Mapping[str, str]) -> ServiceSettings:
+    """Return the settings of a recipe on one machine.
+
+    Args:
+        model: folder or Hub id.
+        spec: ports, name, lengths.
+        home: the store's root.
+        host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
+    """
+    if host.get("HOST"):
+        spec = spec.model_copy(update={"host": host["HOST"]})
+    settings = ServiceSettings(model=model, spec=spec, home=home, variables=os.environ)
+    if host.get("TATARA_VLLM_PYTHON"):
+        settings = replace(settings, vllm_python=Path(host["TATARA_VLLM_PYTHON"]))
+    return settings
 
 
 def digest_of(value: object) -> str:

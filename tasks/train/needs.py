@@ -1,4 +1,4 @@
-"""How much memory a training run will need, from shapes alone, before a byte is downloaded.
+"""What a training run will need, from shapes alone, before a byte is downloaded: memory, and the attention.
 
     shapes + config.json + TrainSpec -> training_needs() -> {part: bytes}
 
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from tasks.errors import SpecError
+from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
 from tasks.train.targets import Shapes, Target
 
@@ -41,6 +43,23 @@ def training_needs(
         "activations": _activation_bytes(config, spec, element, tokens),
         "workspace": _WORKSPACE,
     }
+
+
+def choose_attention(model_type: str, wanted: str, *, on_gpu: bool) -> str:
+    """Return transformers' attention for training: gpt-oss has sinks, which only eager and (on CUDA) flex handle.
+
+    Raises: SpecError for an attention that would drop the sinks without a word.
+
+    >>> choose_attention("gpt_oss", "auto", on_gpu=False), choose_attention("qwen2", "auto", on_gpu=True)
+    ('eager', 'sdpa')
+    """
+    if model_type != MODEL_TYPE:
+        return "sdpa" if wanted == "auto" else wanted
+    if wanted == "sdpa":
+        raise SpecError("TrainSpec.attention 'sdpa' drops the sinks of gpt-oss: use flex_attention, eager or auto")
+    if wanted == "flex_attention" and not on_gpu:
+        raise SpecError("TrainSpec.attention 'flex_attention' needs CUDA for the sinks of gpt-oss: use eager or auto")
+    return wanted if wanted != "auto" else "flex_attention" if on_gpu else "eager"
 
 
 def say_needs(needs: Mapping[str, int]) -> str:

@@ -5,10 +5,13 @@
 Ring: edge. Imports no torch.
 """
 
+import math
+import shutil
 from pathlib import Path
 
 from tasks import files, machine
 from tasks.artifacts import (
+    CHECKPOINTS,
     ArtifactStore,
     BaseCheckpoint,
     PackedDataset,
@@ -18,7 +21,7 @@ from tasks.artifacts import (
     make_key,
 )
 from tasks.errors import CapacityError, MissingError, SpecError
-from tasks.specs import LoraSpec, TrainSpec
+from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.needs import say_needs, training_needs
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, run_trainer
@@ -37,6 +40,7 @@ def train_adapter(
     with store.claim(TrainedAdapter, key) as claim:
         if claim.found:
             return claim.found
+        require_warm(packed.num_train_rows, spec)
         _require_room(base, packed, spec, claim.folder)
         result = run_trainer(
             "tasks.train.worker",
@@ -63,22 +67,60 @@ def train_adapter(
             base_digest=base.model_digest,
             **result,
         )
-        return claim.commit(artifact, spec=spec)
+        claim.commit(artifact, spec=spec)
+        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
+        return artifact
 
 
-def find_adapter(name: str, store: ArtifactStore) -> TrainedAdapter:
-    """Return the trained adapter whose key begins with `name`, or the newest for `latest`.
+def planned_steps(num_rows: int, spec: TrainSpec) -> int:
+    """Return the number of optimizer steps of a run, counted as Trainer counts them.
+
+    >>> planned_steps(10, TrainSpec(lora=LoraSpec(target_modules=("q_proj",)), gradient_accumulation=4, num_epochs=2))
+    6
+    """
+    if spec.max_steps > 0:
+        return spec.max_steps
+    batches = math.ceil(num_rows / (spec.rows_per_device * spec.num_processes))
+    return math.ceil(spec.num_epochs * max(1, math.ceil(batches / spec.gradient_accumulation)))
+
+
+def require_warm(num_rows: int, spec: TrainSpec) -> None:
+    """Raise SpecError when the warm-up lasts as long as the run: the learning rate would never reach its value."""
+    planned = planned_steps(num_rows, spec)
+    if spec.warmup_steps >= planned:
+        raise SpecError(
+            f"TrainSpec.warmup_steps = {spec.warmup_steps} but the run has {planned} optimizer steps "
+            f"({num_rows} packed rows): lower warmup_steps or gradient_accumulation, or train more epochs"
+        )
+
+
+def find_adapter(name: str, base: BaseModelSpec, store: ArtifactStore) -> TrainedAdapter:
+    """Return the trained adapter whose key begins with `name`, or for `latest` the newest one of this base.
 
     Raises: MissingError listing what exists, SpecError when several fit.
     """
     adapters = store.committed(TrainedAdapter)
+    if name == "latest":
+        adapters = [adapter for adapter in adapters if is_made_from(base, adapter, store)]
     fitting = adapters[-1:] if name == "latest" else [a for a in adapters if a.key.startswith(name)]
     known = ", ".join(adapter.short for adapter in adapters) or "none"
     if not fitting or not name:
-        raise MissingError(f"there is no adapter {name!r} below {store.root}; there are: {known}")
+        of_base = f" of {base.model}" if name == "latest" else ""
+        raise MissingError(f"there is no adapter {name!r}{of_base} below {store.root}; there are: {known}")
     if len(fitting) > 1:
         raise SpecError(f"adapter {name!r} fits {len(fitting)} of: {known}; give more digits")
     return fitting[0]
+
+
+def is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactStore) -> bool:
+    """Say whether an adapter's base is the one that a recipe names, whatever its revision."""
+    try:
+        origin = store.ancestor(adapter, BaseCheckpoint).origin
+    except MissingError:  # its base was removed
+        return False
+    if base.pretrain_recipe:
+        return origin.startswith("pretrained ")
+    return origin.partition("@")[0] in (base.model, str(Path(base.model).expanduser().resolve()))
 
 
 def base_shapes(model_folder: Path) -> Shapes:

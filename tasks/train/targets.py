@@ -15,6 +15,7 @@ from tasks.errors import SpecError
 from tasks.gptoss.layout import parameter_name, quantized_stem
 from tasks.specs import LoraSpec
 
+_NOT_TARGETS = ("embed_tokens.weight", "lm_head.weight", ".router.weight")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -76,7 +77,8 @@ def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    return name.endswith(".weight") and len(shape) == 2 and not name.endswith("embed_tokens.weight")
+    """Say whether a weight is a Linear that takes an adapter: the head is the chunked loss's, a router is no Linear."""
+    return len(shape) == 2 and name.endswith(".weight") and not name.endswith(_NOT_TARGETS)
 
 
 def _target(name: str, shape: tuple[int, ...], rank: int) -> Target:

@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import BaseCheckpoint, PackedDataset, TrainedAdapter
 from tasks.errors import is_worth_retrying
-from tasks.specs import TrainSpec
+from tasks.specs import BaseModelSpec, TrainSpec
 
 
 @task(
@@ -37,9 +37,9 @@ def train_adapter(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, 
 
 
 @task(task_run_name="find-adapter-{name}", cache_policy=NO_CACHE)
-def find_adapter(name: str, storage: str = "") -> TrainedAdapter:
-    """Find a trained adapter by the first digits of its key, or the newest as `latest`."""
+def find_adapter(name: str, base: BaseModelSpec, storage: str = "") -> TrainedAdapter:
+    """Find a trained adapter by the first digits of its key, or the newest of this base as `latest`."""
     from blocks.opening import open_store
     from tasks.train import run
 
-    return run.find_adapter(name, open_store(storage))
+    return run.find_adapter(name, base, open_store(storage))

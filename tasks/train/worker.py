@@ -20,18 +20,19 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks import files
-from tasks.errors import SpecError, TrainingError
+from tasks.errors import TrainingError
 from tasks.gptoss.documents import separate_documents
 from tasks.metrics import read_metrics
 from tasks.models import dequantized
 from tasks.specs import TrainSpec
 from tasks.train.loss import CpuSFTTrainer
+from tasks.train.needs import choose_attention
 from tasks.training import (
     RESULT,
     Recorder,
@@ -77,7 +78,8 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(folder)
     on_gpu = torch.cuda.is_available()
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention_of(config, spec)}
+    attention = choose_attention(config.model_type, spec.attention, on_gpu=on_gpu)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention}
     if spec.quantization != "none":
         kwargs["quantization_config"] = bits_and_bytes(spec)
     elif getattr(config, "quantization_config", None):
@@ -88,18 +90,6 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {model.config._attn_implementation}")
     return model
-
-
-def attention_of(config: Any, spec: TrainSpec) -> str:  # Any: each family has its own config class
-    """Choose the attention: gpt-oss has sinks, which only eager and (on CUDA) flex handle in backward."""
-    on_gpu = torch.cuda.is_available()
-    if config.model_type != "gpt_oss":
-        return "sdpa" if spec.attention == "auto" else spec.attention
-    if spec.attention == "sdpa":
-        raise SpecError("TrainSpec.attention 'sdpa' drops the sinks of gpt-oss: use flex_attention, eager or auto")
-    if spec.attention == "flex_attention" and not on_gpu:
-        raise SpecError("TrainSpec.attention 'flex_attention' needs CUDA for the sinks of gpt-oss: use eager or auto")
-    return spec.attention if spec.attention != "auto" else "flex_attention" if on_gpu else "eager"
 
 
 def bits_and_bytes(spec: TrainSpec) -> BitsAndBytesConfig:
@@ -128,10 +118,20 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
         peft_config=lora_config(spec),
-        callbacks=[Recorder(folder, tokens_per_step)],
+        callbacks=[Recorder(folder, tokens_per_step), *([SameDtype()] if spec.quantization != "none" else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class SameDtype(TrainerCallback):
+    """Give a resumed QLoRA adapter its dtype back: TRL trains it in bfloat16, PEFT loads it as float32."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cast the adapter, which changes no value: it was saved from bfloat16."""
+        for weight in kwargs["model"].parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.to(torch.bfloat16)
 
 
 def lora_config(spec: TrainSpec) -> LoraConfig:
@@ -165,6 +165,7 @@ def trainer_arguments(folder: Path, spec: TrainSpec) -> SFTConfig:
         "max_grad_norm": spec.max_grad_norm,
         "optim": "adamw_torch_fused",
         "logging_steps": spec.log_steps,
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": spec.save_steps,
         "save_total_limit": spec.keep_checkpoints,

@@ -1,12 +1,14 @@
 """Which questions are asked of the served model, and what its answers must show.
 
-    served = mean log-probability of validation answers, asked from the endpoint
-    merged = the same, computed from the merged files          |served - merged| <= max_logprob_gap
-    base   = the same, computed from the base                  served - base    >= min_base_margin
+    served = log-probability of each token of validation answers, asked from the endpoint
+    merged = the same, computed from the merged files      |mean served - mean merged| <= max_logprob_gap
+    base   = the same, computed from the base              mean served - mean base >= min_base_margin
+                              mean |served - merged| <= max_token_gap_share * mean |merged - base|
 
-The first says that the right files are served whole, the second that they differ from the base in
-the direction that training moved them. A deploy of the base, of half an adapter or of another
-model fails one of them.
+The first says that the served files are as good as the merged ones, the second that they differ
+from the base in the direction that training moved them, the third that they are these weights,
+token by token: another tune of the same base can have the same mean, and is about as far from this
+one as the base is.
 
 Ring: pure.  Units: nats per token.
 """
@@ -21,11 +23,35 @@ from tasks.specs import VerifySpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Mean log-probability per answer token, of three models on the same answers."""
+    """Three models on the same answers: mean log-probability per answer token, and how far apart token by token.
+
+    `token_gap` is mean |served - merged|, `tuning_gap` mean |merged - base|.
+    """
 
     served: float
     merged: float
     base: float
+    token_gap: float
+    tuning_gap: float
+
+
+def compare(served: list[float], merged: list[float], base: list[float]) -> Scores:
+    """Return the scores of three lists of log-probabilities of the same tokens.
+
+    Raises: CorruptError when they are not of the same tokens.
+
+    >>> compare([-1.0, -2.0], [-1.0, -2.5], [-2.0, -3.5])
+    Scores(served=-1.5, merged=-1.75, base=-2.75, token_gap=0.25, tuning_gap=1.0)
+    """
+    if not len(served) == len(merged) == len(base):
+        raise CorruptError(f"{len(served)} served, {len(merged)} merged and {len(base)} base tokens were scored")
+    return Scores(
+        served=mean(served),
+        merged=mean(merged),
+        base=mean(base),
+        token_gap=mean([abs(s - m) for s, m in zip(served, merged, strict=True)]),
+        tuning_gap=mean([abs(m - b) for m, b in zip(merged, base, strict=True)]),
+    )
 
 
 def scoring_request(model: str, prompt_ids: list[int], answer_ids: list[int]) -> dict[str, Any]:  # Any: JSON values
@@ -82,6 +108,13 @@ def check_scores(scores: Scores, spec: VerifySpec) -> None:
             f"the served model is not the merged one: its mean log-probability is {scores.served:.4f}, the merged "
             f"files give {scores.merged:.4f} (gap {gap:.4f}, allowed {spec.max_logprob_gap:g}).{looks} Redeploy the "
             "merged folder; the artifact's digest says which"
+        )
+    if scores.token_gap > spec.max_token_gap_share * scores.tuning_gap:
+        raise AttestationError(
+            f"the served model is not the merged one: token by token its log-probabilities differ by "
+            f"{scores.token_gap:.4f} from those of the merged files, which the tune moved by {scores.tuning_gap:.4f} "
+            f"(allowed {spec.max_token_gap_share:g} of that): it is another tune of this base, or a part of this one. "
+            "Redeploy the merged folder; the artifact's digest says which"
         )
     margin = scores.served - scores.base
     if margin < spec.min_base_margin:

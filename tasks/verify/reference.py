@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import files
 from tasks.models import dequantized
-from tasks.verify.probes import mean
 
 Document = dict[str, Any]
 
@@ -43,13 +42,12 @@ def score(model: Any, prompt_ids: list[int], answer_ids: list[int]) -> list[floa
 
 
 def main(path: Path) -> None:
-    """Score the folders that the job names and write their means."""
+    """Score the folders that the job names and write the log-probabilities of each."""
     job = files.read_json(path)
-    means = {
-        name: mean(score_folder(Path(folder), job["documents"], job["dtype"]))
-        for name, folder in job["folders"].items()
+    scores = {
+        name: score_folder(Path(folder), job["documents"], job["dtype"]) for name, folder in job["folders"].items()
     }
-    files.write_json(Path(job["result"]), means)
+    files.write_json(Path(job["result"]), scores)
 
 
 if __name__ == "__main__":

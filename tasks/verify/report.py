@@ -20,7 +20,8 @@ def health_markdown(report: HealthReport, about: dict[str, Any]) -> str:  # Any:
 | merged files, by transformers | {report.merged_logprob:.4f} |
 | base, by transformers | {report.base_logprob:.4f} |
 
-Served minus merged: {report.served_logprob - report.merged_logprob:+.5f}. \
+Token by token the served model is {report.token_gap:.5f} from the merged files, which the tune moved by \
+{report.tuning_gap:.4f}. Served minus merged: {report.served_logprob - report.merged_logprob:+.5f}. \
 Served minus base: {report.served_logprob - report.base_logprob:+.4f}.
 
 {about.get("failure") or "The served weights are the merged ones, and not the base."}

@@ -29,9 +29,9 @@ from tasks.processes import last_lines
 from tasks.specs import VerifySpec
 from tasks.trainer_job import SECRETS
 from tasks.verify.client import get_json, post_json, stream_chat, text_of
-from tasks.verify.probes import Scores, answer_logprobs, check_scores, mean, scoring_request
+from tasks.verify.probes import Scores, answer_logprobs, check_scores, compare, scoring_request
 
-VERSION = 1
+VERSION = 2
 ShowFn = Callable[[HealthReport, dict[str, Any]], None]  # Any: JSON values
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +60,8 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
             served_logprob=scores.served,
             merged_logprob=scores.merged,
             base_logprob=scores.base,
+            token_gap=scores.token_gap,
+            tuning_gap=scores.tuning_gap,
             num_answers=about["num_answers"],
             question=spec.question,
             answer=about["chat"]["answer"],
@@ -95,19 +97,26 @@ def probe(
         body = scoring_request(served.served_model_name, prompt, answer)
         reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
         served_values.extend(answer_logprobs(reply, prompt, answer))
-    return Scores(served=mean(served_values), merged=reference["merged"], base=reference["base"]), about
+    return compare(served_values, reference["merged"], reference["base"]), about
 
 
 def reference_scores(
     served: ServedModel,
     documents: list[dict[str, Any]],  # Any: token columns
     store: ArtifactStore,
-) -> dict[str, float]:
-    """Return {"merged", "base"} mean log-probabilities, computed once for the same weights and answers."""
+) -> dict[str, list[float]]:
+    """Return {"merged", "base"} log-probabilities of each token, computed once for the same weights and answers."""
     merged, adapter = store.ancestor(served, MergedModel), store.ancestor(served, TrainedAdapter)
     growth = 2 if served.dtype == "float32" else 1  # bf16 files opened in float32
     needed = growth * merged.total_bytes + (1 << 30)
-    identity = [merged.model_digest, adapter.base_digest, served.dtype, [d["row_id"] for d in documents], adapter.key]
+    identity = [
+        VERSION,
+        merged.model_digest,
+        adapter.base_digest,
+        served.dtype,
+        [d["row_id"] for d in documents],
+        adapter.key,
+    ]
     folder = store.root / "reference" / sha256(repr(identity).encode()).hexdigest()[:16]
     result = folder / "scores.json"
     with files.lock_file(folder.with_suffix(".lock")):

@@ -1,9 +1,22 @@
 """What the machine has is read, and too little is said with numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from tasks import machine as subject
 from tasks.errors import CapacityError
+
+
+def test_file_cache_of_a_cgroup_counts_as_free(tmp_path: Path):
+    names = [str(tmp_path / name) for name in ("memory.max", "memory.current")]
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 5000\n")
+    assert subject._cgroup_room(*names, "inactive_file") == 6000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert subject._cgroup_room(*names, "inactive_file") is None
+    assert subject._cgroup_room(str(tmp_path / "none"), names[1], "inactive_file") is None
 
 
 def test_memory_is_said_with_numbers():

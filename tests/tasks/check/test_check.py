@@ -51,7 +51,7 @@ def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recip
         fetch=FetchSpec(source=str(write_chats(tmp_path / "chats.jsonl", 60)), validation_pct=20),
         pack={"row_tokens": 256},  # pyright: ignore[reportArgumentType]
         train=TrainSpec(lora=LoraSpec(target_modules=("q_proj",))),
-        serve=ServeSpec(vllm_port=vllm, gateway_port=gateway),
+        serve=ServeSpec(vllm_port=vllm, gateway_port=gateway, max_model_len=512),
     )
 
 
@@ -103,13 +103,21 @@ QUESTION_ONLY = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "
         (
             lambda f: {"train": {"lora": {"target_modules": ("q_porj",)}}},
             errors.SpecError,
-            r"'q_porj' hits nothing; did you mean q_proj.*existing names end in k_proj, lm_head, o_proj, q_proj",
+            r"'q_porj' hits nothing; did you mean q_proj.*existing names end in k_proj, o_proj, q_proj",
         ),
         (
             lambda f: {"base": {"model": f"{f}/nobase"}},
             errors.MissingError,
             r"base model .*/nobase has no config\.json: name a Hub id or a transformers model folder",
         ),
+        (lambda f: {"serve": {"max_model_len": 4096}}, errors.SpecError, "max_model_len = 4096 .* is 512: lower it"),
+        (
+            lambda f: {"serve": {"max_model_len": 256}},
+            errors.SpecError,
+            r"max_model_len = 256 but a row holds 256 tokens, and verify asks .*: raise max_model_len or",
+        ),
+        (lambda f: {"train": {"attention": "sdpa"}}, errors.SpecError, r"'sdpa' drops the sinks of gpt-oss: use"),
+        (lambda f: {"train": {"lora": {"target_modules": ("router",)}}}, errors.SpecError, r"'router' hits nothing"),
         (_torn_base, errors.CorruptError, r"model\.safetensors has \d+ bytes but its header describes \d+: download"),
     ],
 )  # fmt: skip

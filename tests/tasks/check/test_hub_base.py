@@ -33,7 +33,11 @@ def recipe(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free
         fetch=FetchSpec(source=str(write_chats(tmp_path / "chats.jsonl", 40)), validation_pct=20),
         pack={"row_tokens": 256},  # pyright: ignore[reportArgumentType]
         train=TrainSpec(lora=LoraSpec(target_parameters=("1.mlp.experts.down_proj",))),
-        serve=ServeSpec(vllm_port=free_port, gateway_port=free_port + 1 if free_port < 65535 else free_port - 1),
+        serve=ServeSpec(
+            vllm_port=free_port,
+            gateway_port=free_port + 1 if free_port < 65535 else free_port - 1,
+            max_model_len=512,
+        ),
     )
 
 

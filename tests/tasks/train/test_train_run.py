@@ -20,7 +20,7 @@ from tasks.metrics import read_metrics
 from tasks.pack.run import pack_dataset
 from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, TrainSpec
 from tasks.train.run import train_adapter
-from tasks.training import checkpoint_step, is_complete, latest_checkpoint
+from tasks.training import checkpoint_step, is_complete, latest_checkpoint, mark_complete
 from tests.tiny import make_base, write_chats
 
 LORA = LoraSpec(
@@ -32,11 +32,11 @@ LORA = LoraSpec(
 SPEC = TrainSpec(
     lora=LORA,
     learning_rate=2e-2,
-    max_steps=40,
+    max_steps=24,
     rows_per_device=2,
     dtype="float32",
     gradient_checkpointing=False,
-    save_steps=2,
+    save_steps=4,
 )
 
 
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, Tr
 
 def test_loss_falls_on_train_and_validation(trained: tuple[ArtifactStore, TrainedAdapter]):
     _, adapter = trained
-    assert adapter.num_steps == 40
+    assert adapter.num_steps == 24
     assert adapter.last_loss < adapter.first_loss - 0.1
     assert adapter.validation_loss_after < adapter.validation_loss_before - 0.1
 
@@ -102,7 +102,7 @@ def test_killed_and_resumed_is_bit_identical(trained: tuple[ArtifactStore, Train
     torn = folder / "checkpoints" / "checkpoint-39"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 39')
-    assert 4 <= checkpoint_step(latest_checkpoint(folder / "checkpoints")) < 39
+    assert 4 <= checkpoint_step(latest_checkpoint(folder / "checkpoints")) < 24
     assert not torn.exists()
 
     resumed = train_adapter(packed, base, SPEC, store, lambda record: None)
@@ -119,7 +119,7 @@ def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
     """The parent is killed; the trainer goes on; the next try follows it instead of starting another."""
     store = ArtifactStore(tmp_path / "home")
     packed, base = make_inputs(store, tmp_path)
-    spec = SPEC.model_copy(update={"max_steps": 60})
+    spec = SPEC.model_copy(update={"max_steps": 40, "save_steps": 20, "log_steps": 50})
     pid = os.fork()
     if pid == 0:  # the parent that will be killed
         try:
@@ -136,8 +136,9 @@ def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
     assert survivor is not None
     adapter = train_adapter(packed, base, spec, store, lambda record: None)
     assert json.loads(identity_file.read_text())["pid"] == survivor.pid
-    assert adapter.num_steps == 60
-    assert [r["step"] for r in read_metrics(adapter.path / "metrics.jsonl")] == list(range(1, 61))
+    assert adapter.num_steps == 40
+    steps = [record["step"] for record in read_metrics(adapter.path / "metrics.jsonl")]
+    assert steps == [1, 40]  # log_steps exceeds the run: its first and last step are logged all the same
 
 
 def test_a_target_that_hits_nothing_is_named_before_anything_starts(tmp_path: Path):
@@ -149,18 +150,32 @@ def test_a_target_that_hits_nothing_is_named_before_anything_starts(tmp_path: Pa
     assert not list((store.root / "adapter").glob("*/process.json"))
 
 
-def test_a_checkpoint_is_whole_only_with_all_its_files(trained: tuple[ArtifactStore, TrainedAdapter]):
-    _, adapter = trained
-    checkpoint = latest_checkpoint(adapter.path / "checkpoints")
-    assert checkpoint is not None
-    assert is_complete(checkpoint)
-    optimizer = checkpoint / "optimizer.pt"
-    saved = optimizer.read_bytes()
-    try:
-        optimizer.unlink()  # Trainer would resume without a word, with a fresh optimizer
-        assert not is_complete(checkpoint)
-    finally:
-        optimizer.write_bytes(saved)
+def test_checkpoints_go_when_the_adapter_is_whole(trained: tuple[ArtifactStore, TrainedAdapter]):
+    """They are no part of the artifact: freeing disk by hand must not make it look damaged."""
+    store, adapter = trained
+    assert not (adapter.path / "checkpoints").exists()
+    (adapter.path / "output.log").write_text("a last word of the trainer")
+    assert store.find(TrainedAdapter, adapter.key) == adapter
+
+
+def test_a_checkpoint_is_whole_only_with_all_its_files(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / name).write_text(name)
+    assert not is_complete(checkpoint)
+    mark_complete(checkpoint)
+    assert is_complete(checkpoint) and latest_checkpoint(tmp_path) == checkpoint
+    (checkpoint / "optimizer.pt").unlink()  # Trainer would resume without a word, with a fresh optimizer
+    assert not is_complete(checkpoint)
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(trained: tuple[ArtifactStore, TrainedAdapter]):
+    store, adapter = trained
+    packed, base = store.ancestor(adapter, PackedDataset), store.ancestor(adapter, BaseCheckpoint)
+    spec = SPEC.model_copy(update={"max_steps": -1, "num_epochs": 1.0, "warmup_steps": 100})
+    with pytest.raises(SpecError, match=r"warmup_steps = 100 but the run has \d+ optimizer steps \(\d+ packed rows\)"):
+        train_adapter(packed, base, spec, store, lambda record: None)
 
 
 def test_merged_equals_peft(trained: tuple[ArtifactStore, TrainedAdapter]):

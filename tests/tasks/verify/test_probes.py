@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tasks.errors import AttestationError, CorruptError
 from tasks.specs import VerifySpec
 from tasks.verify import probes as subject
-from tasks.verify.probes import Scores
+from tasks.verify.probes import Scores, compare
 
 SPEC = VerifySpec(max_logprob_gap=0.02, min_base_margin=0.05)
 nats = st.floats(-12, 0)
@@ -63,8 +63,9 @@ def test_reply_that_is_not_about_our_tokens_is_refused(reply: dict[str, Any], me
 
 @given(nats, nats, nats)
 def test_passes_exactly_when_near_the_merged_and_better_than_the_base(served: float, merged: float, base: float):
-    scores = Scores(served=served, merged=merged, base=base)
-    good = abs(served - merged) <= 0.02 and served - base >= 0.05
+    scores = compare([served], [merged], [base])
+    gap = abs(served - merged)
+    good = gap <= 0.02 and gap <= 0.25 * abs(merged - base) and served - base >= 0.05
     if good:
         subject.check_scores(scores, SPEC)
     else:
@@ -74,13 +75,13 @@ def test_passes_exactly_when_near_the_merged_and_better_than_the_base(served: fl
 
 def test_a_deploy_of_the_base_is_told_as_such():
     with pytest.raises(AttestationError, match=r"is -4\.0010, the merged files give -3\.0000 \(gap 1\.0010, allowed 0\.02\)\.") as caught:  # fmt: skip  # noqa: E501
-        subject.check_scores(Scores(served=-4.001, merged=-3.0, base=-4.0), SPEC)
+        subject.check_scores(compare([-4.001], [-3.0], [-4.0]), SPEC)
     assert "It answers like the base. Redeploy the merged folder" in str(caught.value)
 
 
 def test_another_model_is_not_called_the_base():
     with pytest.raises(AttestationError) as caught:
-        subject.check_scores(Scores(served=-7.0, merged=-3.0, base=-4.0), SPEC)
+        subject.check_scores(compare([-7.0], [-3.0], [-4.0]), SPEC)
     assert "the served model is not the merged one" in str(caught.value)
     assert "like the base" not in str(caught.value)
 
@@ -89,13 +90,28 @@ def test_a_tune_that_learnt_nothing_is_refused():
     with pytest.raises(
         AttestationError, match=r"no better than its base .*-3\.0000 against -3\.0100 \(margin 0\.0100, want"
     ):
-        subject.check_scores(Scores(served=-3.0, merged=-3.0, base=-3.01), SPEC)
+        subject.check_scores(compare([-3.0], [-3.0], [-3.01]), SPEC)
+
+
+def test_another_tune_of_the_same_mean_is_found_token_by_token():
+    """The means agree to the last digit; the tokens do not."""
+    merged, base = [-1.0, -2.0, -3.0, -4.0], [-1.5, -2.5, -3.5, -4.5]
+    other = [-1.25, -1.75, -3.25, -3.75]
+    scores = compare(other, merged, base)
+    assert scores.served == scores.merged
+    with pytest.raises(AttestationError, match=r"differ by 0\.2500 .* moved by 0\.5000 \(allowed 0\.25 .*another tune"):
+        subject.check_scores(scores, SPEC)
+
+
+def test_scores_of_other_tokens_are_not_compared():
+    with pytest.raises(CorruptError, match="1 served, 2 merged and 2 base tokens were scored"):
+        compare([-1.0], [-1.0, -2.0], [-1.0, -2.0])
 
 
 @pytest.mark.parametrize("field", ["served", "merged", "base"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_never_pass(field: str, value: float):
-    scores = Scores(**{"served": -3.0, "merged": -3.0, "base": -4.0, field: value})
+    scores = Scores(**{"served": -3.0, "merged": -3.0, "base": -4.0, "token_gap": 0.0, "tuning_gap": 1.0, field: value})
     with pytest.raises(AttestationError, match=f"not finite .*{field} {value}"):
         subject.check_scores(scores, SPEC)
 
