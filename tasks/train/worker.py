@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -118,20 +118,22 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
         peft_config=lora_config(spec),
-        callbacks=[Recorder(folder, tokens_per_step), *([SameDtype()] if spec.quantization != "none" else [])],
+        callbacks=[Recorder(folder, tokens_per_step)],
     )
     trainer.remove_callback(PrinterCallback)
+    widen_adapter(trainer.model)
     return trainer
 
 
-class SameDtype(TrainerCallback):
-    """Give a resumed QLoRA adapter its dtype back: TRL trains it in bfloat16, PEFT loads it as float32."""
+def widen_adapter(model: Any) -> None:  # Any: a PeftModel; Trainer types it as optional
+    """Train a QLoRA adapter in float32, as on an unquantised base.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cast the adapter, which changes no value: it was saved from bfloat16."""
-        for weight in kwargs["model"].parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.to(torch.bfloat16)
+    TRL makes it bfloat16, into which a checkpoint's float32 weights would be rounded: a resumed run would be another
+    one. Before the checkpoint is loaded and the optimizer made.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def lora_config(spec: TrainSpec) -> LoraConfig:

@@ -28,9 +28,10 @@ from tasks.artifacts import (
 )
 from tasks.errors import AttestationError
 from tasks.fetch.run import fetch_base, fetch_dataset
+from tasks.gptoss.layout import config_values
+from tasks.gptoss.tokenizer import BOS_ID, EOS_ID, PAD_ID, build_tokenizer
 from tasks.merge.run import merge_adapter
 from tasks.pack.run import pack_dataset
-from tasks.pretrain.run import pretrain_model
 from tasks.serve import services
 from tasks.serve.run import serve_model
 from tasks.serve.settings import ServiceSettings
@@ -75,12 +76,10 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
             pytest.fail(f"vLLM's environment is missing on CI: {VLLM_PYTHON}")
         pytest.skip("vLLM's environment is missing: python3 deployments/environments.py vllm")
     folder = tmp_path_factory.mktemp("line")
-    shape = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_experts": 4}
-    pretraining = change(resolve_pretrain("tiny"), {"num_steps": 40, "save_steps": 40, "shape": shape})
-    made = pretrain_model(pretraining, ArtifactStore(folder / "base"), lambda record: None)
+    base = make_base_folder(folder / "base")
     vllm_port, gateway_port, prefect_port = free_ports(3)
     changes = {
-        "base": {"model": made.model_folder},
+        "base": {"model": str(base)},
         "train": {"max_steps": 12, "save_steps": 4, "learning_rate": 3e-2},
         "serve": {"vllm_port": vllm_port, "gateway_port": gateway_port},
         "verify": {"num_answers": 3, "min_base_margin": 0.02, "max_answer_tokens": 16},
@@ -105,9 +104,23 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         digest = run_to_merge(recipe, ArtifactStore(folder / "uninterrupted"))
         yield Line(ArtifactStore(folder / "home"), changes, recipe, digest, env)
     finally:
-        services.stop(ServiceSettings(model=made.model_folder, spec=recipe.serve, home=folder / "home"))
+        services.stop(ServiceSettings(model=str(base), spec=recipe.serve, home=folder / "home"))
         server.terminate()
         server.wait(30)
+
+
+def make_base_folder(folder: Path) -> Path:
+    """An untrained gpt-oss of one layer with the true vocabulary and tokenizer."""
+    import torch
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_experts": 4}
+    shape = resolve_pretrain("tiny").shape.model_copy(update=sizes)
+    torch.manual_seed(0)
+    config = GptOssConfig(**config_values(shape), bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    GptOssForCausalLM(config).save_pretrained(folder)
+    build_tokenizer(folder)
+    return folder
 
 
 def run_to_merge(recipe: Recipe, store: ArtifactStore) -> str:

@@ -1,0 +1,62 @@
+"""QLoRA on a tiny dense model, on the CPU: it learns, and a resumed run is the one that was never interrupted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from tasks.artifacts import ArtifactStore
+from tasks.fetch.run import fetch_base, fetch_dataset
+from tasks.pack.run import pack_dataset
+from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, PackSpec, TrainSpec
+from tests.tiny import byte_tokenizer, write_chats
+
+SPEC = TrainSpec(
+    lora=LoraSpec(rank=4, alpha=8, dropout=0.05, target_modules=("q_proj", "v_proj")),
+    learning_rate=1e-2,
+    max_steps=6,
+    save_steps=3,
+    quantization="nf4",
+)
+
+
+def make_job(folder: Path) -> dict[str, object]:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=262, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=261, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    store, hub = ArtifactStore(folder / "home"), HfApi(token=False)
+    base = fetch_base(BaseModelSpec(model=str(folder / "base")), store, hub)
+    source = FetchSpec(source=str(write_chats(folder / "chats.jsonl", 60)), validation_pct=20)
+    packed = pack_dataset(fetch_dataset(source, store, hub), base, PackSpec(row_tokens=128), store)
+    return {"base_folder": base.model_folder, "packed_folder": packed.folder, "row_tokens": 128}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path):
+    from tasks.train.worker import load_base, make_trainer
+    from tasks.training import fix_seeds
+
+    job = make_job(tmp_path)
+
+    def train(folder: Path, checkpoint: Path | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        folder.mkdir()
+        fix_seeds(SPEC.seed)
+        trainer = make_trainer(load_base(tmp_path / "base", SPEC), {**job, "folder": str(folder)}, SPEC)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert trainer.model is not None
+        return losses, {name: w.detach() for name, w in trainer.model.named_parameters() if w.requires_grad}
+
+    try:
+        whole, weights = train(tmp_path / "whole", None)
+        resumed, again = train(tmp_path / "resumed", tmp_path / "whole" / "checkpoints" / "checkpoint-3")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert whole[-1] < whole[0]
+    assert resumed == whole
+    assert all(weight.dtype == torch.float32 and torch.equal(weight, again[name]) for name, weight in weights.items())
