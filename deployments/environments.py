@@ -1,9 +1,10 @@
-"""Make a Python environment from its lock file: `python3 deployments/environments.py main|vllm`.
+"""Make a Python environment from its lock file: `python3 deployments/environments.py main|vllm|weave`.
 
-    bare Python -> uv -> .venv or .venv-vllm -> torch for this host -> the lock -> .pyc -> stamp
+    bare Python -> uv -> .venv or .venv-NAME -> torch for this host -> the lock -> .pyc -> stamp
 
 `main` holds the flows, the gateway and the trainer; `vllm` holds vLLM, whose pins contradict
-Prefect's. The stamp is written last, so a killed run is redone and a finished one returns at once.
+Prefect's; `weave` holds Weave's trace server, for its contract tests only. The stamp is written
+last, so a killed run is redone and a finished one returns at once.
 
 Ring: edge; standard library only, it runs before anything is installed.  Units: bytes, seconds.
 Trap: a CPU host must get torch's +cpu wheel (190 MB) and not PyPI's CUDA build (4.5 GB); wheel
@@ -47,11 +48,13 @@ VLLM_VERSION = "0.32.0"
 RECIPE = 1  # raise it when the same lock must be installed anew
 
 _logger = logging.getLogger("environments")
-_NEEDED_BYTES = {  # with uv's cache beside it; keys: environment, on a GPU host
-    ("main", False): 4 * 10**9,
-    ("main", True): 12 * 10**9,
-    ("vllm", False): 4 * 10**9,
-    ("vllm", True): 20 * 10**9,
+_LOCKS = {  # the lock, and the bytes needed with uv's cache beside it; keys: environment, on a GPU host
+    ("main", False): ("main.txt", 4 * 10**9),
+    ("main", True): ("main.txt", 12 * 10**9),
+    ("vllm", False): ("vllm-cpu.txt", 4 * 10**9),
+    ("vllm", True): ("vllm-cuda.txt", 20 * 10**9),
+    ("weave", False): ("weave.txt", 2 * 10**9),
+    ("weave", True): ("weave.txt", 2 * 10**9),
 }
 _NOT_COMPILED = r"/(tests?|testing)/|/transformers/models/(?!(auto|gpt_oss|llama|qwen[23]\w*)/)\w+/"
 _CAUSES = [
@@ -106,14 +109,11 @@ def main(arguments: list[str]) -> int:
 def describe_environment(name: str, *, root: Path = ROOT) -> Environment:
     """Return what environment `name` needs here. Raises SetupError for an unknown name."""
     on_gpu = has_nvidia_gpu()
-    locks = {"main": "main.txt", "vllm": "vllm-cuda.txt" if on_gpu else "vllm-cpu.txt"}
-    if name in locks:
-        folder = root / (".venv" if name == "main" else ".venv-vllm")
-        needed = _NEEDED_BYTES[name, on_gpu]
-        return Environment(
-            name=name, folder=folder, lock=root / "locks" / locks[name], needed_bytes=needed, on_gpu=on_gpu
-        )
-    raise SetupError(f"there is no environment {name!r}: choose main or vllm")
+    if (name, on_gpu) not in _LOCKS:
+        raise SetupError(f"there is no environment {name!r}: choose main, vllm or weave")
+    lock, needed = _LOCKS[name, on_gpu]
+    folder = root / (".venv" if name == "main" else f".venv-{name}")
+    return Environment(name=name, folder=folder, lock=root / "locks" / lock, needed_bytes=needed, on_gpu=on_gpu)
 
 
 def make_environment(environment: Environment) -> None:
@@ -140,6 +140,8 @@ def make_environment(environment: Environment) -> None:
             (f"packages of {environment.lock.name}", lambda: add_locked(environment, uv)),
             ("byte code", lambda: compile_packages(environment)),
         ]
+        if environment.name == "weave":
+            del steps[1]  # no torch in it
         for number, (title, step) in enumerate(steps, start=1):
             started = time.monotonic()
             step()
@@ -216,7 +218,7 @@ def add_locked(environment: Environment, uv: Path) -> None:
     run([*install, "-r", str(environment.lock)], f"uv installing {environment.lock.name}")
     if environment.name == "main":
         register_project(environment)
-    elif not environment.on_gpu:
+    elif environment.name == "vllm" and not environment.on_gpu:
         register_cpu_vllm(environment)
 
 

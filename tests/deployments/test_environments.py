@@ -51,7 +51,7 @@ def test_missing_lock_and_unknown_name_are_named(environment: subject.Environmen
     environment.lock.unlink()
     with pytest.raises(SetupError, match=r"main\.txt is missing: restore it"):
         subject.is_whole(environment)
-    with pytest.raises(SetupError, match="no environment 'gpu': choose main or vllm"):
+    with pytest.raises(SetupError, match="no environment 'gpu': choose main, vllm or weave"):
         subject.describe_environment("gpu")
 
 
@@ -114,7 +114,10 @@ def test_project_and_cpu_vllm_are_registered(environment: subject.Environment):
 def test_script_runs_on_a_bare_interpreter(tmp_path: Path):
     command = [sys.executable, "-I", "-S", str(ROOT / "deployments/environments.py"), "moon"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
-    assert (result.returncode, result.stderr) == (1, "error: there is no environment 'moon': choose main or vllm\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: there is no environment 'moon': choose main, vllm or weave\n",
+    )
 
 
 def test_locks_name_every_package_with_a_hash_and_no_index():
