@@ -1,10 +1,10 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check lint bench serve stop status clean
+.PHONY: help setup demo test weave-test quick check lint bench serve stop status clean
 
 help:            ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 setup:           ## make both environments (.venv, .venv-vllm); instant when they are there
 	@$(PYTHON) deployments/environments.py main
@@ -16,6 +16,10 @@ demo: setup      ## the main job on this machine: data to a served, verified mod
 test: setup lint ## everything: format, lint, types, doctests and all tests, real vLLM included
 	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
 		tests/flows/test_line.py tests tasks flows deployments  # the longest file first, the rest beside it
+
+weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
+	@$(PYTHON) deployments/environments.py weave
+	@.venv/bin/python -m pytest -q -m weave --durations=5 tests/weave
 
 quick: setup     ## the fast tests only
 	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
@@ -41,4 +45,4 @@ status: setup    ## how vLLM and the gateway are
 	@.venv/bin/tatara services status
 
 clean: stop      ## remove environments and everything below .tatara
-	rm -rf .venv .venv-vllm .venv-uv .tatara .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-weave .venv-uv .tatara .pytest_cache .ruff_cache .hypothesis
