@@ -15,6 +15,8 @@ from typing import Any
 from tasks.traces.record import Json, TraceRecord, us_from_iso
 
 _CUT_CHARS = 2000
+_MAX_DEPTH = 60  # Weave refuses a call that is nested 200 deep, its own levels included
+_LINKS = ("weave:///", "weave-trace-internal:///")
 
 
 def call(record: TraceRecord, project_id: str, limit_bytes: int) -> Json:
@@ -28,13 +30,14 @@ def call(record: TraceRecord, project_id: str, limit_bytes: int) -> Json:
         "started_at": record.started_at,
         "ended_at": record.ended_at,
         "attributes": {"tatara": _attributes(record)},
-        "inputs": _without_nan(record.request or {}),
-        "output": _without_nan(record.response),
+        "inputs": record.request or {},
+        "output": record.response,
         "summary": _summary(record),
-        "exception": record.error,
+        "exception": record.error or (None if record.status == "ok" else record.status),
     }
+    value = _storable(value)
     if size_bytes(value) > limit_bytes:
-        value["inputs"], value["output"] = _cut(value["inputs"]), _cut(value["output"])
+        value |= {name: _cut(value[name]) for name in ("inputs", "output", "exception")}
         value["attributes"]["tatara"]["cut_to_chars"] = _CUT_CHARS
     return value
 
@@ -67,15 +70,47 @@ def _summary(record: TraceRecord) -> Json:
     return summary
 
 
-def _without_nan(value: Any) -> Any:  # Any: walks a JSON value
-    """Replace NaN and infinities, which Python reads and writes but JSON does not know, by null."""
+def _storable(value: Any, depth: int = 0) -> Any:  # Any: walks a JSON value
+    """Make of any JSON value one that Weave takes and can give back.
+
+    NaN and infinities, which JSON does not know, become null, and what is nested deeper than Weave
+    goes becomes text.
+    """
+    if isinstance(value, str):
+        return _storable_text(value)
     if isinstance(value, float):
         return value if value - value == 0 else None
+    if isinstance(value, (dict, list)) and depth == _MAX_DEPTH:
+        return _storable_text(_flat(value))
     if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
+        return {_storable_text(name): _storable(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [_storable(item, depth + 1) for item in value]
     return value
+
+
+def _storable_text(text: str) -> str:
+    """Replace halves of surrogate pairs, and break up what Weave would follow as a link of its own.
+
+    One user's message that is a link into a project of others makes Weave refuse the whole batch,
+    and one stored half of a pair makes the project unreadable.
+
+    >>> _storable_text("weave:///team/project/op/f:v1")
+    'weave: ///team/project/op/f:v1'
+    """
+    for link in _LINKS:
+        if link in text:
+            text = text.replace(link, link.replace(":", ": "))
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _flat(value: Any) -> str:  # Any: a JSON value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "[nested too deeply to be kept]"
 
 
 def _cut(value: Any) -> Any:  # Any: walks a JSON value
