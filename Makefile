@@ -22,7 +22,7 @@ weave-test: setup ## the drain against Weave's own trace server, in a third envi
 	@.venv/bin/python -m pytest -q -m weave --durations=5 tests/weave
 
 quick: setup     ## the fast tests only
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not weave" tests
 
 check: setup lint ## ruff format, ruff, pyright, doctests
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments
