@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test weave-test quick check lint bench serve stop status clean
+.PHONY: help setup demo test tests weave-test quick check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -13,9 +13,12 @@ setup:           ## make both environments (.venv, .venv-vllm); instant when the
 demo: setup      ## the main job on this machine: data to a served, verified model
 	@.venv/bin/tatara demo
 
-test: setup lint ## everything: format, lint, types, doctests and all tests, real vLLM included
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
-		tests/flows/test_line.py tests tasks flows deployments  # the longest file first, the rest beside it
+test: setup      ## everything: format, lint, types, doctests and all tests, real vLLM included
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests:           # the longest file first, the rest beside it
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not weave" \
+		--doctest-modules tests/flows/test_line.py tests tasks flows deployments
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave
