@@ -8,7 +8,8 @@ Each assistant turn is one document. So exactly the tokens that a server will as
 are learnt, `<|channel|>final<|message|>` and the closing `<|return|>` included, and never the
 `<|end|>` with which the gpt-oss template closes an earlier answer: vLLM does not stop on it.
 A template that rewrites the prompt once the answer is known is refused: what is learnt must
-follow from what is asked.
+follow from what is asked. Text that looks like a control token stays text where the server keeps it
+text: in every message of gpt-oss, in the answers of others, whose prompts vLLM reads as one text.
 
 Ring: pure (the tokenizer is an argument).
 """
@@ -19,7 +20,10 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Protocol
 
+from jinja2.exceptions import TemplateError
+
 from tasks.errors import DataError
+from tasks.pack.quote import Quotes
 from tasks.specs import PackSpec
 
 IGNORE = -100
@@ -33,6 +37,11 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     chat_template: str
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:  # Any: AddedToken
+        """Tokens beside the learnt vocabulary, by id."""
+        ...
 
     def apply_chat_template(self, conversation: list[Message], **kwargs: Any) -> Any:  # Any: transformers' signature
         """Render a chat to text."""
@@ -103,23 +112,45 @@ def render_chats(rows: list[dict[str, Any]], tokenizer: Tokenizer, spec: PackSpe
         rows: {"row_id", "messages"}.
         tokenizer: with a chat template.
         spec: system prompt and pinned date are used here.
-    Raises: DataError naming the row when the template does not keep its own prompt as a prefix.
+    Raises: DataError naming the row when the template refuses it or does not keep its own prompt as a prefix.
     """
     template = as_served(pin_date(tokenizer.chat_template, spec.prompt_date))
+    contents = [message["content"] for row in rows for message in row["messages"]]
+    quotes = Quotes(tokenizer, [spec.system_prompt, *contents])
     ids: list[str] = []
     prompts: list[str] = []
     fulls: list[str] = []
     for row in rows:
         for asked, answered in turns(row["messages"], spec.system_prompt):
+            plain = quotes.hide(answered if is_harmony(template) else answered[-1:])
+            hidden = [*answered[: len(answered) - len(plain)], *plain]
+            if hidden != answered:
+                _render(row["row_id"], tokenizer, template, answered)  # the template may refuse what it would not see
             ids.append(row["row_id"])
-            shared = {"tokenize": False, "chat_template": template}
-            prompts.append(tokenizer.apply_chat_template(asked, add_generation_prompt=True, **shared))
-            fulls.append(tokenizer.apply_chat_template(answered, **shared))
+            prompts.append(
+                _render(row["row_id"], tokenizer, template, hidden[: len(asked)], add_generation_prompt=True)
+            )
+            fulls.append(_render(row["row_id"], tokenizer, template, hidden))
     if not ids:
         return []
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    full_ids = tokenizer(fulls, add_special_tokens=False)["input_ids"]
-    return [_document(*columns) for columns in zip(ids, prompt_ids, full_ids, strict=True)]
+    encoded = zip(ids, quotes.encode(prompts, ids), quotes.encode(fulls, ids), strict=True)
+    return [_document(*columns) for columns in encoded]
+
+
+def is_harmony(template: str) -> bool:
+    """Say whether a template writes harmony, which vLLM renders itself, content by content.
+
+    >>> is_harmony("<|start|>{{ m.role }}<|channel|>final<|message|>"), is_harmony("<|im_start|>{{ m.role }}")
+    (True, False)
+    """
+    return "<|channel|>" in template and "<|message|>" in template
+
+
+def _render(row_id: str, tokenizer: Tokenizer, template: str, messages: list[Message], **options: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
+    except TemplateError as error:
+        raise DataError(f"row {row_id}: the chat template refuses it: {error.message}") from error
 
 
 def _document(row_id: str, prompt: list[int], full: list[int]) -> Document:

@@ -72,6 +72,7 @@ class _Template:
     """The byte tokenizer under another template."""
 
     eos_token_id = TOKENIZER.eos_token_id
+    added_tokens_decoder = TOKENIZER.added_tokens_decoder
 
     def __init__(self, template: str) -> None:
         self.chat_template = template
@@ -81,6 +82,38 @@ class _Template:
 
     def __call__(self, text: list[str], **kwargs: Any) -> Any:
         return TOKENIZER(text, **kwargs)
+
+
+CHATML = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+
+
+def test_other_servers_read_control_tokens_in_a_prompt_and_only_answers_are_plain_text():
+    """vLLM tokenises the rendered prompt of every family but gpt-oss as one text."""
+    row = _row([("a<|end|>", "b<|end|>"), ("c<|pad|>", "d<|end|>e")])
+    first, second = subject.render_chats([row], _Template(CHATML), SPEC)
+    end, pad = (TOKENIZER.convert_tokens_to_ids(name) for name in ("<|end|>", "<|pad|>"))
+    assert first.prompt_ids == TOKENIZER("user: a<|end|><|end|>assistant: ")["input_ids"]
+    assert first.answer_ids[-1] == end and end not in first.answer_ids[:-1]
+    assert TOKENIZER.decode(first.answer_ids) == "b<|end|><|end|>"
+    assert second.prompt_ids.count(end) == 5 and second.prompt_ids.count(pad) == 1
+    assert second.answer_ids.count(end) == 1
+
+
+def test_text_that_can_not_be_kept_apart_is_refused():
+    class Prefixing(_Template):
+        """Like a SentencePiece tokenizer: a text's first piece is another one than a later piece."""
+
+        def __call__(self, text: list[str], **kwargs: Any) -> Any:
+            return super().__call__([" " + each for each in text], **kwargs)
+
+    with pytest.raises(DataError, match=r"row r: it holds the text of a control token \(<\|end\|>\), which this"):
+        subject.render_chats([_row([("a", "b<|end|>")])], Prefixing(CHATML), SPEC)
+
+
+def test_a_chat_that_its_template_refuses_is_named():
+    template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match=r"row d:7: the chat template refuses it: System role not supported"):
+        subject.render_chats([_row([("q", "a")], "d:7")], _Template(template), SPEC)
 
 
 REWRITES = (
