@@ -13,13 +13,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from tasks.errors import AccessError, MissingError, TataraError, TransientError
+from tasks.errors import AccessError, MissingError, SpecError, TataraError, TransientError
 
 _CLIENT_MODULES = frozenset({"httpx", "httpx2"})  # huggingface_hub 2.4 moved to httpx2
 
@@ -54,6 +55,8 @@ def _translate(doing: str, error: BaseException | None) -> TataraError | None:
 
 def _of_client(doing: str, error: BaseException) -> TataraError | None:
     """Errors without an answer of the Hub."""
+    if isinstance(error, HFValidationError):
+        return SpecError(f"{doing}: that is no name of a Hub repository, expected owner/name ({error})")
     if isinstance(error, LocalTokenNotFoundError):
         return AccessError(f"{doing}: no token; set HF_TOKEN or the Hub Account block")
     if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError that no retry mends

@@ -34,6 +34,13 @@ class BaseModelSpec(Spec):
     model: str = Field(description="Hub id (openai/gpt-oss-20b), folder, or pretrain:<recipe>.")
     revision: str = Field(default="main", description="Branch, tag or commit of a Hub model.")
 
+    @field_validator("model")
+    @classmethod
+    def _names_something(cls, value: str) -> str:
+        if not value.removeprefix("pretrain:").strip():
+            raise ValueError("it names no model: give a Hub id, a folder, or pretrain:<recipe>")
+        return value
+
     @property
     def pretrain_recipe(self) -> str | None:
         """The recipe behind `pretrain:<recipe>`, else None."""
