@@ -289,7 +289,7 @@ class ArtifactStore:
         A second run of the same question waits here and then finds the finished answer.
         """
         folder = self.folder(cls, key)
-        with files.lock_file(folder.parent / f".{folder.name}.lock"):
+        with files.lock_file(folder.parent / f".{folder.name}.lock", f"{cls.kind}/{key[:8]}"):
             found = self.find(cls, key)
             if found is not None:
                 logger.info("skipped: %s/%s is already whole at %s", cls.kind, key[:8], folder)

@@ -11,6 +11,7 @@ Ring: edge (disk only).  Units: bytes.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -20,10 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import CapacityError, CorruptError
+from tasks.errors import CapacityError, CorruptError, MissingError
 
 _CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors library itself sets
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -155,15 +158,37 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]
     return header, data_start
 
 
-@contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` while the body runs; a second holder waits.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make up a model or adapter: those of its index, the single one, the only one.
 
-    The kernel releases the lock when the process dies, so a SIGKILL never leaves one behind.
+    A folder may hold the weights twice (Mistral's consolidated.safetensors); transformers reads what is returned
+    here, whether each file is there or not. Empty without any.
+    Raises: MissingError when there are several files and no index tells which count.
+    """
+    if (folder / _INDEX).is_file():
+        return [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
+    found = [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise MissingError(
+            f"{folder} has {len(found)} safetensors files but no {_INDEX} that says which count: download it again"
+        )
+    return found
+
+
+@contextmanager
+def lock_file(path: Path, what: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path` while the body runs; a second holder says so and waits.
+
+    `what` is what the holder makes, for the log. The kernel releases the lock when the process dies, so a
+    SIGKILL never leaves one behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another run that makes %s", what or path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield
         finally:
