@@ -18,7 +18,7 @@ from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter
 from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
-from tasks.fetch.run import pin_dataset, read_dataset
+from tasks.fetch.run import downloaded_bytes, survey_dataset
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.hub import require_writer
 from tasks.machine import list_gpus
@@ -97,12 +97,7 @@ def _run_all(checks: list[Callable[[], str]]) -> list[str]:
 
 def _check_data(recipe: Recipe, hub: HfApi) -> str:
     """A Hub data set must be there; files are read: a bad row is said before a base is trained or downloaded."""
-    pins = pin_dataset(recipe.fetch, hub)
-    said = f"data: {recipe.fetch.source} at {next(iter(pins.values()))[:12]}"
-    if "commit" in pins:
-        return said
-    train, validation, _ = read_dataset(recipe.fetch, hub, pins)
-    return f"{said}, {len(train)} train and {len(validation)} validation rows"
+    return f"data: {survey_dataset(recipe.fetch, hub)}"
 
 
 def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:
@@ -145,12 +140,18 @@ def _check_room(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) ->
     merged = find_made(store, MergedModel, recipe.merge, base.origin)
     is_merged = adapter is not None and merged is not None and merged.parents[0] == adapter.ref
     needs = {
-        "download": 0 if is_here else base.download_bytes,
+        "download": 0 if is_here else _download_bytes(recipe, base, store),
         "checkpoints": 0 if adapter else checkpoint_bytes(num_trainable, recipe.train),
         "merged model": 0 if is_merged else element * sum(prod(size) for size in base.shapes.values()),
     }
     files.require_disk(store.root, sum(needs.values()), f"the run ({say_needs(needs)})")
     return f"room: the run writes about {say_needs(needs)}"
+
+
+def _download_bytes(recipe: Recipe, base: BaseFacts, store: ArtifactStore) -> int:
+    """What is still to come: an interrupted download goes on where it was."""
+    commit = base.origin.rpartition("@")[2]
+    return max(0, base.download_bytes - downloaded_bytes(recipe.base, commit, store)) if base.download_bytes else 0
 
 
 def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) -> str:

@@ -3,6 +3,7 @@
 Ring: pure.
 """
 
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,17 @@ from tasks.specs import FetchSpec
 
 ROLES = ("system", "developer", "user", "assistant")
 Message = dict[str, str]
+Row = dict[str, Any]  # Any: whatever the source holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """One row of a source: what will be learnt, or the reason why not. `row_id` is where a person finds it."""
+
+    split: str
+    row_id: str
+    row: Row = field(default_factory=dict)
+    reason: str = ""
 
 
 class RejectedRowError(DataError):

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint
 from tasks.errors import AccessError, CapacityError, CorruptError, MissingError, TransientError
-from tasks.fetch.run import fetch_base
+from tasks.fetch.run import downloaded_bytes, fetch_base
 from tasks.specs import BaseModelSpec
 from tests.hub_server import (
     NOBODY,
@@ -62,6 +62,7 @@ def downloads(hub: HubServer) -> list[str]:
 
 def test_a_base_arrives_whole_at_its_pinned_commit(store: ArtifactStore, hub: HubServer, model: dict[str, bytes]):
     copies = {"original/model.safetensors": b"twice", "metal/model.bin": b"thrice", "picture.png": b"x"}
+    copies["consolidated.safetensors"] = copies["consolidated-00001-of-00002.safetensors"] = b"again"
     repo = hub.add_repo("model", BASE, {**model, **copies}, private=True)
     commit = repo.branches["main"]
     base = fetch_base(SPEC, store, client(hub))
@@ -170,6 +171,21 @@ def test_a_disk_that_is_too_small_is_said_before_the_download(
     assert fetch_base(SPEC, store, client(hub)).num_parameters == 40_000
 
 
+def test_an_interrupted_download_needs_room_for_the_rest_only(
+    store: ArtifactStore, hub: HubServer, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    repo = hub.add_repo("model", BASE, model)
+    shard = "model-00002-of-00002.safetensors"
+    rule = hub.fail("GET", f"/resolve/.*/{shard}", times=1000, status=503)
+    with pytest.raises(TransientError):
+        fetch_base(SPEC, store, client(hub))
+    here = downloaded_bytes(SPEC, repo.branches["main"], store)
+    assert here >= sum(len(data) for name, data in model.items() if name != shard)
+    rule.times = 0
+    monkeypatch.setattr(files, "free_bytes", lambda path: len(model[shard]))
+    assert fetch_base(SPEC, store, client(hub)).num_parameters == 40_000
+
+
 def test_the_token_is_nowhere(
     store: ArtifactStore, hub: HubServer, model: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ):
@@ -257,6 +273,24 @@ def test_a_data_set_by_id_revision_split_and_columns(hub: HubServer, tmp_path: P
     assert said["anonymous"]["error"] == "AccessError" and "401" in said["anonymous"]["message"]
     assert said["wrong"]["error"] == "AccessError" and "401, the token is wrong" in said["wrong"]["message"]
     assert said["elsewhere"]["error"] == "SpecError" and "set HF_ENDPOINT" in said["elsewhere"]["message"]
+
+
+def test_the_first_rows_come_without_the_rest(hub: HubServer, tmp_path: Path):
+    rows = [{"q": f"q{i}", "a": f"a{i} " + "x" * 1000} for i in range(20_000)]  # 20 MB: more than one range
+    hub.add_repo("dataset", "ada/rows", {"train.jsonl": as_jsonl(rows), "test.jsonl": as_jsonl(rows[:9])}, private=True)
+    said = in_a_process(hub, tmp_path, f"""
+        values = {VALUES!r}
+        said = {{
+            "some": show({{**values, "max_rows": 5}}, {READ!r}),
+            "split": show({{**values, "max_rows": 5, "split": "nope"}}, {READ!r}),
+            "anonymous": show({{**values, "max_rows": 5}}, False),
+        }}
+        """)  # fmt: skip
+    assert [row["messages"][1]["content"][:3] for row in said["some"]["train"]] == [f"a{i} " for i in range(5)]
+    assert len(said["some"]["validation"]) == 5
+    assert said["split"]["error"] == "DataError" and "test" in said["split"]["message"]
+    assert said["anonymous"]["error"] == "AccessError" and "401" in said["anonymous"]["message"]
+    assert not list((tmp_path / "hf-home" / "datasets").rglob("*.arrow"))
 
 
 def test_a_failing_hub_never_yields_another_revisions_rows(hub: HubServer, tmp_path: Path):

@@ -2,16 +2,21 @@
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
-from tasks.artifacts import ArtifactStore, FetchedDataset
-from tasks.errors import CorruptError, DataError, MissingError
+from tasks import files
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset
+from tasks.errors import CorruptError, DataError, MissingError, SpecError, TransientError
+from tasks.fetch import report, sources
 from tasks.fetch import run as subject
 from tasks.specs import BaseModelSpec, FetchSpec
 from tests.tiny import save_model, write_chats
@@ -71,9 +76,10 @@ def test_each_kind_of_file_gives_the_same_chats(tmp_path: Path, store: ArtifactS
 def test_parquet_rows_are_numbered_through_all_batches(tmp_path: Path, store: ArtifactStore):
     count = 70_000  # pyarrow reads 65,536 rows at once
     pq.write_table(pa.table({"t": [f"text {index}" for index in range(count)]}), tmp_path / "x.parquet")
-    found = list(subject._read_file(tmp_path / "x.parquet"))
-    assert [where for where, _ in found] == [f"x.parquet:{number}" for number in range(1, count + 1)]
-    assert found[-1][1] == {"t": "text 69999"}
+    spec = FetchSpec(source=str(tmp_path / "x.parquet"), text_column="t", validation_pct=0)
+    found = list(sources.read_rows(spec, HUB, {"source": ""}))
+    assert [read.row_id for read in found] == [f"x.parquet:{number}" for number in range(1, count + 1)]
+    assert found[-1].row == {"text": "text 69999"}
 
 
 def test_plain_text(tmp_path: Path, store: ArtifactStore):
@@ -107,6 +113,27 @@ def test_tolerated_bad_rows_are_kept_aside_with_reasons(tmp_path: Path, store: A
         {"split": "train", "row_id": "d.jsonl:32", "reason": "no column 'messages'; the row has value"},
     ]
     assert (made.num_rejected_rows, made.num_train_rows + made.num_validation_rows) == (2, 30)
+
+
+def test_csv_rows_of_another_length_than_the_header_are_no_rows(tmp_path: Path, store: ArtifactStore):
+    good = "".join(f"q{index},a{index}\n" for index in range(40))
+    (tmp_path / "d.csv").write_text(f"q,a\n{good}why,because, of course\n\nonly a question\n")
+    spec = FetchSpec(source=str(tmp_path / "d.csv"), question_column="q", answer_column="a", validation_pct=30)
+    with pytest.raises(DataError, match=r"2 of 42 rows .*d\.csv:42: it has 3 fields but the header names 2: quote .*"
+                       r"d\.csv:44: it has 1 fields but"):  # fmt: skip
+        subject.fetch_dataset(spec, store, HUB)
+    made = subject.fetch_dataset(spec.model_copy(update={"max_rejected_pct": 10.0}), store, HUB)
+    answers = [row["messages"][1]["content"] for split in ("train", "validation") for row in _rows(made, split)]
+    assert sorted(answers) == sorted(f"a{index}" for index in range(40))
+    manifest = store.manifest(FetchedDataset, made.key)
+    assert manifest and sum(manifest["about"]["statistics"]["rejected"].values()) == made.num_rejected_rows == 2
+
+
+def test_a_csv_column_that_is_named_twice_is_refused(tmp_path: Path, store: ArtifactStore):
+    (tmp_path / "d.csv").write_text("q,a,a\n1,2,3\n")
+    with pytest.raises(CorruptError, match=r"d\.csv: its header names 'a' twice: rename one"):
+        spec = FetchSpec(source=str(tmp_path / "d.csv"), question_column="q", answer_column="a")
+        subject.fetch_dataset(spec, store, HUB)
 
 
 def _torn_jsonl(path: Path) -> Path:
@@ -156,6 +183,108 @@ def test_missing_empty_and_one_sided_data(tmp_path: Path, store: ArtifactStore):
     few = write_chats(tmp_path / "few.jsonl", 2)
     with pytest.raises(DataError, match=r"has no validation rows \(2 in all\): add rows, name FetchSpec\.validation_s"):
         subject.fetch_dataset(FetchSpec(source=str(few), validation_pct=0), store, HUB)
+
+
+@pytest.mark.parametrize(
+    ("values", "cls", "message"),
+    [
+        (
+            {"source": "{here}"},
+            SpecError,
+            r"FetchSpec\.source = .* is a folder, expected one .* \(it holds: a\.jsonl\)",
+        ),
+        (
+            {"source": "data.json"},
+            SpecError,
+            r"FetchSpec\.source = data\.json: \.json files are not read, expected one",
+        ),
+        ({"source": "{here}/x.tsv"}, SpecError, r"x\.tsv: \.tsv files are not read"),
+        (
+            {"source": "a/b/c"},
+            SpecError,
+            r"dataset a/b/c@main: that is no name of a Hub repository, expected owner/name",
+        ),
+        (
+            {"source": "{here}/a.jsonl", "validation_source": "{here}/no.jsonl"},
+            MissingError,
+            r"no\.jsonl is not there \(.*\): check FetchSpec\.validation_source$",
+        ),
+        (
+            {"source": "no.csv", "validation_source": "{here}"},
+            SpecError,
+            r"no\.csv is not there .*check FetchSpec\.source \| FetchSpec\.validation_source = .* is a folder",
+        ),
+        (
+            {"source": "shipped", "validation_source": "{here}/a.jsonl"},
+            SpecError,
+            r"validation_source = .*a\.jsonl goes with a file, but FetchSpec\.source = shipped",
+        ),
+        ({"source": "ada/rows", "validation_source": "v.csv"}, SpecError, r"use validation_split for a Hub data set"),
+    ],
+)
+def test_names_that_are_no_source_are_told(
+    tmp_path: Path, store: ArtifactStore, values: dict[str, str], cls: type[Exception], message: str
+):
+    write_chats(tmp_path / "a.jsonl", 3)
+    spec = FetchSpec(**{name: value.format(here=tmp_path) for name, value in values.items()})
+    with pytest.raises(cls, match=message):
+        subject.fetch_dataset(spec, store, HUB)
+    assert not (store.root / "dataset").exists()
+
+
+def test_a_file_that_is_edited_while_it_is_read_is_no_artifact(
+    tmp_path: Path, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_chats(tmp_path / "a.jsonl", 60)
+    spec, read_rows = FetchSpec(source=str(path), validation_pct=30), subject.read_rows
+
+    def read_while_it_grows(*asked: Any) -> Any:
+        yield from read_rows(*asked)
+        write_chats(path, 61)
+
+    monkeypatch.setattr(subject, "read_rows", read_while_it_grows)
+    with pytest.raises(TransientError, match=r"a\.jsonl changed while it was read: it is read again"):
+        subject.fetch_dataset(spec, store, HUB)
+    assert store.committed(FetchedDataset) == []
+    assert not list(store.root.rglob("*.parquet")) and not list(store.root.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert subject.fetch_dataset(spec, store, HUB).num_train_rows > 0
+
+
+def test_reading_holds_one_row_at_a_time(tmp_path: Path, store: ArtifactStore):
+    """50,000 rows of 1 kB: 50 MB as text, more as Python objects."""
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as handle:
+        for index in range(50_000):
+            handle.write(json.dumps({"t": f"{index} " + "x" * 1000}) + "\n")
+    spec = FetchSpec(source=str(path), text_column="t")
+    tracemalloc.start()
+    try:
+        said = subject.survey_dataset(spec, HUB)
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
+        tracemalloc.reset_peak()
+        made = subject.fetch_dataset(spec, store, HUB)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert said.endswith(f", {made.num_train_rows} train and {made.num_validation_rows} validation rows")
+    assert made.num_train_rows + made.num_validation_rows == 50_000
+
+
+def test_statistics_are_those_of_the_rows(tmp_path: Path, store: ArtifactStore):
+    chats = [{"messages": [{"role": "system", "content": "s"}, *_chat("q" * 9, str(index)), *_chat("r", "b")]}
+             for index in range(10, 40)]  # fmt: skip
+    path = _jsonl(tmp_path / "d.jsonl", *chats, {"messages": _chat("q", "a" * 500)}, {"messages": "x|y"})
+    made = subject.fetch_dataset(FetchSpec(source=str(path), validation_pct=30, max_rejected_pct=50), store, HUB)
+    about = (store.manifest(FetchedDataset, made.key) or {})["about"]
+    found = about["statistics"]
+    assert found["roles"] == {"user": 61, "assistant": 61, "system": 30}
+    assert found["turns"] == {"1": 1, "2": 30}
+    assert found["characters"] == {"total": 30 * 14 + 501, "median": 14, "longest": 501}
+    assert found["sample"] == {"row_id": "d.jsonl:1", **chats[0]}
+    shown = report.data_markdown(made, about)
+    assert "user 61, assistant 61, system 30" in shown and "30 with 2" in shown and "the longest 501" in shown
+    assert "- 1: messages is not a list of {role, content}" in shown and f"user: {'q' * 9}\nassistant: 10" in shown
 
 
 def test_missing_column_is_named_with_those_that_exist(tmp_path: Path, store: ArtifactStore):
@@ -210,7 +339,7 @@ def test_second_call_is_skipped_and_an_edited_file_is_a_new_artifact(
 
 def test_shipped_data_has_its_own_split(store: ArtifactStore):
     made = subject.fetch_dataset(FetchSpec(source="shipped"), store, HUB)
-    lines = [len((subject.SHIPPED / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "validation")]
+    lines = [len((sources.SHIPPED / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "validation")]
     assert [made.num_train_rows, made.num_validation_rows] == lines
     assert made.num_rejected_rows == 0
 
@@ -245,3 +374,33 @@ def test_base_that_is_not_whole_is_refused(tmp_path: Path, store: ArtifactStore)
         MissingError, match=r"nowhere has no config\.json: name a Hub id or a transformers model folder"
     ):
         subject.fetch_base(BaseModelSpec(model=str(tmp_path / "nowhere")), store, HUB)
+
+
+def test_weights_that_a_folder_holds_twice_count_once(tmp_path: Path, store: ArtifactStore):
+    """Mistral ships consolidated.safetensors beside the shards of its index."""
+    plain, twice = save_model(tmp_path / "plain", shard_size="60KB"), save_model(tmp_path / "twice", shard_size="60KB")
+    assert len(files.weight_files(twice)) > 1
+    (twice / "consolidated.safetensors").write_bytes(files.weight_files(twice)[0].read_bytes())
+    expected, found = (subject.fetch_base(BaseModelSpec(model=str(folder)), store, HUB) for folder in (plain, twice))
+    assert (found.num_parameters, found.model_digest) == (expected.num_parameters, expected.model_digest)
+    (twice / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        MissingError, match=r"twice has \d+ safetensors files but no model\.safetensors\.index\.json that"
+    ):
+        subject.fetch_base(BaseModelSpec(model=str(twice)), store, HUB)
+
+
+def test_a_byte_of_mxfp4_holds_two_parameters(tmp_path: Path, store: ArtifactStore):
+    folder = save_model(tmp_path / "base")
+    expected = subject.count_parameters(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.zeros(experts, out, width // 32, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.zeros(experts, out, width // 32, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    base = subject.fetch_base(BaseModelSpec(model=str(folder)), store, HUB)
+    assert base.num_parameters == expected
+    about = (store.manifest(BaseCheckpoint, base.key) or {})["about"]
+    assert f"{expected:,} parameters" in report.base_markdown(base, about)
+    assert about["sizes"] == files.list_files(folder)

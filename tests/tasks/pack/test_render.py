@@ -84,7 +84,10 @@ class _Template:
         return TOKENIZER(text, **kwargs)
 
 
-CHATML = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+CHATML = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "{{ 'assistant: ' if add_generation_prompt }}"
+)
 
 
 def test_other_servers_read_control_tokens_in_a_prompt_and_only_answers_are_plain_text():
