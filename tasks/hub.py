@@ -6,10 +6,12 @@
 Ring: edge (reads environment, talks to the Hub through huggingface_hub).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,8 +21,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from tasks.errors import AccessError, MissingError, SpecError, TataraError, TransientError
+from tasks.specs import PublishSpec
 
 _CLIENT_MODULES = frozenset({"httpx", "httpx2"})  # huggingface_hub 2.4 moved to httpx2
 
@@ -97,17 +101,102 @@ def _of_status(doing: str, status: int, error: HfHubHTTPError) -> TataraError:
     return AccessError(f"{doing}: the Hub refused with {status} ({error.server_message or 'no message'})")
 
 
-def require_writer(hub: HfApi, doing: str) -> str:
-    """Return the account behind the token. Raises AccessError: 401 for a wrong one, 403 for a read-only one.
+def find_repo(spec: PublishSpec) -> str:
+    """Return the repo that a model is published to: the recipe's, else HF_REPO_NAME, else "".
 
-    `create_repo(exist_ok=True)` succeeds with a read-only token when the repo is there, so ask first.
-    A fine-grained token shows its rights only when it writes.
+    Raises: SpecError when its form is wrong.
     """
+    name = "PublishSpec.repo_id" if spec.repo_id else "HF_REPO_NAME"
+    repo_id = spec.repo_id or os.environ.get("HF_REPO_NAME", "")
+    if not repo_id:
+        return ""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise SpecError(f"{name} = {repo_id!r} is not owner/name: {error}") from None
+    if "/" not in repo_id:
+        raise SpecError(f"{name} = {repo_id!r} is not owner/name: put its owner in front")
+    return repo_id
+
+
+def require_target(hub: HfApi, repo_id: str, doing: str, *, private: bool) -> str:
+    """Return the account that may publish to `repo_id`; nothing is created.
+
+    Raises: AccessError: 401 for a wrong token, 403 for one that may not write there, a public repo where a private
+        one is wanted; TransientError.
+    """
+    account = _find_writer(hub, doing)
+    info = find_model(hub, repo_id, doing)
+    if info is None:
+        if reason := lacking_right(account, repo_id):
+            raise AccessError(
+                f"{doing}: 403, {repo_id} is not there and can't be made: {reason}; choose another owner, or a token "
+                "with write access"
+            )
+        return account["name"]
+    refuse_public(info, doing, private=private)
+    try:
+        with hub_errors(doing):
+            hub.auth_check(repo_id, write=True)
+    except MissingError:  # a Hub that does not know this question; the upload will tell
+        pass
+    return account["name"]
+
+
+def find_model(hub: HfApi, repo_id: str, doing: str, revision: str | None = None) -> ModelInfo | None:
+    """Return what the Hub says of a model at a branch, None when it is not there."""
+    try:
+        with hub_errors(doing):
+            return hub.model_info(repo_id, revision=revision)
+    except MissingError:
+        return None
+
+
+def refuse_public(info: ModelInfo, doing: str, *, private: bool) -> None:
+    """Raise AccessError for a public repo where a private one is wanted: `create_repo` leaves it public."""
+    if private and not info.private:
+        raise AccessError(
+            f"{doing}: the repo exists and is public, but PublishSpec.private is true: make it private on its Hub "
+            "page, choose another repo, or set publish.private to false"
+        )
+
+
+def lacking_right(account: dict[str, Any], repo_id: str) -> str:  # Any: whoami's answer
+    """Return why this token can't make a repo, "" when nothing speaks against it.
+
+    Source: huggingface.co/docs/hub/organizations-security (roles) and security-tokens (fine-grained ones).
+
+    >>> lacking_right({"name": "ada", "orgs": [{"name": "lab", "roleInOrg": "read"}]}, "lab/model")
+    "ada's role in lab is read"
+    >>> lacking_right({"name": "ada"}, "Ada/model")
+    ''
+    """
+    owner = repo_id.partition("/")[0].lower()
+    roles = {org["name"].lower(): org.get("roleInOrg", "") for org in account.get("orgs", [])}
+    if owner != account["name"].lower() and owner not in roles:
+        return f"the token is of {account['name']}, who is in {', '.join(sorted(roles)) or 'no organisation'}"
+    if roles.get(owner) == "read":
+        return f"{account['name']}'s role in {owner} is read"
+    scopes = (account.get("auth", {}).get("accessToken", {}).get("fineGrained") or {}).get("scoped")
+    if scopes is not None and not any(_may_make(scope, owner) for scope in scopes):
+        return f"the fine-grained token has no write access to the repos of {owner}"
+    return ""
+
+
+def _may_make(scope: dict[str, Any], owner: str) -> bool:  # Any: whoami's answer
+    entity = scope.get("entity", {})
+    is_owner = entity.get("type") in {"user", "org"} and entity.get("name", "").lower() == owner
+    is_unknown = entity.get("type") not in {"user", "org", "model", "dataset", "space", "collection"}
+    return "repo.write" in scope.get("permissions", []) and (is_owner or is_unknown)
+
+
+def _find_writer(hub: HfApi, doing: str) -> dict[str, Any]:  # Any: whoami's answer
+    """`create_repo(exist_ok=True)` succeeds with a read-only token when the repo is there, so ask first."""
     with hub_errors(doing):
         account = hub.whoami()
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise AccessError(f"{doing}: 403, the token of {account['name']} is read-only; it needs write access")
-    return account["name"]
+    return account
 
 
 def pin_commit(hub: HfApi, repo_id: str, revision: str, repo_type: str) -> str:

@@ -81,6 +81,8 @@ class HubServer:
         """Forget everything but the address; `folder` holds the CAS of the xet path."""
         self.folder = folder
         self.tokens: dict[str, tuple[str, str]] = {}  # token -> (user, role: write | read | none)
+        self.orgs: dict[str, dict[str, str]] = {}  # user -> organisation -> role in it
+        self.scopes: dict[str, list[dict[str, Any]]] = {}  # fine-grained token -> what it may do where
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, bytes] = {}  # sha256 -> content that arrived
         self.sizes: dict[str, int] = {}
@@ -211,9 +213,16 @@ def _repo(hub: HubServer, request: Request, kind: str, name: str, *, write: bool
         if user is None:
             raise _RefusedError(401, "Invalid username or password.", "RepoNotFound")
         raise _RefusedError(404, "Repository not found", "RepoNotFound")
-    if write and (user is None or user[1] != "write"):
+    if write and not _may_write(hub, user, name):
         raise _RefusedError(403, "You don't have the rights to write to this repo with this token")
     return repo
+
+
+def _may_write(hub: HubServer, user: tuple[str, str] | None, repo: str) -> bool:
+    owner = repo.partition("/")[0]
+    if user is None or user[1] != "write":
+        return False
+    return owner == user[0] or hub.orgs.get(user[0], {}).get(owner, "read") != "read"
 
 
 def _commit_of(repo: Repo, revision: str) -> str:
@@ -269,16 +278,20 @@ def _add_account_routes(app: FastAPI, hub: HubServer) -> None:
         if user is None:
             return _error(401, "Invalid username or password.")
         role = "fineGrained" if user[1] == "none" else user[1]
-        token = {"displayName": "test", "role": role}
-        return JSONResponse({"type": "user", "name": user[0], "orgs": [], "auth": {"accessToken": token}})
+        token: dict[str, Any] = {"displayName": "test", "role": role}
+        secret = request.headers["authorization"].removeprefix("Bearer ")
+        if secret in hub.scopes:
+            token["fineGrained"] = {"scoped": hub.scopes[secret], "canReadGatedRepos": False, "global": []}
+        orgs = [{"type": "org", "name": n, "roleInOrg": r} for n, r in hub.orgs.get(user[0], {}).items()]
+        return JSONResponse({"type": "user", "name": user[0], "orgs": orgs, "auth": {"accessToken": token}})
 
     @app.post("/api/repos/create")
     async def create_repo(request: Request) -> Response:
         user = _user(hub, request)
         body = await request.json()
-        if user is None or user[1] != "write":
+        name = f"{body.get('organization') or (user or ['nobody'])[0]}/{body['name']}"
+        if not _may_write(hub, user, name):
             return _error(403 if user else 401, "You don't have the rights to create a repo with this token")
-        name = f"{body.get('organization') or user[0]}/{body['name']}"
         if (body.get("type", "model"), name) in hub.repos:
             told = {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
             return JSONResponse(told, 409)
@@ -387,6 +400,11 @@ def _add_read_routes(app: FastAPI, hub: HubServer) -> None:
     @app.get("/api/{kind}/{owner}/{name}/auth-check")
     async def auth_check(request: Request, kind: str, owner: str, name: str) -> Response:
         _open_gate(hub, request, _repo(hub, request, kind, f"{owner}/{name}"))
+        return JSONResponse({})
+
+    @app.get("/api/{kind}/{owner}/{name}/auth-check/write")
+    async def auth_check_write(request: Request, kind: str, owner: str, name: str) -> Response:
+        _repo(hub, request, kind, f"{owner}/{name}", write=True)
         return JSONResponse({})
 
     @app.get("/api/{kind}/{owner}/{name}/refs")

@@ -7,7 +7,6 @@ Ring: edge.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import downloaded_bytes, survey_dataset
 from tasks.gptoss.layout import MODEL_TYPE
-from tasks.hub import require_writer
+from tasks.hub import find_repo, require_target
 from tasks.machine import list_gpus
 from tasks.models import require_mxfp4
 from tasks.serve.preflight import check_ports
@@ -175,11 +174,11 @@ def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:
 
 
 def _check_publish(recipe: Recipe, hub: HfApi) -> str:
-    repo_id = recipe.publish.repo_id or os.environ.get("HF_REPO_NAME", "")
+    repo_id = find_repo(recipe.publish)
     if not hub.token or not repo_id:
         lacking = "repo" if hub.token else "token"
         return f"publish: no Hub {lacking} is given, the model stays in a local folder in Hub layout"
-    name = require_writer(hub, "checking the Hub token")
+    name = require_target(hub, repo_id, f"checking the Hub token for {repo_id}", private=recipe.publish.private)
     return f"publish: as {name} to {repo_id}"
 
 

@@ -35,7 +35,7 @@ A LoRA fine-tune, merged into its base and stored as safetensors; made by Tatara
 
 | | |
 |---|---|
-| base | {lineage.base.origin} ({lineage.base.num_parameters:,} stored values) |
+| base | {lineage.base.origin} ({lineage.base.num_parameters:,} parameters) |
 | data | {lineage.dataset.source} at `{lineage.dataset.revision[:16]}`, {lineage.dataset.num_train_rows} training and \
 {lineage.dataset.num_validation_rows} validation rows |
 | tokens | {lineage.packed.num_train_tokens:,}, of which {lineage.packed.num_learnt_tokens:,} are learnt |

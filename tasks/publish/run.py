@@ -6,7 +6,6 @@ Ring: edge.
 """
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
-from tasks.errors import AccessError, CorruptError
-from tasks.hub import hub_errors, require_writer
+from tasks.errors import CorruptError
+from tasks.hub import find_model, find_repo, hub_errors, refuse_public, require_target
 from tasks.publish.card import Lineage, model_card
-from tasks.specs import PublishSpec, validate
+from tasks.specs import PublishSpec
 
 VERSION = 1
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -39,17 +38,17 @@ logger = logging.getLogger(__name__)
 def publish_model(merged: MergedModel, spec: PublishSpec, store: ArtifactStore, hub: HfApi) -> PublishedModel:
     """Publish to the Hub when a repo and a token are given, else to a local folder in Hub layout.
 
-    A second call finds the finished one and uploads nothing.
+    A second call finds the finished one and uploads nothing, unless the Hub holds something else by now.
     Raises: AccessError (401, 403, a public repo where a private one was asked for), TransientError,
         CorruptError when what arrived differs from what was sent.
     """
-    repo_id = spec.repo_id or validate(PublishSpec, {"repo_id": os.environ.get("HF_REPO_NAME", "")}).repo_id
-    place = "hub" if repo_id and hub.token else "local"
-    repo_id = repo_id or LOCAL_REPO.format(name=f"tatara-{merged.short}")
+    wanted = find_repo(spec)
+    place = "hub" if wanted and hub.token else "local"
+    repo_id = wanted or LOCAL_REPO.format(name=f"tatara-{merged.short}")
     pins = {"place": place, "repo_id": repo_id, "digest": merged.model_digest}
     key = make_key("publish", VERSION, spec, pins, (merged,))
     with store.claim(PublishedModel, key) as claim:
-        if claim.found and _is_whole(Path(claim.found.model_folder), claim.folder / "model"):
+        if claim.found and _is_still_there(claim.found, spec, hub):
             return claim.found
         staging = _stage(merged, claim.folder / "model", model_card(lineage_of(merged, store)))
         if place == "hub":
@@ -58,7 +57,8 @@ def publish_model(merged: MergedModel, spec: PublishSpec, store: ArtifactStore, 
         else:
             commit, model_folder = store_locally(staging, store.root / "hub", repo_id, merged.model_digest)
             url = model_folder.as_uri()
-            logger.info("no repo and token given: published locally at %s", model_folder)
+            lacking = f"the repo {wanted} but no token" if wanted else f"no repo{'' if hub.token else ' and token'}"
+            logger.info("%s given: published locally at %s", lacking, model_folder)
         artifact = PublishedModel(
             key=key,
             folder=str(claim.folder),
@@ -97,9 +97,15 @@ def _stage(merged: MergedModel, folder: Path, card: str) -> Path:
     return folder
 
 
-def _is_whole(published: Path, staging: Path) -> bool:
-    """A local snapshot lies outside of the artifact's folder, so its manifest does not watch over it."""
-    return files.list_files(published) == files.list_files(staging)
+def _is_still_there(found: PublishedModel, spec: PublishSpec, hub: HfApi) -> bool:
+    """Neither the Hub nor a local snapshot lies in the artifact's folder: its manifest does not watch over them."""
+    if found.place == "local":
+        return files.list_files(Path(found.model_folder)) == files.list_files(found.path / "model")
+    info = find_model(hub, found.repo_id, f"looking for {found.repo_id}@{spec.revision}", spec.revision)
+    is_there = info is not None and info.sha == found.commit and (bool(info.private) or not spec.private)
+    if not is_there:
+        logger.info("%s@%s is not at commit %s any more", found.repo_id, spec.revision, found.commit[:8])
+    return is_there
 
 
 def _link(source: Path, target: Path) -> None:
@@ -114,14 +120,10 @@ def _link(source: Path, target: Path) -> None:
 def upload(hub: HfApi, repo_id: str, folder: Path, spec: PublishSpec) -> tuple[str, str]:
     """Upload `folder` and compare checksums on the commit. Returns (commit, URL)."""
     doing = f"publishing to {repo_id}"
-    require_writer(hub, doing)
+    require_target(hub, repo_id, doing, private=spec.private)
     with hub_errors(doing):
         hub.create_repo(repo_id, private=spec.private, exist_ok=True)
-        if spec.private and not hub.model_info(repo_id).private:  # exist_ok leaves a public repo public
-            raise AccessError(
-                f"{doing}: the repo exists and is public, but PublishSpec.private is true: make it private on its Hub "
-                "page, choose another repo, or set publish.private to false"
-            )
+        refuse_public(hub.model_info(repo_id), doing, private=spec.private)  # exist_ok leaves a public repo public
         if spec.revision != "main":
             hub.create_branch(repo_id, branch=spec.revision, exist_ok=True)
         commit = hub.upload_folder(

@@ -1,10 +1,12 @@
 """Files are old or new, never half; what is too large is said with numbers before it is begun."""
 
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tasks import files as subject
-from tasks.errors import CapacityError, CorruptError
+from tasks.errors import CapacityError, CorruptError, MissingError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,6 +177,39 @@ def test_shard_that_is_too_long_or_garbage_is_noticed(shard: Path):
     other.write_bytes(b"\xff" * 64)
     with pytest.raises(CorruptError, match="no whole safetensors header"):
         subject.read_safetensors_header(other)
+
+
+def test_waiting_for_a_lock_is_said_once_and_a_free_one_takes_none(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "tasks.files")
+    with subject.lock_file(tmp_path / "lock", "dataset/0123"):
+        assert caplog.messages == []
+        waiting = threading.Thread(target=_take, args=(tmp_path / "lock",))
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert caplog.messages == ["waiting for another run that makes dataset/0123"] and not waiting.is_alive()
+
+
+def _take(path: Path) -> None:
+    with subject.lock_file(path, "dataset/0123"):
+        pass
+
+
+def test_weights_are_those_of_the_index_or_the_single_or_the_only_file(tmp_path: Path):
+    assert subject.weight_files(tmp_path) == []
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert subject.weight_files(tmp_path) == [tmp_path / "adapter_model.safetensors"]
+    (tmp_path / "consolidated.safetensors").touch()
+    with pytest.raises(MissingError, match=r"has 2 safetensors files but no model\.safetensors\.index\.json that says"):
+        subject.weight_files(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert subject.weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    weight_map = {"a": "b.safetensors", "b": "a.safetensors", "c": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert subject.weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
 
 
 def test_second_holder_of_a_lock_waits_and_a_killed_one_leaves_none(tmp_path: Path):

@@ -3,8 +3,9 @@
 import pytest
 from huggingface_hub import HfApi, constants
 
-from tasks.errors import AccessError, CapacityError, MissingError, TataraError, TransientError, is_transient
-from tasks.hub import hub_errors, pin_commit, require_writer
+from tasks.errors import AccessError, CapacityError, MissingError, SpecError, TataraError, TransientError, is_transient
+from tasks.hub import find_repo, hub_errors, pin_commit, require_target
+from tasks.specs import PublishSpec
 from tests.hub_server import (
     NOBODY,
     READ,
@@ -78,12 +79,98 @@ def test_offline_mode_is_final(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_writer_is_named(hub: HubServer):
-    assert require_writer(client(hub), "asking") == "ada"
-    assert require_writer(client(hub, NOBODY), "asking") == "eve"  # fine-grained: known when it writes
+    def target(token: str) -> str:
+        return require_target(client(hub, token), "ada/new", "asking", private=True)
+
+    assert target(WRITE) == "ada"
     with pytest.raises(AccessError, match="asking: 403, the token of ada is read-only; it needs write access"):
-        require_writer(client(hub, READ), "asking")
+        target(READ)
     with pytest.raises(AccessError, match="asking: 401, the token is wrong or expired"):
-        require_writer(client(hub, "hf_wrong"), "asking")
+        target("hf_wrong")
+    with pytest.raises(
+        AccessError, match=r"403, ada/new is not there and can't be made: the token is of eve, who is in"
+    ):
+        target(NOBODY)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("ada/private", ""),
+        ("lab/new", ""),
+        ("Lab/private", ""),
+        ("ada/public", r"asking: the repo exists and is public, but PublishSpec\.private is true: make it private"),
+        ("reading/new", r"403, reading/new is not there and can't be made: ada's role in reading is read; choose"),
+        ("reading/private", r"asking: 403, the token is valid but lacks this right; it needs write access"),
+        ("eve/new", r"403, eve/new is not there and can't be made: the token is of ada, who is in lab, reading"),
+        ("eve/public", r"the repo exists and is public"),
+        ("eve/private", r"asking: 403, the token is valid but lacks this right"),
+    ],
+)
+def test_where_one_may_publish_is_known_without_creating_anything(hub: HubServer, repo_id: str, message: str):
+    hub.orgs["ada"] = {"lab": "contributor", "reading": "read"}
+    for name in ("ada/private", "Lab/private", "reading/private", "eve/private", "ada/public", "eve/public"):
+        hub.add_repo("model", name, {}, private=name.endswith("/private"))
+    hub.orgs["ada"]["Lab"] = "write"
+    before = set(hub.repos)
+    if message:
+        with pytest.raises(AccessError, match=message) as caught:
+            require_target(client(hub), repo_id, "asking", private=True)
+        assert not is_transient(caught.value)
+    else:
+        assert require_target(client(hub), repo_id, "asking", private=True) == "ada"
+    assert hub.writes() == [] and set(hub.repos) == before
+
+
+def test_a_public_repo_will_do_when_that_is_wanted(hub: HubServer):
+    hub.add_repo("model", "ada/public", {})
+    assert require_target(client(hub), "ada/public", "asking", private=False) == "ada"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "permissions", "may"),
+    [
+        ("user", "eve", ["repo.content.read", "repo.write"], True),
+        ("user", "eve", ["repo.content.read"], False),
+        ("org", "lab", ["repo.write"], False),
+        ("model", "eve/other", ["repo.write"], False),
+        ("resource-group", "", ["repo.write"], True),  # whose repos it covers is not told: the upload will
+    ],
+)
+def test_a_fine_grained_token_shows_where_it_may_write(
+    hub: HubServer, kind: str, name: str, permissions: list[str], may: bool
+):
+    hub.scopes[NOBODY] = [{"entity": {"type": kind, "name": name}, "permissions": permissions}]
+    if may:
+        assert require_target(client(hub, NOBODY), "eve/new", "asking", private=True) == "eve"
+    else:
+        with pytest.raises(AccessError, match="the fine-grained token has no write access to the repos of eve; choose"):
+            require_target(client(hub, NOBODY), "eve/new", "asking", private=True)
+
+
+def test_a_hub_without_the_question_leaves_the_answer_to_the_upload(hub: HubServer):
+    hub.add_repo("model", "ada/private", {}, private=True)
+    hub.fail("GET", "/auth-check/write$", status=404)
+    assert require_target(client(hub), "ada/private", "asking", private=True) == "ada"
+
+
+@pytest.mark.parametrize("name", ["no owner", "no-owner", "a/b/c", "a/b--c", "a/b.git", "a/.b"])
+def test_a_repo_name_of_wrong_form_is_refused_wherever_it_comes_from(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_REPO_NAME", name)
+    with pytest.raises(SpecError, match=rf"^HF_REPO_NAME = '{name}' is not owner/name: "):
+        find_repo(PublishSpec())
+    assert find_repo(PublishSpec(repo_id="ada/tuned")) == "ada/tuned"
+    monkeypatch.delenv("HF_REPO_NAME")
+    assert find_repo(PublishSpec()) == ""
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a--b", "pretrain:x"])
+def test_what_can_be_no_repo_is_a_wrong_knob(hub: HubServer, name: str):
+    with pytest.raises(
+        SpecError, match=rf"model {name}@main: that is no name of a Hub repository, expected owner/name"
+    ):
+        pin_commit(client(hub), name, "main", "model")
+    assert hub.requests == []
 
 
 def test_other_errors_pass_unchanged():

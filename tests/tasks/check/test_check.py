@@ -165,6 +165,25 @@ def test_several_faults_are_listed_together(recipe: Recipe, store: ArtifactStore
     assert ["no.jsonl" in faults[0], "q_porj" in faults[1], str(recipe.serve.vllm_port) in faults[2]] == [True] * 3
 
 
+def test_names_of_wrong_form_are_said_together(recipe: Recipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_REPO_NAME", "no-owner")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    faulty = change(recipe, {"base": {"model": "a/b/c"}, "fetch": {"source": "data.json"}})
+    with pytest.raises(errors.SpecError) as caught:
+        subject.check_recipe(faulty, None, store, HUB)
+    faults = str(caught.value).removeprefix("3 faults: ").split(" | ")
+    assert ["data.json" in faults[0], "model a/b/c@main: that is no name of a Hub repository" in faults[1]] == [
+        True
+    ] * 2
+    assert faults[2] == "HF_REPO_NAME = 'no-owner' is not owner/name: put its owner in front"
+
+
+@pytest.mark.parametrize("model", ["pretrain:", "", " "])
+def test_a_base_without_a_name_is_refused(recipe: Recipe, model: str):
+    with pytest.raises(errors.SpecError, match=r"Recipe\.base\.model = .*: it names no model: give a Hub id, a folder"):
+        change(recipe, {"base": {"model": model}})
+
+
 class _Hub(BaseHTTPRequestHandler):
     """A stand-in for huggingface.co, which is not ours: one status for each path."""
 
@@ -217,12 +236,12 @@ def _to_hub(recipe: Recipe) -> Recipe:
         (
             401,
             errors.AccessError,
-            "checking the Hub token: 401, the token is wrong or expired; make a new one and set HF_T",
+            "checking the Hub token for ayu/tuned: 401, the token is wrong or expired; make a new one",
         ),
         (
             403,
             errors.AccessError,
-            "checking the Hub token: 403, the token is valid but lacks this right; it needs write",
+            "checking the Hub token for ayu/tuned: 403, the token is valid but lacks this right; it needs write",
         ),
     ],
 )

@@ -40,6 +40,15 @@ def test_without_a_repo_it_is_named_after_the_model(store: ArtifactStore, merged
     assert published.repo_id == f"local/tatara-{merged.short}" and published.commit == merged.model_digest[:40]
 
 
+def test_what_lacks_is_said(store: ArtifactStore, merged: MergedModel, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "tasks.publish.run")
+    publish_model(merged, PublishSpec(repo_id="ada/tuned"), store, NOBODY)
+    publish_model(merged, PublishSpec(), store, NOBODY)
+    publish_model(merged, PublishSpec(revision="other"), store, HfApi(token="hf_" + "x" * 34))
+    said = [record.getMessage().partition(":")[0] for record in caplog.records if record.name == "tasks.publish.run"]
+    assert said == ["the repo ada/tuned but no token given", "no repo and token given", "no repo given"]
+
+
 def test_transformers_loads_it_by_its_name(store: ArtifactStore):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -52,11 +52,64 @@ def test_the_default_xet_path_publishes_the_same(
     assert hub.count("GET", "/xet-write-token/") >= 1 and hub.count("PUT", "") == 0
 
 
-def test_a_second_call_asks_the_hub_nothing(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+def test_a_second_call_asks_only_where_the_branch_is(store: ArtifactStore, merged: MergedModel, hub: HubServer):
     first = publish_model(merged, SPEC, store, client(hub))
     hub.requests.clear()
     assert publish_model(merged, SPEC, store, client(hub)) == first
-    assert hub.requests == []
+    assert hub.requests == [("GET", f"/api/models/{REPO}/revision/main")]
+
+
+def test_what_another_model_replaced_is_published_again(
+    tmp_path: Path, store: ArtifactStore, merged: MergedModel, hub: HubServer
+):
+    other_store = ArtifactStore(tmp_path / "other")
+    other = make_merged(other_store, lambda folder: write_model(folder, 9))
+    first = publish_model(merged, SPEC, store, client(hub))
+    second = publish_model(other, SPEC, other_store, client(hub))
+    hub.requests.clear()
+    again = publish_model(merged, SPEC, store, client(hub))
+    assert hub.repos["model", REPO].branches["main"] == again.commit not in {first.commit, second.commit}
+    assert hub.content("model", REPO).items() >= sent_files(merged).items()
+    assert hub.count("PUT", "") == 0  # the Hub keeps the weights of its older commits
+    assert store.committed(PublishedModel) == [again]
+    assert publish_model(merged, SPEC, store, client(hub)) == again
+
+
+def test_a_repo_or_branch_that_was_deleted_is_made_again(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    spec = PublishSpec(repo_id=REPO, revision="candidate")
+    publish_model(merged, spec, store, client(hub))
+    del hub.repos["model", REPO].branches["candidate"]
+    published = publish_model(merged, spec, store, client(hub))
+    assert hub.repos["model", REPO].branches["candidate"] == published.commit
+    del hub.repos["model", REPO]
+    published = publish_model(merged, spec, store, client(hub))
+    assert hub.repos["model", REPO].private
+    assert hub.content("model", REPO, published.commit).items() >= sent_files(merged).items()
+
+
+def test_a_repo_that_became_public_is_refused(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    publish_model(merged, SPEC, store, client(hub))
+    hub.repos["model", REPO].private = False
+    with pytest.raises(AccessError, match=r"is public, but PublishSpec\.private is true"):
+        publish_model(merged, SPEC, store, client(hub))
+
+
+def test_a_persons_commit_on_top_is_kept(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    publish_model(merged, SPEC, store, client(hub))
+    hub.add_repo("model", REPO, {"notes.md": b"mine"})
+    num_commits = len(hub.repos["model", REPO].commits)
+    published = publish_model(merged, SPEC, store, client(hub))
+    assert published.commit == hub.repos["model", REPO].branches["main"]
+    assert len(hub.repos["model", REPO].commits) == num_commits and "notes.md" in hub.content("model", REPO)
+
+
+def test_a_hub_that_is_away_at_the_second_call_is_transient(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    published = publish_model(merged, SPEC, store, client(hub))
+    rule = hub.fail("GET", "/revision/", times=1000, status=503)
+    with pytest.raises(TransientError, match="looking for ada/tuned@main: the Hub answered 503"):
+        publish_model(merged, SPEC, store, client(hub))
+    rule.times = 0
+    assert publish_model(merged, SPEC, store, client(hub)) == published
 
 
 def test_a_lost_artifact_is_made_again_without_uploading(store: ArtifactStore, merged: MergedModel, hub: HubServer):
