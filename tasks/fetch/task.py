@@ -20,9 +20,14 @@ from tasks.specs import BaseModelSpec, FetchSpec
 def fetch_dataset(spec: FetchSpec, storage: str = "", hub_account: str = "") -> FetchedDataset:
     """Bring the data set here as parquet rows; a second call returns the finished one."""
     from blocks.opening import open_hub, open_store
-    from tasks.fetch import run
+    from tasks.fetch import report, run
+    from tasks.prefect_ui import show_markdown
 
-    return run.fetch_dataset(spec, open_store(storage), open_hub(hub_account))
+    store = open_store(storage)
+    dataset = run.fetch_dataset(spec, store, open_hub(hub_account))
+    about = (store.manifest(FetchedDataset, dataset.key) or {})["about"]
+    show_markdown("data", report.data_markdown(dataset, about), "Rows, what was rejected and why, lengths, one sample")
+    return dataset
 
 
 @task(
@@ -37,6 +42,11 @@ def fetch_dataset(spec: FetchSpec, storage: str = "", hub_account: str = "") -> 
 def fetch_base(spec: BaseModelSpec, storage: str = "", hub_account: str = "") -> BaseCheckpoint:
     """Bring the base model here; an interrupted download goes on where it was."""
     from blocks.opening import open_hub, open_store
-    from tasks.fetch import run
+    from tasks.fetch import report, run
+    from tasks.prefect_ui import show_markdown
 
-    return run.fetch_base(spec, open_store(storage), open_hub(hub_account))
+    store = open_store(storage)
+    base = run.fetch_base(spec, store, open_hub(hub_account))
+    about = (store.manifest(BaseCheckpoint, base.key) or {})["about"]
+    show_markdown("base", report.base_markdown(base, about), "Where the base came from and what it is made of")
+    return base
