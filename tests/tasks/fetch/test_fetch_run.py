@@ -252,10 +252,10 @@ def test_a_file_that_is_edited_while_it_is_read_is_no_artifact(
 
 
 def test_reading_holds_one_row_at_a_time(tmp_path: Path, store: ArtifactStore):
-    """50,000 rows of 1 kB: 50 MB as text, more as Python objects."""
+    """20,000 rows of 1 kB: 20 MB as text, more as Python objects."""
     path = tmp_path / "long.jsonl"
     with path.open("w") as handle:
-        for index in range(50_000):
+        for index in range(20_000):
             handle.write(json.dumps({"t": f"{index} " + "x" * 1000}) + "\n")
     spec = FetchSpec(source=str(path), text_column="t")
     tracemalloc.start()
@@ -268,7 +268,7 @@ def test_reading_holds_one_row_at_a_time(tmp_path: Path, store: ArtifactStore):
     finally:
         tracemalloc.stop()
     assert said.endswith(f", {made.num_train_rows} train and {made.num_validation_rows} validation rows")
-    assert made.num_train_rows + made.num_validation_rows == 50_000
+    assert made.num_train_rows + made.num_validation_rows == 20_000
 
 
 def test_statistics_are_those_of_the_rows(tmp_path: Path, store: ArtifactStore):
