@@ -26,8 +26,18 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
+def free_ports() -> list[int]:
+    """Two ports that nobody listened on a moment ago."""
+    probes = [socket.socket(), socket.socket()]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def free_port(free_ports: list[int]) -> int:
+    """A port that nobody listened on a moment ago."""
+    return free_ports[0]

@@ -99,7 +99,7 @@ def build_tokenizer(folder: Path) -> None:
 def shared_tokenizer(root: Path) -> Path:
     """Return the tokenizer below `root`, built once (5 s); a second process waits for the first."""
     folder = root / "tokenizers" / f"o200k-harmony-{_BUILD}"
-    with files.lock_file(folder.parent / f".{folder.name}.lock"):
+    with files.lock_file(folder.parent / f".{folder.name}.lock", "the tokenizer"):
         if not folder.exists():
             aside = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(aside, ignore_errors=True)

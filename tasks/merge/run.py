@@ -50,7 +50,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.headers: dict[str, dict[str, Any]] = {}  # Any: dtype, shape, data_offsets
         self._file_of: dict[str, Path] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
+        for shard in files.weight_files(folder):
             for name, entry in files.read_safetensors_header(shard)[0].items():
                 self.headers[name] = entry
                 self._file_of[name] = shard

@@ -19,7 +19,7 @@ from tasks.pack import render
 from tasks.pack.report import length_stats
 from tasks.specs import PackSpec
 
-VERSION = 1
+VERSION = 2  # 2: a control token in the text of a message is text
 logger = logging.getLogger(__name__)
 
 

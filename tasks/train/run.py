@@ -125,7 +125,7 @@ def is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactSt
 
 def base_shapes(model_folder: Path) -> Shapes:
     """Return parameter name -> shape as the loaded model will have it, from safetensors headers alone."""
-    headers = (files.read_safetensors_header(shard)[0] for shard in sorted(model_folder.glob("*.safetensors")))
+    headers = (files.read_safetensors_header(shard)[0] for shard in files.weight_files(model_folder))
     return loaded_shapes({name: tuple(entry["shape"]) for header in headers for name, entry in header.items()})
 
 

@@ -119,7 +119,7 @@ def reference_scores(
     ]
     folder = store.root / "reference" / sha256(repr(identity).encode()).hexdigest()[:16]
     result = folder / "scores.json"
-    with files.lock_file(folder.with_suffix(".lock")):
+    with files.lock_file(folder.with_suffix(".lock"), "the reference scores"):
         if not result.exists():
             machine.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
             job = {

@@ -23,7 +23,7 @@ SPEC = BaseModelSpec(model="ada/base")
 
 
 @pytest.fixture
-def recipe(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> Recipe:
+def recipe(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_ports: list[int]) -> Recipe:
     """A recipe without a fault, on a base that only the Hub has, in two shards."""
     monkeypatch.setenv("TATARA_VLLM_PYTHON", sys.executable)
     folder = save_model(tmp_path / "upstream", shard_size="60KB")
@@ -33,11 +33,7 @@ def recipe(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free
         fetch=FetchSpec(source=str(write_chats(tmp_path / "chats.jsonl", 40)), validation_pct=20),
         pack={"row_tokens": 256},  # pyright: ignore[reportArgumentType]
         train=TrainSpec(lora=LoraSpec(target_parameters=("1.mlp.experts.down_proj",))),
-        serve=ServeSpec(
-            vllm_port=free_port,
-            gateway_port=free_port + 1 if free_port < 65535 else free_port - 1,
-            max_model_len=512,
-        ),
+        serve=ServeSpec(vllm_port=free_ports[0], gateway_port=free_ports[1], max_model_len=512),
     )
 
 

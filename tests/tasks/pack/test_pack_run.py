@@ -96,7 +96,7 @@ def test_golden_rows(made: Any):
     store, base, dataset = made
     packed = subject.pack_dataset(dataset, base, PackSpec(row_tokens=200), store)
     text = json.dumps([_rows(packed, "train"), _rows(packed, "validation")], sort_keys=True)
-    assert (subject.VERSION, sha256(text.encode()).hexdigest()[:16]) == (1, "b24e7df242f659c3")
+    assert (subject.VERSION, sha256(text.encode()).hexdigest()[:16]) == (2, "b24e7df242f659c3")
 
 
 def test_second_call_is_skipped(made: Any, caplog: pytest.LogCaptureFixture):

@@ -67,7 +67,7 @@ def test_a_hit_is_a_whole_ending_of_parts(parts: list[str], cut: int):
         (
             _lora(("q_porj",)),
             r"LoraSpec\.target_modules 'q_porj' hits nothing; did you mean q_proj.*existing names end in "
-            r"k_proj, lm_head, o_proj, q_proj, router, v_proj in 2 layers",
+            r"k_proj, o_proj, q_proj, v_proj in 2 layers",
         ),
         (
             _lora(("q_proj",), ("mlp.experts.down_prj",)),
