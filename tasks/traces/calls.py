@@ -12,7 +12,7 @@ Ring: pure.  Units: bytes of JSON.
 import json
 from typing import Any
 
-from tasks.traces.record import Json, TraceRecord, us_from_iso
+from tasks.traces.record import Json, TraceRecord
 
 _CUT_CHARS = 2000
 _MAX_DEPTH = 60  # Weave refuses a call that is nested 200 deep, its own levels included
@@ -57,7 +57,16 @@ def _attributes(record: TraceRecord) -> Json:
         "stream": record.stream,
         "first_token_at": record.first_token_at,
         "first_token_ms": record.first_token_ms,
-        "duration_ms": (us_from_iso(record.ended_at) - us_from_iso(record.started_at)) / 1000,
+        "duration_ms": record.duration_ms,
+        "key_name": record.key_name,
+        "upstream": record.upstream,
+        "model_digest": record.model_digest,
+        "adapter_digest": record.adapter_digest,
+        "run_id": record.run_id,
+        "sampled": record.sampled,
+        "sample_rate": record.sample_rate,
+        "redactions": record.redactions,
+        "replayed": record.replayed,
     }
 
 

@@ -2,14 +2,20 @@
 
     gateway -> TraceRecord -> to_line() -> queue -> from_line() -> calls.py -> Weave or W&B
 
-One record per request, one JSON line per record. The version is in every line, so that a
-queue written by an older gateway can be read after an upgrade.
+One record per request, one JSON line per record. The version is in every line: records of older
+versions are read with the new fields at their defaults; one from the future is refused, because a
+field that is silently dropped (a sampling rate, what was redacted) would make totals wrong.
+
+    version 1   the first
+    version 2   key_name, upstream, model_digest, adapter_digest, run_id, sampled, sample_rate,
+                redactions, replayed
 
 Ring: pure.  Units: `*_us` microseconds since the epoch (UTC); `*_at` the same as ISO 8601 text
 with six digits, which is exact: Weave takes a record whose start differs by 1 us for another one.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -17,7 +23,8 @@ from typing import Any, Literal, get_args
 
 from tasks.errors import CorruptError
 
-VERSION = 1
+VERSION = 2
+READABLE = frozenset({1, 2})
 Status = Literal["ok", "error", "cancelled", "upstream_error"]
 Json = dict[str, Any]  # Any: a request or answer in OpenAI's shape, which grows without us
 
@@ -32,7 +39,10 @@ class TraceRecord:
 
     `status` is "ok" (answered), "upstream_error" (the model server's own error, passed on),
     "error" (the gateway's), or "cancelled" (the client hung up). `response` is None when nothing
-    came back. `stream` counts the chunks of a streamed answer.
+    came back. `stream` counts the chunks of a streamed answer. `sample_rate` is the probability with
+    which a record like this one is kept (1.0 for failures), so that 1 / sample_rate is its weight in
+    totals; `sampled` says whether the draw chose it. `redactions` counts what was taken out, by kind.
+    `replayed` marks a dead letter that a person put back: the sink asks for it before it sends it.
     """
 
     trace_id: str
@@ -51,6 +61,15 @@ class TraceRecord:
     usage: Json | None = None
     error: str | None = None
     stream: Json | None = None
+    key_name: str | None = None
+    upstream: str | None = None
+    model_digest: str | None = None
+    adapter_digest: str | None = None
+    run_id: str | None = None
+    sampled: bool = True
+    sample_rate: float = 1.0
+    redactions: dict[str, int] | None = None
+    replayed: bool = False
     version: int = VERSION
 
     def to_line(self) -> bytes:
@@ -84,6 +103,9 @@ class TraceRecord:
 _FIELDS = tuple(field.name for field in fields(TraceRecord))
 _REQUIRED = ("trace_id", "started_at", "ended_at", "endpoint", "route", "reason", "status", "http_status", "streamed")
 
+_TEXTS = ("trace_id", "endpoint", "route", "reason", "model", "error", "key_name", "upstream")
+_OBJECTS = ("request", "response", "usage", "stream", "redactions")
+
 
 def from_line(line: bytes) -> TraceRecord:
     """Read one line of the queue.
@@ -93,8 +115,11 @@ def from_line(line: bytes) -> TraceRecord:
     """
     value = _parse(line)
     version = value.get("version")
-    if version != VERSION:
-        raise CorruptError(f"trace record has version {version!r}, this drain reads {VERSION}: upgrade Tatara")
+    if version not in READABLE:
+        raise CorruptError(
+            f"trace record has version {version!r}, this drain reads up to {VERSION}: upgrade Tatara, "
+            "then `tatara traces dead replay`"
+        )
     missing = [name for name in _REQUIRED if value.get(name) is None]
     if missing:
         raise CorruptError(f"trace record lacks {', '.join(missing)}: it was not written by the gateway")
@@ -104,9 +129,24 @@ def from_line(line: bytes) -> TraceRecord:
         for name in ("started_at", "ended_at"):
             us_from_iso(value[name])
         known: Json = {"model": None, "request": None} | {name: value[name] for name in _FIELDS if name in value}
-        return TraceRecord(**known)
+        record = TraceRecord(**known)
+        _check(record)
+        return record
     except (TypeError, ValueError) as error:
         raise CorruptError(f"trace record {value['trace_id']!r} does not fit ({error})") from error
+
+
+def _check(record: TraceRecord) -> None:
+    """Refuse here what would stop a sink later. Raises ValueError or TypeError."""
+    if record.first_token_at is not None:
+        us_from_iso(record.first_token_at)
+    if not 0.0 < record.sample_rate <= 1.0:
+        raise ValueError(f"sample_rate is {record.sample_rate!r}, expected more than 0 and at most 1")
+    for names, kind in ((_TEXTS, str), (_OBJECTS, dict)):
+        for name in names:
+            value = getattr(record, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} is a {type(value).__name__}, expected {kind.__name__} or null")
 
 
 def _parse(line: bytes) -> Json:
@@ -152,6 +192,24 @@ def uuid7(moment_us: int, entropy: int) -> str:
     value = (millis & (1 << 48) - 1) << 80 | 7 << 76 | (micros * 4096 // 1000) << 64 | 2 << 62 | entropy & (1 << 62) - 1
     text = f"{value:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def is_sampled(trace_id: str, rate: float) -> bool:
+    """Decide by the id alone whether a trace is kept: every process and every later look says the same.
+
+    >>> is_sampled("018bcfe5-6800-7800-8000-000000000000", 1.0), is_sampled("x", 0.0)
+    (True, False)
+    """
+    return zlib.crc32(trace_id.encode()) < rate * 2**32
+
+
+def as_replayed(line: bytes) -> bytes:
+    """Mark a line of the queue as put back by a person. Raises CorruptError when it is no JSON object."""
+    value = _parse(line) | {"replayed": True}
+    try:
+        return _ENCODER.encode(value).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def without_secrets(request: Mapping[str, Any]) -> Json:

@@ -25,6 +25,7 @@ _PREFIX = "traces-"
 _COLUMNS = (
     *("trace_id", "started_at", "endpoint", "route", "reason", "model", "status", "http_status", "streamed"),
     *("duration_ms", "first_token_ms", "prompt_tokens", "completion_tokens", "request", "response", "error"),
+    *("key_name", "upstream", "model_digest", "adapter_digest", "run_id", "sampled", "sample_rate", "redactions"),
 )
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def _row(record: TraceRecord) -> dict[str, Any]:  # Any: cells of a table
         "completion_tokens": usage.get("completion_tokens"),
         "request": json.dumps(record.request, ensure_ascii=False),
         "response": json.dumps(record.response, ensure_ascii=False),
+        "redactions": json.dumps(record.redactions),
     }
     return {name: measured[name] if name in measured else getattr(record, name) for name in _COLUMNS}
 

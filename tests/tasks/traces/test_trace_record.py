@@ -6,7 +6,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import CorruptError
-from tasks.traces.record import TraceRecord, from_line, iso_from_us, us_from_iso, uuid7, without_secrets
+from tasks.traces.record import (
+    TraceRecord,
+    as_replayed,
+    from_line,
+    is_sampled,
+    iso_from_us,
+    us_from_iso,
+    uuid7,
+    without_secrets,
+)
 
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # two shared cores
 values = st.recursive(
@@ -66,12 +75,16 @@ def test_uuid7_is_valid_and_sorts_by_time(moment_us, entropy, later_us):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2, this drain reads 1"),
+        ({"version": 3}, "version 3, this drain reads up to 2"),
         ({"version": None}, "version None"),
         ({"status": "fine"}, "status 'fine'"),
         ({"trace_id": None}, "lacks trace_id"),
         ({"started_at": "yesterday"}, "does not fit"),
         ({"started_at": "2026-01-01T00:00:00"}, "does not fit"),
+        ({"first_token_at": "soon"}, "does not fit"),
+        ({"sample_rate": 0}, "sample_rate is 0, expected more than 0"),
+        ({"usage": [3]}, "usage is a list, expected dict or null"),
+        ({"model": 7}, "model is a int, expected str or null"),
     ],
 )
 def test_a_line_that_is_no_record_says_why(make_record, change, message):
@@ -86,9 +99,33 @@ def test_a_torn_line_is_a_corrupt_error(line):
         from_line(line)
 
 
-def test_fields_of_a_newer_gateway_are_dropped(make_record):
-    line = json.dumps(make_record(1).to_dict() | {"key_name": "team-a"}).encode()
+def test_fields_that_are_not_known_are_dropped(make_record):
+    line = json.dumps(make_record(1).to_dict() | {"of_tomorrow": "team-a"}).encode()
     assert from_line(line) == make_record(1)
+
+
+def test_a_line_of_version_1_is_read_with_the_new_fields_at_their_defaults(make_record):
+    new = {"key_name", "upstream", "model_digest", "adapter_digest", "run_id", "sampled", "sample_rate"}
+    new |= {"redactions", "replayed"}
+    old = {name: value for name, value in make_record(1).to_dict().items() if name not in new} | {"version": 1}
+    assert from_line(json.dumps(old).encode()) == make_record(1, version=1)
+
+
+def test_a_line_can_be_marked_as_replayed(make_record):
+    line = make_record(1).to_line()
+    assert from_line(as_replayed(line)) == make_record(1, replayed=True)
+    with pytest.raises(CorruptError, match="is no JSON"):
+        as_replayed(b"{")
+
+
+@steady
+@given(st.floats(0.0, 1.0))
+def test_sampling_is_decided_by_the_id_and_keeps_the_share(rate):
+    ids = [uuid7(1_800_000_000_000_000 + n * 977, n * 2_654_435_761) for n in range(2000)]
+    kept = [is_sampled(trace_id, rate) for trace_id in ids]
+    assert kept == [is_sampled(trace_id, rate) for trace_id in ids]
+    assert abs(sum(kept) / len(ids) - rate) < 0.06
+    assert all(is_sampled(trace_id, 1.0) for trace_id, keep in zip(ids, kept, strict=True) if keep)
 
 
 def test_measures_and_secrets(make_record):
