@@ -5,28 +5,34 @@
 A trace is in the file before the last byte of its answer is sent, so a SIGKILL of the gateway loses
 no trace of a request that was answered; what a power cut may cost is GATEWAY_TRACE_FSYNC_MS. The
 write takes microseconds and is the only thing on the request's path: with REDIS_URL a background
-task ships the file to the stream, and while Redis is away the file grows.
+task ships the file to the stream, and while Redis is away the file grows; while the disk is full,
+traces wait in memory. Secrets are taken out before the write (tasks/traces/redaction.py).
 
 Ring: edge (disk, network).
 """
 
 import asyncio
 import logging
+import os
 import random
-import threading
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from deployments.gateway.routing import Choice, Json
 from deployments.gateway.settings import Settings
+from deployments.gateway.trace_settings import TraceSettings
 from tasks.errors import SpecError, TataraError
-from tasks.traces.queue import FileQueue
-from tasks.traces.record import Status, TraceRecord, iso_from_us, usage_of, uuid7, without_secrets
+from tasks.traces.backlog import Backlog, BacklogState
+from tasks.traces.holding import HoldingWriter
+from tasks.traces.record import Status, TraceRecord, is_sampled, iso_from_us, usage_of, uuid7, without_secrets
+from tasks.traces.redaction import Redactor, read_patterns
 from tasks.traces.segments import SegmentWriter, sync_and_close
 
-_SHIP_PAUSE_S = 0.1
-_SHIP_RETRY_S = 1.0
-_LAST_SHIP_S = 5.0
+ALWAYS = -1  # GATEWAY_TRACE_FSYNC_MS=always
+_TEND_S = 1.0
+_TEND_FULL_S = 0.1  # while traces wait in memory
 logger = logging.getLogger(__name__)
 
 
@@ -36,13 +42,18 @@ class Recording:
     __slots__ = (
         "_mono_ns",
         "_recorder",
+        "adapter_digest",
         "choice",
         "endpoint",
         "finished",
         "first_us",
+        "key_name",
+        "model_digest",
         "request",
+        "run_id",
         "started_us",
         "trace_id",
+        "upstream",
     )
 
     def __init__(self, recorder: "Recorder", endpoint: str) -> None:
@@ -55,6 +66,11 @@ class Recording:
         self.request: Json | None = None
         self.choice = Choice(route="none", reason="bad-request")
         self.finished = False
+        self.key_name: str | None = None  # who asked: the name of the API key
+        self.upstream: str | None = None  # which of several servers answered
+        self.model_digest: str | None = None
+        self.adapter_digest: str | None = None
+        self.run_id: str | None = None
 
     def note_first(self) -> None:
         """Note that the first piece of the answer is here."""
@@ -74,6 +90,11 @@ class Recording:
         if self.finished:
             return
         self.finished = True
+        rate = 1.0 if status != "ok" else self._recorder.sample_rate
+        sampled = is_sampled(self.trace_id, self._recorder.sample_rate)
+        if not sampled and rate < 1.0:
+            self._recorder.num_sampled_out += 1
+            return
         self._recorder.write(
             TraceRecord(
                 trace_id=self.trace_id,
@@ -92,6 +113,13 @@ class Recording:
                 usage=usage_of(response),
                 error=error,
                 stream=stream,
+                key_name=self.key_name,
+                upstream=self.upstream,
+                model_digest=self.model_digest,
+                adapter_digest=self.adapter_digest,
+                run_id=self.run_id,
+                sampled=sampled,
+                sample_rate=rate,
             )
         )
 
@@ -108,121 +136,153 @@ def _model_of(response: Json | None, request: Json | None) -> str | None:
 
 
 class Recorder:
-    """Owns the trace file and, with REDIS_URL, the task that ships it."""
+    """Owns the trace file and the background tasks around it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, traces: TraceSettings | None = None) -> None:
         self._settings = settings
-        self._writer = SegmentWriter(settings.queue_path.absolute(), settings.segment_bytes)
+        self._traces = traces or TraceSettings.from_environment(os.environ)
+        self._segments = SegmentWriter(settings.queue_path.absolute(), settings.segment_bytes)
+        self._file = HoldingWriter(self._segments, self._traces.hold_records, self._traces.hold_bytes)
+        self._redactor = _redactor(self._traces)
+        self._backlog, self._waiting = Backlog(settings.queue_path), BacklogState()
         self._tasks: list[asyncio.Task[None]] = []
-        self._said_lost_at = 0.0
-        self._shipper = _Shipper(settings) if settings.redis_url else None
-        self.num_written = 0
-        self.num_lost = 0
+        self._shipper = self._direct = None
+        if settings.redis_url:
+            from deployments.gateway.shipper import Shipper  # and with it redis
+
+            self._shipper = Shipper(settings)
+        if self._traces.direct:
+            from deployments.gateway.direct import DirectDrain
+
+            self._direct = DirectDrain(settings)
+        self.sample_rate = self._traces.sample_rate
+        self.num_sampled_out = 0
+        self.num_redacted = 0
+        self.num_failed_syncs = 0
 
     def open(self) -> None:
         """Open the file. Raises SpecError when it can't be written."""
         try:
-            self._writer.append([])
+            self._segments.append([])
         except OSError as error:
             raise SpecError(
                 f"FILE_QUEUE_PATH={str(self._settings.queue_path)!r} can't be written ({error.strerror}): "
                 "choose a file in a folder that the gateway may write to"
             ) from error
+        if self._direct:
+            self._direct.check()
 
     def start(self) -> None:
         """Start the background tasks of the running loop."""
-        if self._settings.fsync_ms:
-            self._tasks.append(asyncio.create_task(self._sync_forever()))
+        work = [self._tend_forever()]
+        if self._settings.fsync_ms > 0:
+            work.append(self._sync_forever())
         if self._shipper:
-            self._tasks.append(asyncio.create_task(self._shipper.run_forever()))
+            work.append(self._shipper.run_forever())
+        if self._direct:
+            work.append(self._direct.run_forever())
+        self._tasks += [asyncio.create_task(each) for each in work]
 
     def begin(self, endpoint: str) -> Recording:
         """Start the clock of one request."""
         return Recording(self, endpoint)
 
     def write(self, record: TraceRecord) -> None:
-        """Append a record. A full disk costs the trace, never the answer; it is counted and said."""
+        """Append a record, without its secrets. A full disk delays the trace, never the answer."""
+        if self._traces.bodies == "none":
+            record = _without_bodies(record)
+        redacted = self._redactor.redact(record)
+        self.num_redacted += redacted is not record
         try:
-            self._writer.append([record.to_line()])
-            self.num_written += 1
-        except (OSError, ValueError) as error:
-            self.num_lost += 1
-            if time.monotonic() - self._said_lost_at > 1.0:
-                self._said_lost_at = time.monotonic()
-                logger.error("lost %d traces so far: %s (%s)", self.num_lost, self._settings.queue_path, error)
+            line = redacted.to_line()
+        except (ValueError, RecursionError) as error:  # nests deeper than JSON is written
+            logger.error("trace %s keeps its metadata only (%s)", record.trace_id, type(error).__name__)
+            line = _without_bodies(redacted).to_line()
+        self._file.append(line)
+        if self._settings.fsync_ms == ALWAYS:
+            self._sync(self._segments.sync_handles())
 
-    def counts(self) -> dict[str, Any]:  # Any: numbers and one flag
+    def counts(self) -> dict[str, Any]:  # Any: numbers and flags
         """Return what /health shows of the traces."""
-        counts: dict[str, Any] = {"written": self.num_written, "lost": self.num_lost}  # Any: as above
+        counts: dict[str, Any] = {  # Any: as above
+            "written": self._file.num_written,
+            "lost": self._file.num_lost,
+            "buffered": self._file.num_held,
+            "sampled_out": self.num_sampled_out,
+            "redacted": self.num_redacted,
+            "failed_syncs": self.num_failed_syncs,
+            "waiting": self._waiting.waiting,
+            "waiting_bytes": self._waiting.waiting_bytes,
+            "lag_s": _age_s(self._waiting.oldest_at),
+        }
         if self._shipper:
             counts |= {"redis": self._shipper.is_up, "shipped": self._shipper.num_shipped}
+        if self._direct:
+            counts |= {"direct": self._direct.is_up}
         return counts
 
     async def stop(self) -> None:
-        """Ship what can be shipped, make the file durable, let go of it."""
+        """Write what waits in memory, ship what can be shipped, make the file durable, let go of it."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._file.give_up()
         if self._shipper:
             await self._shipper.stop()
-        await asyncio.to_thread(self._writer.close)
+        if self._direct:
+            await self._direct.stop()
+        try:
+            await asyncio.to_thread(self._segments.close)
+        except OSError as error:
+            logger.error("can't sync %s: %s", self._settings.queue_path, error.strerror)
+
+    async def _tend_forever(self) -> None:
+        """Write what waits in memory as soon as the disk takes it; look how much waits in the file."""
+        while True:
+            self._file.flush()
+            try:
+                self._waiting = await asyncio.to_thread(self._backlog.look)
+            except (OSError, TataraError) as error:
+                logger.warning("can't say how many traces wait: %s", error)
+            await asyncio.sleep(_TEND_FULL_S if self._file.num_held else _TEND_S)
 
     async def _sync_forever(self) -> None:
         while True:
             await asyncio.sleep(self._settings.fsync_ms / 1000)
-            handle = self._writer.sync_handle()
-            if handle is not None:
-                try:
-                    await asyncio.to_thread(sync_and_close, handle)
-                except OSError as error:
-                    logger.error("can't sync %s: %s", self._settings.queue_path, error.strerror)
+            if handles := self._segments.sync_handles():
+                await asyncio.to_thread(self._sync, handles)
 
-
-class _Shipper:
-    """Moves the trace file to Redis while Redis is there. One per file: others wait for its lock."""
-
-    def __init__(self, settings: Settings) -> None:
-        import redis  # 0.2 s to import: only a gateway with REDIS_URL pays it
-
-        from tasks.traces.redis_stream import RedisQueue
-
-        client = redis.Redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=2)
-        self._queue = RedisQueue(client)
-        self._spool = FileQueue(settings.queue_path)
-        self._locked = False
-        self._one_thread = threading.Lock()  # a cancelled task leaves its thread running
-        self.is_up = True
-        self.num_shipped = 0
-
-    async def run_forever(self) -> None:
-        while True:
-            await asyncio.sleep(await asyncio.to_thread(self._ship_all))
-
-    async def stop(self) -> None:
+    def _sync(self, handles: list[int]) -> None:
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._ship_all), _LAST_SHIP_S)
-        except TimeoutError:
-            logger.warning("Redis is too slow: the rest stays in the file for the drain")
-        self._spool.close()
+            sync_and_close(handles)
+        except OSError as error:
+            self.num_failed_syncs += 1
+            logger.error("can't sync %s: %s", self._settings.queue_path, error.strerror)
 
-    def _ship_all(self) -> float:
-        """Ship until the file is empty; return how long to wait before looking again."""
-        with self._one_thread:
-            return self._ship_locked()
 
-    def _ship_locked(self) -> float:
-        from tasks.traces.redis_stream import ship
+def _redactor(traces: TraceSettings) -> Redactor:
+    if traces.patterns is None:
+        return Redactor(kinds=traces.kinds)
+    try:
+        text = traces.patterns.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(
+            f"GATEWAY_REDACT_PATTERNS={str(traces.patterns)!r} can't be read ({error}): name a text file with one "
+            "regular expression per line, or unset it"
+        ) from error
+    return Redactor(kinds=traces.kinds, patterns=read_patterns(text, str(traces.patterns)))
 
-        try:
-            self._locked = self._locked or self._spool.lock()
-            while self._locked and (count := ship(self._spool, self._queue)):
-                self.num_shipped += count
-        except (TataraError, OSError) as error:
-            if self.is_up:
-                logger.warning("traces stay in the file: %s", error)
-            self.is_up = False
-            return _SHIP_RETRY_S
-        if not self.is_up:
-            logger.info("Redis is back: traces are shipped again")
-        self.is_up = True
-        return _SHIP_PAUSE_S if self._locked else _SHIP_RETRY_S
+
+def _without_bodies(record: TraceRecord) -> TraceRecord:
+    """Keep metadata only; an upstream's error message may repeat the prompt."""
+    error = f"status {record.http_status}" if record.error and record.status == "upstream_error" else record.error
+    return replace(
+        record, request=None, response=None, error=error, redactions={**(record.redactions or {}), "bodies": 1}
+    )
+
+
+def _age_s(moment: str | None) -> float:
+    """Seconds since then; 0 when nothing waits."""
+    if moment is None:
+        return 0.0
+    return round(max(0.0, (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()), 1)

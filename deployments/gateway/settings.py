@@ -52,6 +52,14 @@ def _text(text: str) -> str:
     return text
 
 
+def _fsync(text: str) -> int:
+    if text.lower() == "always":
+        return -1
+    if not text.isdecimal() or int(text) > 3_600_000:
+        raise ValueError("expected milliseconds 0..3600000, or always")
+    return int(text)
+
+
 def _level(text: str) -> str:
     if text.lower() not in _LOG_LEVELS:
         raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}")
@@ -88,7 +96,7 @@ def _setting(env: str, default: Any, parse: Callable[[str], Any], about: str, *,
     return field(default=default, repr=not secret, metadata={"env": env, "parse": parse, "about": about})
 
 
-_PORT, _MILLIS, _COUNT = _whole(1, 65535), _whole(0, 3_600_000), _whole(0, 1_000_000)
+_PORT, _COUNT = _whole(1, 65535), _whole(0, 1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +136,10 @@ class Settings:
     body_timeout_s: float = _setting("GATEWAY_BODY_TIMEOUT_S", 30.0, _seconds, "for a client to send its body")
     probe_interval_s: float = _setting("GATEWAY_PROBE_INTERVAL_S", 1.0, _seconds, "between probes of a dead vLLM")
     fsync_ms: int = _setting(
-        "GATEWAY_TRACE_FSYNC_MS", 1000, _MILLIS, "a power cut costs at most so much; 0: the kernel decides"
+        "GATEWAY_TRACE_FSYNC_MS",
+        1000,
+        _fsync,
+        "a power cut costs at most so much; 0: the kernel decides; always: nothing",
     )
     segment_bytes: int = _setting(
         "GATEWAY_TRACE_SEGMENT_BYTES", 16 << 20, _whole(4096, 1 << 32), "size at which the trace file is sealed"

@@ -34,6 +34,8 @@ _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]++@[A-Za-z0-9-]++(?:\
 _IP4 = re.compile(r"(?<![A-Za-z0-9_.])(?:[0-9]{1,3}+\.){3}[0-9]{1,3}+(?![A-Za-z0-9_]|\.[0-9])")
 _IP6 = re.compile(r"(?<![A-Za-z0-9_:.])[0-9A-Fa-f:.]{3,45}+(?![A-Za-z0-9_:])")
 _TOKENWISE = frozenset({"logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids"})
+_DIGITS = re.compile(r"[0-9０-９](?:[^0-9０-９]{0,3}+[0-9０-９]){8}")  # the shortest number has nine
+_SHORTEST, _LONG_NAME = 6, 18  # of a text; of a field's name: longer than those of APIs
 _MAX_ROUNDS = 4  # a replacement may uncover another match; each round costs one pass
 _MAX_DEPTH = 200
 
@@ -77,32 +79,39 @@ class Redactor:
         return text
 
     def _may_match(self, record: TraceRecord) -> bool:
-        """Skim the record: most hold nothing that looks like a secret, and are done with this."""
+        """Skim the record: most hold nothing that looks like it, and are done with this."""
         if not self.kinds and not self.patterns:
             return False
-        if self.patterns or self.kinds - {"secrets", "email"}:
-            return True
-        secrets, email = "secrets" in self.kinds, "email" in self.kinds
+        secrets = "secrets" in self.kinds
         todo: list[Any] = [record.request, record.response, record.error]  # Any: JSON values
         while todo:
             value = todo.pop()
             if isinstance(value, str):
-                if len(value) > 6 and ((secrets and may_hold_secrets(value)) or (email and "@" in value)):
+                if len(value) >= _SHORTEST and self._is_suspect(value):
                     return True
-            elif isinstance(value, list):
-                todo += value
             elif isinstance(value, dict):
                 for name, item in value.items():
                     if secrets and is_secret_name(name) and _is_secret_field(name, item, value):
                         return True
-                    if len(name) > 12 and self._is_odd(name):
+                    if len(name) >= _LONG_NAME and self._is_suspect(name):
                         return True
                     todo.append(item)
+            elif isinstance(value, list):
+                todo += value
         return False
 
-    def _is_odd(self, name: str) -> bool:
-        """A field's name that may itself be a secret: longer than the names that APIs use, or an address."""
-        return "@" in name or (len(name) > 24 and may_hold_secrets(name))
+    def _is_suspect(self, text: str) -> bool:
+        """Say quickly whether something of these kinds could be in the text."""
+        kinds = self.kinds
+        if "secrets" in kinds and may_hold_secrets(text):
+            return True
+        if "email" in kinds and "@" in text:
+            return True
+        if kinds & _NUMBERS and _DIGITS.search(text):
+            return True
+        if "ip" in kinds and (text.count(".") >= 3 or text.count(":") >= 2):
+            return True
+        return any(pattern.search(text) for pattern in self.patterns)
 
     def _takers(self) -> Iterable[Callable[[str, dict[str, int]], str]]:
         if "secrets" in self.kinds:
@@ -136,14 +145,16 @@ class Redactor:
                 item = MARK
             else:
                 item = self._walk(item, counts, depth + 1)
-            key = self.text(name, counts) if len(name) > 6 else name
+            key = self.text(name, counts) if len(name) >= _SHORTEST and self._is_suspect(name) else name
             while key in made:  # two names that are the same now
                 key += "'"
             made[key] = item
         return made
 
     def _string(self, text: str, counts: dict[str, int], depth: int) -> str:
-        if len(text) < 6 or (text.startswith("data:") and ";base64," in text[:100]):  # an image is no text
+        if len(text) < _SHORTEST or (text.startswith("data:") and ";base64," in text[:100]):  # an image is no text
+            return text
+        if not self._is_suspect(text):
             return text
         if text[0] in "{[" and text[-1] in "}]" and "secrets" in self.kinds:
             try:

@@ -44,6 +44,7 @@ _SHAPES = {
     "npm_": r"[A-Za-z0-9]{20,}+",
     "pypi-": r"[A-Za-z0-9_-]{20,}+",
     "wandb_v1_": r"[A-Za-z0-9_]{16,}+",
+    "tatara-": r"[A-Za-z0-9_-]{32,}+",  # the gateway's own
 }
 _PATTERNS = [
     (literal, re.compile(f"{re.escape(literal)}(?<![A-Za-z0-9]{re.escape(literal)}){body}"))

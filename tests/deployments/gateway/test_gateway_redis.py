@@ -54,7 +54,8 @@ def test_traces_go_to_the_stream_in_order_though_redis_dies_and_comes_back(
     sent = [gateway.chat()[1]["x-request-id"] for _ in range(20)]
     wait_until(lambda: client.xlen("llm_traces") == 20)
     wait_until(lambda: gateway.get("/health")["traces"]["shipped"] == 20)  # counted after Redis confirmed
-    assert gateway.get("/health")["traces"] == {"written": 20, "lost": 0, "redis": True, "shipped": 20}
+    wanted = {"written": 20, "lost": 0, "buffered": 0, "redis": True, "shipped": 20}
+    assert wanted.items() <= gateway.get("/health")["traces"].items()
     first.send_signal(signal.SIGKILL)
     first.wait()
     sent += [gateway.chat()[1]["x-request-id"] for _ in range(20)]  # answered as ever

@@ -187,10 +187,10 @@ def test_sync_may_run_in_another_thread_while_segments_are_sealed(tmp_path, make
     writer = SegmentWriter(tmp_path / "q.jsonl", 5000)
     for number in range(50):
         writer.append([make_record(number).to_line()])
-        handle = writer.sync_handle()
-        if handle is not None:
-            thread = threading.Thread(target=sync_and_close, args=(handle,))
+        handles = writer.sync_handles()
+        if handles:
+            thread = threading.Thread(target=sync_and_close, args=(handles,))
             thread.start()
             thread.join()
-    assert writer.sync_handle() is None
+    assert not writer.sync_handles()
     writer.close()
