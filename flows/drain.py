@@ -2,14 +2,14 @@
 
     queue (Redis stream or JSONL) -> drain_traces -> report, kept as the artifact trace-ingestion
 
-Meant to run every few minutes, one at a time; two at once do no harm.
+Meant to run every few minutes, one at a time; two at once do no harm. A drain that fails leaves the
+artifact as well: how much waits, since when, why, and what to do.
 """
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from tasks.traces.spec import DrainReport, DrainSpec
-from tasks.traces.task import drain_traces
+from tasks.traces.task import drain_traces, publish_report, publishing_failure
 
 DEFAULTS = DrainSpec()
 
@@ -23,8 +23,9 @@ def drain(spec: DrainSpec = DEFAULTS, trace_queue: str = "", weave_project: str 
         trace_queue: name of a Trace Queue block; empty: REDIS_URL and FILE_QUEUE_PATH.
         weave_project: name of a Weave Project block; empty: WANDB_API_KEY, WANDB_ENTITY, WANDB_PROJECT.
     """
-    report = drain_traces(spec, trace_queue, weave_project)
-    create_markdown_artifact(report.to_markdown(), key="trace-ingestion", description="Traces delivered by this run")
+    with publishing_failure(trace_queue):
+        report = drain_traces(spec, trace_queue, weave_project)
+    publish_report(report)
     return report
 
 

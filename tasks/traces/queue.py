@@ -59,7 +59,8 @@ class QueuedTrace:
     def parse(cls, id: str, line: bytes, *, redelivered: bool) -> "QueuedTrace":
         """Read a line of the queue; a bad one becomes an entry with a problem, not an error."""
         try:
-            return cls(id=id, line=line, record=from_line(line), redelivered=redelivered)
+            record = from_line(line)
+            return cls(id=id, line=line, record=record, redelivered=redelivered or record.replayed)
         except CorruptError as error:
             return cls(id=id, line=line, record=None, problem=str(error), redelivered=redelivered)
 
@@ -134,13 +135,29 @@ class FileQueue:
             handle.close()
             return False
         self._lock = handle
+        if not self._go_to_cursor():
+            self._save(replace(self._cursor, queue_id=uuid.uuid4().hex))
+        return True
+
+    def look(self) -> bool:
+        """Go to the first record that is not acknowledged without becoming the consumer: `read`, but no more.
+
+        False when there is no queue yet.
+        """
+        if not self.path.parent.is_dir():
+            return False
+        self._go_to_cursor()
+        return True
+
+    def _go_to_cursor(self) -> bool:
         cursor = read_cursor(self.path)
         if cursor is None:
             first = min(sealed_segments(self.path), default=1)
-            cursor = Cursor(queue_id=uuid.uuid4().hex, acked=(first, 0), intended=(first, 0))
-            self._save(cursor)
-        self._cursor, self._next = cursor, cursor.acked
-        return True
+            self._cursor = Cursor(queue_id="", acked=(first, 0), intended=(first, 0))
+        else:
+            self._cursor = cursor
+        self._next = self._cursor.acked
+        return cursor is not None
 
     def unlock(self) -> None:
         """Stop being the consumer."""
@@ -214,7 +231,10 @@ class FileQueue:
             later = {number: place for number, place in sealed_segments(self.path).items() if number >= self._next[0]}
             if later:
                 number = next(iter(later))
-                handle = later[number].open("rb")
+                try:
+                    handle = later[number].open("rb")
+                except FileNotFoundError:
+                    continue  # we only look, and the consumer is done with it
                 return self._checked(handle, number), True
             try:
                 handle = self.path.open("rb")

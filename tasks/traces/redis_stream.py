@@ -13,6 +13,7 @@ Ring: edge (network).  Source: Redis Streams; XADD MAXLEN would drop unread entr
 """
 
 import logging
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class RedisQueue:
     """A `TraceQueue` on one stream with one consumer group."""
 
     def __init__(
-        self, client: redis.Redis, stream: str = STREAM, *, lock_s: float = 120.0, claim_idle_s: float = 0.0
+        self, client: redis.Redis, stream: str = STREAM, *, lock_s: float = 60.0, claim_idle_s: float = 0.0
     ) -> None:
         self._redis = client
         self.stream = stream
@@ -71,6 +72,7 @@ class RedisQueue:
         self._lock_ms = int(lock_s * 1000)
         self._idle_ms = int(claim_idle_s * 1000)
         self._claim_from: bytes | None = b"0-0"
+        self._done = threading.Event()
 
     def append(self, lines: Iterable[bytes]) -> None:
         """Add records in one round trip."""
@@ -86,7 +88,7 @@ class RedisQueue:
             return int(self._redis.eval(_SHIP, 2, self.stream, f"{self.stream}:shipped:{queue_id}", *arguments))
 
     def lock(self) -> bool:
-        """Become the one consumer for `lock_s`; `read` renews it."""
+        """Become the one consumer. The lock is renewed by a thread, and expires `lock_s` after this process."""
         with _mapped():
             if not self._redis.set(f"{self.stream}:drain", self._token, nx=True, px=self._lock_ms):
                 return False
@@ -96,18 +98,33 @@ class RedisQueue:
                 if "BUSYGROUP" not in str(error):
                     raise
         self._claim_from = b"0-0"
+        self._done = threading.Event()
+        threading.Thread(target=self._renew_until, args=(self._done,), name="trace-lock", daemon=True).start()
         return True
 
     def unlock(self) -> None:
         """Stop being the consumer."""
+        self._done.set()
         with _mapped():
             self._redis.eval(_UNLOCK, 1, f"{self.stream}:drain", self._token)
+
+    def _renew_until(self, done: threading.Event) -> None:
+        """Renew while a slow sink takes its time; give up when another consumer took over."""
+        while not done.wait(self._lock_ms / 3000):
+            try:
+                if not self._redis.eval(_RENEW, 1, f"{self.stream}:drain", self._token, self._lock_ms):
+                    return
+            except redis.RedisError as error:
+                logger.warning("can't renew the lock on %s (%s)", self.stream, type(error).__name__)
+
+    def _require_lock(self) -> None:
+        if not self._redis.eval(_RENEW, 1, f"{self.stream}:drain", self._token, self._lock_ms):
+            raise TransientError(f"the drain lost its lock on {self.stream}: another drain took over")
 
     def read(self, limit: int) -> list[QueuedTrace]:
         """Return first what a dead consumer left (marked redelivered), then what is new."""
         with _mapped():
-            if not self._redis.eval(_RENEW, 1, f"{self.stream}:drain", self._token, self._lock_ms):
-                raise TransientError(f"the drain lost its lock on {self.stream}: another drain took over")
+            self._require_lock()
             while self._claim_from is not None:
                 reply: Any = self._redis.xautoclaim(  # Any: redis-py types replies loosely
                     self.stream, GROUP, "drain", self._idle_ms, start_id=self._claim_from, count=limit
@@ -119,7 +136,9 @@ class RedisQueue:
         return self._parse(fresh[0][1], redelivered=False) if fresh else []
 
     def intend(self, items: Sequence[QueuedTrace]) -> None:
-        """Nothing to do: Redis itself noted the delivery when it handed the entries out."""
+        """Redis itself noted the delivery when it handed the entries out: only make sure that they are ours."""
+        with _mapped():
+            self._require_lock()
 
     def bury(self, letters: Sequence[tuple[QueuedTrace, str]]) -> None:
         """Move refused records to the dead-letter stream, in one step."""
@@ -145,6 +164,16 @@ class RedisQueue:
             oldest = self._parse(self._redis.xrange(self.stream, count=1) or (), redelivered=False)
         record = oldest[0].record if oldest else None
         return int(count), record.started_at if record else None
+
+    def peek(self, after: str = "-") -> Iterator[QueuedTrace]:
+        """Read all entries from `after` on ("-": all, "(ID": behind that one) and consume none."""
+        while True:
+            with _mapped():
+                entries: Any = self._redis.xrange(self.stream, min=after, count=500)  # Any: as above
+            if not entries:
+                return
+            yield from self._parse(entries, redelivered=False)
+            after = f"({entries[-1][0].decode()}"
 
     def _parse(self, entries: Iterable[Any], *, redelivered: bool) -> list[QueuedTrace]:  # Any: redis-py's replies
         """Read entries; Redis 6.2 shows one that was deleted meanwhile as (None, None)."""

@@ -4,10 +4,12 @@ Ring: pure.  Units are in the names.
 """
 
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import Field
 
+from tasks.errors import AccessError, CapacityError, CorruptError, MissingError, SpecError, TransientError
 from tasks.specs import Positive, Spec
 
 
@@ -25,6 +27,10 @@ class DrainSpec(Spec):
     grace_s: float = Field(
         default=10.0, ge=0, description="Outcome unknown: wait so long before asking Weave what arrived."
     )
+    fallback: Literal["wait", "wandb-offline"] = Field(
+        default="wait",
+        description="Weave is down: keep everything queued, or write W&B offline runs (then never sent to Weave).",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +46,8 @@ class DrainReport:
     seconds: float = 0.0
     num_waiting: int = 0
     oldest_waiting: str | None = None
+    lag_s: float = 0.0
+    lag_before_s: float = 0.0
     failures: tuple[str, ...] = ()
 
     @property
@@ -64,7 +72,50 @@ class DrainReport:
             "records per second": f"{self.records_per_s:.1f}",
             "still waiting": self.num_waiting,
             "oldest waiting since": self.oldest_waiting or "-",
+            "lag before and after, seconds": f"{self.lag_before_s:.1f}, {self.lag_s:.1f}",
         }
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         failures = "".join(f"\n- {failure}" for failure in self.failures)
-        return f"| | |\n|---|---|\n{table}\n" + (f"\n**Dead letters**\n{failures}\n" if failures else "")
+        what_to_do = "\n\n`tatara traces dead list` shows them, `dead replay` or `dead discard` settles them.\n"
+        letters = f"\n**Dead letters**\n{failures}{what_to_do}" if failures else ""
+        return f"| | |\n|---|---|\n{table}\n{letters}"
+
+
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (TransientError, "Nothing: the queue keeps every record, and the next run goes on there."),
+    (AccessError, "Correct the key, entity or project. Until then the queue keeps every record."),
+    (MissingError, "Correct entity, project or server. Until then the queue keeps every record."),
+    (CapacityError, "Free some space or memory. The queue keeps every record that it has."),
+    (CorruptError, "Mend or remove the file that the message names."),
+    (SpecError, "Correct the setting that the message names."),
+)
+
+
+def failure_markdown(error: BaseException, lag: tuple[int, str | None] | None, now: datetime) -> str:
+    """Write what a failed drain means as a table: lag, what it did before it failed, what to do.
+
+    `lag` is what `TraceQueue.lag` says, None when the queue itself can't be asked.
+    """
+    advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "Read the log of this run.")
+    rows = {
+        "status": "failed",
+        "error": f"{type(error).__name__}: {error}".replace("\n", " ").replace("|", "\\|"),
+        "before it failed": "; ".join(getattr(error, "__notes__", ())) or "-",
+        "still waiting": "unknown" if lag is None else lag[0],
+        "lag, seconds": "unknown" if lag is None else f"{lag_seconds(lag[1], now):.1f}",
+        "what to do": advice,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"| | |\n|---|---|\n{table}\n"
+
+
+def lag_seconds(oldest: str | None, now: datetime) -> float:
+    """Return how long ago the oldest waiting record started; 0 when nothing waits.
+
+    >>> lag_seconds("2026-01-01T00:00:00.000000Z", datetime(2026, 1, 1, 0, 1, tzinfo=UTC)), lag_seconds(None, _EPOCH)
+    (60.0, 0.0)
+    """
+    return max(0.0, (now - datetime.fromisoformat(oldest)).total_seconds()) if oldest else 0.0
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -43,7 +43,7 @@ class WandbOfflineSink:
     def deliver(self, items: Sequence[QueuedTrace]) -> Delivery:
         """Write the batch as one finished run."""
         self._set_abandoned_aside()
-        there = self._delivered_ids() if any(item.redelivered for item in items) else set()
+        there = self.delivered_ids() if any(item.redelivered for item in items) else set()
         records = [item.record for item in items if item.record and item.record.trace_id not in there]
         if records:
             self._write_run(records)
@@ -76,7 +76,8 @@ class WandbOfflineSink:
     def _runs(self) -> list[Path]:
         return sorted((self._folder / "wandb").glob(f"offline-run-*-{_PREFIX}*"))
 
-    def _delivered_ids(self) -> set[str]:
+    def delivered_ids(self) -> set[str]:
+        """Return the ids of all traces that lie in a finished run."""
         runs = (run / DELIVERED for run in self._runs())
         return {trace_id for marker in runs if marker.exists() for trace_id in files.read_json(marker)}
 

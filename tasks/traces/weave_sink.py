@@ -14,6 +14,8 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx
 
@@ -43,6 +45,14 @@ class _RefusedError(Exception):
 
 class _UnknownError(Exception):
     """The request was sent and no usable answer came: the calls may be stored or not."""
+
+    def __init__(self, what: str, wait_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait_s = wait_s
+
+
+class _BusyError(TransientError):
+    """Weave asks to be left alone for longer than a drain waits."""
 
 
 class WeaveSink:
@@ -95,7 +105,10 @@ class WeaveSink:
                 self._post([self._call(item) for item in group])
             except _UnknownError as unknown:
                 logger.warning("Weave: %s; asking which of %d calls arrived", unknown, len(group))
+                time.sleep(max(0.0, unknown.wait_s - self._spec.grace_s))
                 group = self._missing(group, delivery)
+            except _BusyError:
+                raise
             except TransientError:
                 if attempt + 1 == self._spec.attempts:
                     raise
@@ -133,10 +146,10 @@ class WeaveSink:
         if status in _REFUSED:
             raise _RefusedError(f"Weave refused it with {status}: {response.text[:300]}")
         if status == 429:
-            time.sleep(_retry_after_s(response))
+            _wait_as_told(response)
             raise TransientError("Weave answers 429, too many requests: trying again later")
         if status >= 500:
-            raise _UnknownError(f"answer {status}")
+            raise _UnknownError(f"answer {status}", min(_retry_after_s(response, 0.0), _MAX_WAIT_S))
         _raise_for_access(response, self._project_id)
 
     def _missing(self, items: list[QueuedTrace], delivery: Delivery) -> list[QueuedTrace]:
@@ -147,8 +160,28 @@ class WeaveSink:
         delivery.num_already_there += len(items) - len(rest)
         return rest
 
+    def is_up(self) -> bool:
+        """Ask for a call that can't be there: can Weave answer at all? Raises AccessError, MissingError."""
+        try:
+            self._ask(["00000000-0000-7000-8000-000000000000"])
+        except TransientError as error:
+            logger.warning("%s", error)
+            return False
+        return True
+
     def _find(self, ids: list[str]) -> set[str]:
         """Return which of these calls Weave holds. Raises TransientError when it can't say."""
+        for _ in range(self._spec.attempts - 1):
+            try:
+                return self._ask(ids)
+            except _BusyError:
+                raise
+            except TransientError as error:
+                logger.warning("%s", error)
+                time.sleep(min(1.0, self._spec.grace_s))
+        return self._ask(ids)
+
+    def _ask(self, ids: list[str]) -> set[str]:
         query = {
             "project_id": self._project_id,
             "filter": {"call_ids": ids},
@@ -162,6 +195,8 @@ class WeaveSink:
             raise TransientError(f"Weave can't say what arrived ({type(error).__name__}): trying later") from error
         if response.status_code == 200:
             return {json.loads(line)["id"] for line in response.text.splitlines() if line.strip()}
+        if response.status_code == 429:
+            _wait_as_told(response)
         if response.status_code == 429 or response.status_code >= 500:
             raise TransientError(f"Weave can't say what arrived (answer {response.status_code}): trying later")
         _raise_for_access(response, self._project_id)
@@ -179,7 +214,20 @@ def _raise_for_access(response: httpx.Response, project_id: str) -> None:
     raise AccessError(f"Weave answers {status}: {response.text[:300]}")
 
 
-def _retry_after_s(response: httpx.Response) -> float:
-    """Read Retry-After in seconds (a date counts as one second), at most a minute."""
-    text = response.headers.get("retry-after", "")
-    return min(float(text), _MAX_WAIT_S) if text.replace(".", "", 1).isdecimal() else 1.0
+def _wait_as_told(response: httpx.Response) -> None:
+    """Wait for Retry-After. Raises _BusyError when that is longer than a drain waits."""
+    wait_s = _retry_after_s(response, 1.0)
+    if wait_s > _MAX_WAIT_S:
+        raise _BusyError(f"Weave answers 429 and asks to wait {wait_s:.0f} s: the next drain goes on")
+    time.sleep(wait_s)
+
+
+def _retry_after_s(response: httpx.Response, default_s: float) -> float:
+    """Read Retry-After: seconds, or a date."""
+    text = response.headers.get("retry-after", "").strip()
+    if text.replace(".", "", 1).isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return default_s
