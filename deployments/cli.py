@@ -5,6 +5,7 @@
     tatara services ACTION          start | stop | restart | status of vLLM and the gateway
     tatara blocks                   register the block types with the Prefect server
     tatara recipe NAME              print a resolved recipe as JSON
+    tatara traces ACTION            tail | stats | export | dead: look into the trace queue
 
 Ring: edge. Exit status: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import sys
+from typing import Any
 
 from tasks.errors import TataraError
 
@@ -30,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("blocks", help="register the block types")
     recipe = commands.add_parser("recipe", help="print a resolved recipe")
     recipe.add_argument("name")
+    _add_traces(commands, arguments)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -91,7 +94,30 @@ def _recipe(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "up": _up, "down": _down, "services": _services, "blocks": _blocks, "recipe": _recipe}
+def _add_traces(commands: Any, arguments: list[str] | None) -> None:  # Any: argparse's own private class
+    """Add `traces`; its actions are loaded (0.4 s) only when they are asked for."""
+    parser = commands.add_parser("traces", help="look into the trace queue")
+    if "traces" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.traces import add_commands
+
+        add_commands(parser)
+
+
+def _traces(options: argparse.Namespace) -> int:
+    from deployments.traces import run
+
+    return run(options)
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "up": _up,
+    "down": _down,
+    "services": _services,
+    "blocks": _blocks,
+    "recipe": _recipe,
+    "traces": _traces,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

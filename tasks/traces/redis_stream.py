@@ -14,9 +14,10 @@ Ring: edge (network).  Source: Redis Streams; XADD MAXLEN would drop unread entr
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _mapped() -> Iterator[None]:
+def mapped() -> Iterator[None]:
     """Turn redis-py's errors into ours; the URL, which may hold a password, stays out of the message."""
     try:
         yield
@@ -76,7 +77,7 @@ class RedisQueue:
 
     def append(self, lines: Iterable[bytes]) -> None:
         """Add records in one round trip."""
-        with _mapped(), self._redis.pipeline(transaction=True) as pipe:
+        with mapped(), self._redis.pipeline(transaction=True) as pipe:
             for line in lines:
                 pipe.xadd(self.stream, {_FIELD: line})
             pipe.execute()
@@ -84,12 +85,12 @@ class RedisQueue:
     def take_over(self, queue_id: str, items: Sequence[QueuedTrace]) -> int:
         """Add spooled records that are not here yet; return how many. Asking twice changes nothing."""
         arguments: list[Any] = [part for item in items for part in (item.id, item.line)]  # Any: redis-py's own types
-        with _mapped():
+        with mapped():
             return int(self._redis.eval(_SHIP, 2, self.stream, f"{self.stream}:shipped:{queue_id}", *arguments))
 
     def lock(self) -> bool:
         """Become the one consumer. The lock is renewed by a thread, and expires `lock_s` after this process."""
-        with _mapped():
+        with mapped():
             if not self._redis.set(f"{self.stream}:drain", self._token, nx=True, px=self._lock_ms):
                 return False
             try:
@@ -105,17 +106,17 @@ class RedisQueue:
     def unlock(self) -> None:
         """Stop being the consumer."""
         self._done.set()
-        with _mapped():
+        with mapped():
             self._redis.eval(_UNLOCK, 1, f"{self.stream}:drain", self._token)
 
     def _renew_until(self, done: threading.Event) -> None:
-        """Renew while a slow sink takes its time; give up when another consumer took over."""
-        while not done.wait(self._lock_ms / 3000):
-            try:
+        """Renew while a slow sink takes its time; give up when the lock is another's or has expired."""
+        renewed = time.monotonic()
+        while not done.wait(self._lock_ms / 3000) and time.monotonic() - renewed < self._lock_ms / 1000:
+            with suppress(redis.RedisError):
                 if not self._redis.eval(_RENEW, 1, f"{self.stream}:drain", self._token, self._lock_ms):
                     return
-            except redis.RedisError as error:
-                logger.warning("can't renew the lock on %s (%s)", self.stream, type(error).__name__)
+                renewed = time.monotonic()
 
     def _require_lock(self) -> None:
         if not self._redis.eval(_RENEW, 1, f"{self.stream}:drain", self._token, self._lock_ms):
@@ -123,7 +124,7 @@ class RedisQueue:
 
     def read(self, limit: int) -> list[QueuedTrace]:
         """Return first what a dead consumer left (marked redelivered), then what is new."""
-        with _mapped():
+        with mapped():
             self._require_lock()
             while self._claim_from is not None:
                 reply: Any = self._redis.xautoclaim(  # Any: redis-py types replies loosely
@@ -137,12 +138,12 @@ class RedisQueue:
 
     def intend(self, items: Sequence[QueuedTrace]) -> None:
         """Redis itself noted the delivery when it handed the entries out: only make sure that they are ours."""
-        with _mapped():
+        with mapped():
             self._require_lock()
 
     def bury(self, letters: Sequence[tuple[QueuedTrace, str]]) -> None:
         """Move refused records to the dead-letter stream, in one step."""
-        with _mapped(), self._redis.pipeline(transaction=True) as pipe:
+        with mapped(), self._redis.pipeline(transaction=True) as pipe:
             for item, reason in letters:
                 pipe.xadd(f"{self.stream}:dead", {"reason": reason, _FIELD: item.line})
                 pipe.xack(self.stream, GROUP, item.id)
@@ -152,14 +153,14 @@ class RedisQueue:
     def ack(self, items: Sequence[QueuedTrace]) -> None:
         """Acknowledge and remove, in one step: the stream's length is what still waits."""
         ids = [item.id for item in items]
-        with _mapped(), self._redis.pipeline(transaction=True) as pipe:
+        with mapped(), self._redis.pipeline(transaction=True) as pipe:
             pipe.xack(self.stream, GROUP, *ids)
             pipe.xdel(self.stream, *ids)
             pipe.execute()
 
     def lag(self) -> tuple[int, str | None]:
         """Return the length of the stream and the start of its oldest record."""
-        with _mapped():
+        with mapped():
             count = self._redis.xlen(self.stream)
             oldest = self._parse(self._redis.xrange(self.stream, count=1) or (), redelivered=False)
         record = oldest[0].record if oldest else None
@@ -168,12 +169,20 @@ class RedisQueue:
     def peek(self, after: str = "-") -> Iterator[QueuedTrace]:
         """Read all entries from `after` on ("-": all, "(ID": behind that one) and consume none."""
         while True:
-            with _mapped():
+            with mapped():
                 entries: Any = self._redis.xrange(self.stream, min=after, count=500)  # Any: as above
             if not entries:
                 return
             yield from self._parse(entries, redelivered=False)
             after = f"({entries[-1][0].decode()}"
+
+    def last_id(self) -> str:
+        """Return the id of the last entry that was ever added; "0-0" when there was none."""
+        with mapped():
+            if not self._redis.exists(self.stream):
+                return "0-0"
+            info: Any = self._redis.xinfo_stream(self.stream)  # Any: as above
+        return info["last-generated-id"].decode()
 
     def _parse(self, entries: Iterable[Any], *, redelivered: bool) -> list[QueuedTrace]:  # Any: redis-py's replies
         """Read entries; Redis 6.2 shows one that was deleted meanwhile as (None, None)."""

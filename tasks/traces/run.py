@@ -124,14 +124,23 @@ def open_queue(path: Path, client: redis.Redis | None) -> TraceQueue:
     return queue
 
 
-def queue_from_environment(environ: Mapping[str, str] = os.environ) -> TraceQueue:
-    """Open the queue that a gateway with the same environment fills."""
+def queue_path(environ: Mapping[str, str]) -> Path:
+    """Return FILE_QUEUE_PATH, or its default."""
+    return Path(environ.get("FILE_QUEUE_PATH") or "./llm_traces.jsonl").expanduser()
+
+
+def connect_redis(environ: Mapping[str, str]) -> redis.Redis | None:
+    """Return a client for REDIS_URL, None without it. Raises SpecError when it is no URL."""
     url = environ.get("REDIS_URL")
     try:
-        client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5) if url else None
+        return redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5) if url else None
     except ValueError as error:
         raise SpecError(f"REDIS_URL is no redis://, rediss:// or unix:// URL ({error}): correct or unset it") from None
-    return open_queue(Path(environ.get("FILE_QUEUE_PATH") or "./llm_traces.jsonl"), client)
+
+
+def queue_from_environment(environ: Mapping[str, str] = os.environ) -> TraceQueue:
+    """Open the queue that a gateway with the same environment fills."""
+    return open_queue(queue_path(environ), connect_redis(environ))
 
 
 def queue_lag(queue: TraceQueue) -> tuple[int, str | None] | None:

@@ -27,6 +27,7 @@ TABLE: list[tuple[str, str]] = [
     (r"blocks/(opening|storage)\.py", r"blocks\.\w+|tasks\.artifacts"),  # they open the artifact store
     (r"blocks/\w+\.py", r"blocks\.\w+"),
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.errors"),  # noqa: E501
+    (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.errors"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
     (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|errors|files|processes|specs)"),

@@ -2,18 +2,20 @@
 
 Like the real one, and unlike its in-memory stand-in, it keeps every copy that it is sent: a row per
 arrival. `/misbehave {"next": [...], "delay_s": 0}` sets what the next requests to `complete` do:
-"503-stored", "503", "429", "timeout-stored", "ok". A call whose inputs hold "poison" is refused
-with its whole batch, one beyond 3.5 MiB with 413.
+"503-stored", "503", "429", "timeout-stored", "dies-stored" (the connection, after it stored), "dies",
+"413", "ok"; "query": [...] does the same for `stream_query`. A call whose inputs hold "poison" is
+refused with its whole batch, one beyond 3.5 MiB with 413. `/ids` counts the rows of each id.
 """
 
 import asyncio
 import json
 import sys
+from collections import Counter
 
 from aiohttp import web
 
 ROWS = []
-PLAN = {"next": [], "delay_s": 0.0, "requests": 0, "auth": None}
+PLAN = {"next": [], "query": [], "delay_s": 0.0, "requests": 0, "auth": None, "retry_after": "0.05"}
 
 
 async def complete(request):
@@ -25,9 +27,14 @@ async def complete(request):
     if how in ("401", "404"):
         return web.Response(status=int(how))
     if how == "429":
-        return web.Response(status=429, headers={"Retry-After": "0.05"})
+        return web.Response(status=429, headers={"Retry-After": PLAN["retry_after"]})
     if how == "503":
         return web.Response(status=503)
+    if how == "413":
+        return web.Response(status=413, text="told to")
+    if how == "dies":
+        request.transport.abort()
+        return web.Response()
     if len(batch) > 1000 or any(len(json.dumps(call)) > 3.5 * (1 << 20) for call in batch):
         return web.Response(status=413, text="too large")
     if any("poison" in json.dumps(call["inputs"]) for call in batch):
@@ -39,11 +46,15 @@ async def complete(request):
     ROWS.extend(batch)
     if how == "timeout-stored":
         await asyncio.sleep(3600)
+    if how == "dies-stored":
+        request.transport.abort()
     return web.Response(status=503) if how == "503-stored" else web.json_response({})
 
 
 async def stream_query(request):
     query = await request.json()
+    if (PLAN["query"].pop(0) if PLAN["query"] else "ok") == "503":
+        return web.Response(status=503)
     wanted = set(query["filter"]["call_ids"])
     found = {row["id"] for row in ROWS if row["id"] in wanted and row["project_id"] == query["project_id"]}
     return web.Response(text="".join(json.dumps({"id": id}) + "\n" for id in found))
@@ -58,6 +69,10 @@ async def rows(request):
     return web.json_response(ROWS)
 
 
+async def ids(request):
+    return web.json_response(Counter(row["id"] for row in ROWS))
+
+
 async def plan(request):
     return web.json_response(PLAN)
 
@@ -68,6 +83,7 @@ def main():
     app.router.add_post("/calls/stream_query", stream_query)
     app.router.add_post("/misbehave", misbehave)
     app.router.add_get("/rows", rows)
+    app.router.add_get("/ids", ids)
     app.router.add_get("/plan", plan)
     web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)
 
