@@ -30,7 +30,7 @@ class Shipper:
         client = redis.Redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=2)
         self._queue = RedisQueue(client)
         self._spool = FileQueue(settings.queue_path)
-        self._locked = False
+        self._locked = self._has_asked = False
         self._one_thread = threading.Lock()  # a cancelled task leaves its thread running
         self.is_up = True
         self.num_shipped = 0
@@ -57,6 +57,7 @@ class Shipper:
         from tasks.traces.redis_stream import ship
 
         try:
+            self._say_if_it_evicts()
             self._locked = self._locked or self._spool.lock()
             while self._locked and (count := ship(self._spool, self._queue)):
                 self.num_shipped += count
@@ -69,3 +70,14 @@ class Shipper:
             logger.info("Redis is back: traces are shipped again")
         self.is_up = True
         return _PAUSE_S if self._locked else _RETRY_S
+
+    def _say_if_it_evicts(self) -> None:
+        if self._has_asked:
+            return
+        if policy := self._queue.evicts():
+            logger.error(
+                "Redis has maxmemory-policy %s: when it is full it drops unread traces without an error; "
+                "set it to noeviction, then it refuses them and they wait in the file",
+                policy,
+            )
+        self._has_asked = True

@@ -18,7 +18,7 @@ inside a repeat, but a slow one is still possible.
 import json
 import re
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -50,6 +50,10 @@ class Redactor:
 
     kinds: Set[str] = frozenset({"secrets"})
     patterns: tuple[re.Pattern[str], ...] = ()
+    _only_secrets: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_only_secrets", self.kinds == {"secrets"} and not self.patterns)
 
     def redact(self, record: TraceRecord) -> TraceRecord:
         """Return the record without what is to be taken out; the same object when there is nothing."""
@@ -83,25 +87,29 @@ class Redactor:
         if not self.kinds and not self.patterns:
             return False
         secrets = "secrets" in self.kinds
+        is_suspect = may_hold_secrets if self._only_secrets else self._is_suspect
         todo: list[Any] = [record.request, record.response, record.error]  # Any: JSON values
         while todo:
             value = todo.pop()
             if isinstance(value, str):
-                if len(value) >= _SHORTEST and self._is_suspect(value):
+                if len(value) >= _SHORTEST and is_suspect(value):
                     return True
             elif isinstance(value, dict):
                 for name, item in value.items():
                     if secrets and is_secret_name(name) and _is_secret_field(name, item, value):
                         return True
-                    if len(name) >= _LONG_NAME and self._is_suspect(name):
+                    if len(name) >= _LONG_NAME and is_suspect(name):
                         return True
-                    todo.append(item)
+                    if item.__class__ is not int:
+                        todo.append(item)
             elif isinstance(value, list):
                 todo += value
         return False
 
     def _is_suspect(self, text: str) -> bool:
         """Say quickly whether something of these kinds could be in the text."""
+        if self._only_secrets:
+            return may_hold_secrets(text)
         kinds = self.kinds
         if "secrets" in kinds and may_hold_secrets(text):
             return True

@@ -88,6 +88,16 @@ class RedisQueue:
         with mapped():
             return int(self._redis.eval(_SHIP, 2, self.stream, f"{self.stream}:shipped:{queue_id}", *arguments))
 
+    def evicts(self) -> str | None:
+        """Return the policy by which Redis may drop unread entries silently, None when it keeps them or won't say."""
+        with mapped():
+            try:
+                policy: Any = self._redis.config_get("maxmemory-policy")  # Any: redis-py types replies loosely
+            except redis.ResponseError:  # a managed Redis hides its configuration
+                return None
+        name = policy.get("maxmemory-policy", "noeviction")
+        return None if name == "noeviction" else str(name)
+
     def lock(self) -> bool:
         """Become the one consumer. The lock is renewed by a thread, and expires `lock_s` after this process."""
         with mapped():

@@ -76,7 +76,9 @@ _SHORTEST_KEY = 14
 _LONG_RUN = re.compile(
     rf"[A-Za-z0-9_.-]{{{_SHORTEST_KEY},}}+"
 )  # every key of a known shape is one, few other words are
-_HINTS = (*_SHAPES, "eyJ")
+_DASHED = tuple(hint for hint in _SHAPES if "-" in hint)
+_UNDERSCORED = tuple(hint for hint in _SHAPES if "_" in hint)
+_PLAIN = (*(hint for hint in _SHAPES if "-" not in hint and "_" not in hint), "eyJ")
 _NAME_HINTS = ("password", "passwd", "passphrase", "secret", "authorization", "credential", "cookie", "pwd", "key")
 
 
@@ -86,11 +88,10 @@ def may_hold_secrets(text: str) -> bool:
     >>> may_hold_secrets("What is a task? It is a job: a piece of work.")
     False
     """
-    for word in [word for word in text.split() if len(word) >= _SHORTEST_KEY]:
-        for run in _LONG_RUN.findall(word):
-            for hint in _HINTS:
-                if hint in run:
-                    return True
+    if len(text) >= _SHORTEST_KEY:
+        for word in text.split():
+            if len(word) >= _SHORTEST_KEY and _has_key_shape(word):
+                return True
     if ":" in text or "=" in text:
         lower = text.lower()
         for hint in _NAME_HINTS:
@@ -101,6 +102,22 @@ def may_hold_secrets(text: str) -> bool:
     if "earer" in text or "EARER" in text or "PRIVATE KEY" in text:
         return True
     return not text.isascii() and ("パスワード" in text or "暗証番号" in text)
+
+
+def _has_key_shape(word: str) -> bool:
+    for run in _LONG_RUN.findall(word):
+        for hint in _PLAIN:
+            if hint in run:
+                return True
+        if "-" in run:
+            for hint in _DASHED:
+                if hint in run:
+                    return True
+        if "_" in run:
+            for hint in _UNDERSCORED:
+                if hint in run:
+                    return True
+    return False
 
 
 @lru_cache(maxsize=4096)

@@ -96,3 +96,10 @@ def test_a_redis_that_is_away_is_transient_and_its_password_stays_secret(free):
     with pytest.raises(TransientError, match="Redis does not answer") as error:
         queue.lock()
     assert "hunter2" not in str(error.value)
+
+
+def test_a_redis_that_would_evict_is_told_from_one_that_refuses(client):
+    queue = RedisQueue(client)
+    assert queue.evicts() is None
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    assert queue.evicts() == "allkeys-lru"
