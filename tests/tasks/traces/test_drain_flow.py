@@ -25,10 +25,23 @@ with prefect_test_harness(server_startup_timeout=60):
     TraceQueue(file_path=place).save("here")
     WeaveProject(entity="team", api_key=SecretStr("key"), trace_server_url=url).save("there")
     report = drain(DrainSpec(grace_s=0.0), "here", "there")
-    with get_client(sync_client=True) as client:
-        artifact = client.request("POST", "/artifacts/latest/filter", json={}).json()[0]
+    def artifact():
+        with get_client(sync_client=True) as client:
+            return client.request("POST", "/artifacts/latest/filter", json={}).json()[0]
     print("REPORT", report.sink, report.num_delivered)
-    print("ARTIFACT", artifact["key"], artifact["data"])
+    print("ARTIFACT", artifact()["key"], artifact()["data"])
+    from pathlib import Path
+    from tasks.traces.queue import FileQueue
+    queue = FileQueue(Path(place))
+    queue.append([Path(place).with_suffix(".more").read_bytes()])
+    queue.close()
+    import urllib.request
+    urllib.request.urlopen(urllib.request.Request(url + "/misbehave", b'{"next": ["401"]}')).close()
+    try:
+        drain(DrainSpec(grace_s=0.0), "here", "there")
+    except Exception as error:
+        print("FAILED", type(error).__name__)
+    print("ARTIFACT2", artifact()["key"], artifact()["data"])
 """
 
 
@@ -37,6 +50,7 @@ def test_the_flow_drains_with_blocks_and_leaves_an_artifact(weave, make_record, 
     queue = FileQueue(tmp_path / "q.jsonl")
     queue.append(make_record(n).to_line() for n in range(3))
     queue.close()
+    (tmp_path / "q.more").write_bytes(make_record(3).to_line())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "WANDB_"))}
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]]),
@@ -55,6 +69,12 @@ def test_the_flow_drains_with_blocks_and_leaves_an_artifact(weave, make_record, 
     assert "ARTIFACT trace-ingestion" in result.stdout
     assert "| delivered | 3 |" in result.stdout
     assert len(weave.rows()) == 3
+    assert "FAILED AccessError" in result.stdout
+    failed = result.stdout.partition("ARTIFACT2 trace-ingestion")[2]
+    assert "| status | failed |" in failed
+    assert "| still waiting | 1 |" in failed
+    assert "WANDB_API_KEY is wrong" in failed
+    assert "Correct the key" in failed
 
 
 def test_importing_the_flow_loads_no_torch_and_no_sink(root):
