@@ -58,7 +58,7 @@ def letter_id(line: bytes) -> str:
     """Name a letter by its trace, or by its bytes.
 
     >>> letter_id(b'{"trace_id":"018b"}'), letter_id(b"torn {")
-    ('018b', 'line-5e5aec4fd5e7')
+    ('018b', 'line-94ca70c32dc6')
     """
     try:
         value: Any = json.loads(line)  # Any: whatever the line holds

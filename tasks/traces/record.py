@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from tasks.errors import CorruptError
@@ -165,7 +166,14 @@ def iso_from_us(moment_us: int) -> str:
     >>> iso_from_us(1_700_000_000_000_007)
     '2023-11-14T22:13:20.000007Z'
     """
-    return (_EPOCH + timedelta(microseconds=moment_us)).isoformat(timespec="microseconds")[:-6] + "Z"
+    second, micros = divmod(moment_us, 1_000_000)
+    return f"{_second_as_text(second)}.{micros:06d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second_as_text(second: int) -> str:
+    """Three moments of a request, and those of many requests, share their second: 0.5 us instead of 3."""
+    return (_EPOCH + timedelta(seconds=second)).isoformat()[:-6]
 
 
 def us_from_iso(text: str) -> int:

@@ -123,19 +123,19 @@ def test_two_drains_at_once_and_again_deliver_each_record_once(place, start_drai
 
 
 def test_a_slow_weave_does_not_cost_a_drain_its_lock(start_drains, weave, make_record, redis_port):
-    """A batch takes four times as long as the lock lives: it is renewed meanwhile, and nobody else sends it."""
+    """A batch takes longer than the lock lives: it is renewed meanwhile, and nobody else sends it."""
     client = redis.Redis(port=redis_port)
     queue = RedisQueue(client)
-    expected = fill(queue, make_record, 40)
-    weave.misbehave(delay_s=0.3)
-    first, second = (start_drains("redis", redis_port, weave.url, lock_s=0.15) for _ in range(2))
+    expected = fill(queue, make_record, 60)
+    weave.misbehave(delay_s=0.3, next=[*["503"] * 5, "ok"] * 3)  # 5 graces and a delay: 1.05 s a batch
+    first, second = (start_drains("redis", redis_port, weave.url, lock_s=0.6) for _ in range(2))
     first.start()
     time.sleep(0.2)
-    ended = []
-    for _ in range(3):
+    ended, deadline = [], time.monotonic() + 1.5
+    while time.monotonic() < deadline:
         second.start()
         ended.append(second.wait())
-    assert (ended, first.wait()) == ([3, 3, 3], 0)
+    assert (set(ended), first.wait()) == ({3}, 0)
     counts = weave.get("/ids")
     assert (max(counts.values()), sorted(counts)) == (1, sorted(expected))
     client.close()
