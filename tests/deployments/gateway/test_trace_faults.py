@@ -63,6 +63,7 @@ def in_queue(path):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_gateway_killed_under_load_loses_and_doubles_no_trace(start_gateway, upstream, chat_body, stream):
     gateway = start_gateway(upstream.port, GATEWAY_TRACE_SEGMENT_BYTES=50_000)
@@ -259,6 +260,7 @@ def _get(port, path, body=None):
         return json.loads(raw) if raw else True
 
 
+@pytest.mark.slow
 def test_the_direct_path_delivers_at_once_and_each_trace_once_though_the_gateway_is_killed(
     start_gateway, upstream, weave, wait_until, chat_body
 ):

@@ -71,6 +71,7 @@ def waiting(queue):
     return queue.lag()[0]
 
 
+@pytest.mark.slow
 def test_a_drain_killed_at_24_points_by_a_hostile_weave_delivers_each_record_once(
     place, start_drains, weave, make_record
 ):
@@ -100,6 +101,7 @@ def test_a_drain_killed_at_24_points_by_a_hostile_weave_delivers_each_record_onc
     assert waiting(queue) == 0
 
 
+@pytest.mark.slow
 def test_two_drains_at_once_and_again_deliver_each_record_once(place, start_drains, weave, make_record):
     kind, where, queue = place
     expected = fill(queue, make_record, 300)
@@ -178,6 +180,7 @@ def ship_until_killed(spool, stream, process, after_s):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["always", "everysec"])
 def test_a_redis_that_is_killed_with_aof_loses_and_doubles_nothing(
     start_redis, start_drains, weave, make_record, tmp_path, policy
