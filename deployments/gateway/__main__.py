@@ -6,8 +6,10 @@ import socket
 import sys
 
 import uvicorn
+from fastapi import FastAPI
 
 from deployments.gateway.app import create_app
+from deployments.gateway.line import ClientConnection, Server
 from deployments.gateway.settings import Settings
 from tasks.errors import PortTakenError, TataraError
 
@@ -32,14 +34,32 @@ def main() -> int:
     """Run until SIGTERM or SIGINT; 2 when the settings are wrong or the port is taken."""
     try:
         settings = Settings.from_environment(os.environ)
+        settings.check_exposure()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listener = listen(settings.host, settings.port)
         app = create_app(settings)
     except TataraError as error:
         sys.stderr.write(f"gateway: {error}\n")
         return 2
-    config = uvicorn.Config(
+    ClientConnection.max_head_bytes = settings.max_header_bytes
+    ClientConnection.head_timeout_s = settings.body_timeout_s
+
+    def note_drain() -> None:
+        app.state.gateway.is_draining = True
+
+    server = Server(_server_config(app, settings), settings.drain_delay_s, note_drain)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
+        http=ClientConnection,
+        loop="auto",
+        ws="none",
+        interface="asgi3",
+        lifespan="on",
         access_log=False,
         log_config=None,
         log_level=settings.log_level,
@@ -47,10 +67,8 @@ def main() -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=settings.shutdown_s,
         timeout_keep_alive=65,
+        backlog=2048,
     )
-    server = uvicorn.Server(config)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
 
 
 if __name__ == "__main__":

@@ -1,221 +1,293 @@
-"""One request from its plan to its trace: try the routes, forward the answer, let go of everything.
+"""One request from its first byte to its trace: who asks, may they, who answers, and letting go of it all.
 
-    RecordedStream(exchange) -> vLLM's bytes as they come -> client
-                             -> one trace, before the last byte
+    Exchange.run() -> body -> key, budget, place -> routes in turn -> forward.py -> one trace
 
-The response object owns the upstream connection and closes it in its own `finally`: a client that
-hangs up cancels this call, which closes the connection, which makes vLLM stop generating. (A
-generator's `finally` would wait for garbage collection; background tasks are skipped on a hang-up.)
+The exchange owns the model server's answer and closes it in its own `finally`: a client that hangs up
+cancels this task, which cuts the connection, which makes vLLM stop generating. (A generator's `finally`
+would wait for garbage collection; background tasks are skipped on a hang-up.)
 
-Ring: edge (network).
+A request is tried elsewhere only when the server can't have worked on it: no connection, or a kept one that
+was already closed. After the first byte nothing is tried again.
+
+Ring: edge (network).  Units: seconds of the loop's clock.
 """
 
 import asyncio
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.gateway import replies
-from deployments.gateway.recorder import Recording
-from deployments.gateway.routing import GENERATE, Ask, Choice, Json
-from deployments.gateway.settings import Settings
-from deployments.gateway.upstream import Upstream, UpstreamDownError, UpstreamTimeoutError
+from deployments.gateway.admission import BusyError
+from deployments.gateway.asking import body_for, lines_for
+from deployments.gateway.forward import assembled, forward
+from deployments.gateway.intake import HungUpError, authenticate, check_budget, read_body, read_head
+from deployments.gateway.keys import Key
+from deployments.gateway.line import LINE
+from deployments.gateway.pool import ConnectFailedError
+from deployments.gateway.replies import RETRY_SOON, RefusedError
+from deployments.gateway.routing import CHAT, COMPLETIONS, Ask, BadRequestError, Choice, read_ask, why_not_short
+from deployments.gateway.upstream import Upstream
+from deployments.gateway.wire import BrokenReplyError, Headers, Reply, SilentServerError
+from tasks.traces.responses_stream import ResponsesAssembler
 from tasks.traces.stream import StreamAssembler
 
-_NOT_FORWARDED = frozenset(
-    {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server", "x-request-id"}
-    | {"proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade"}
-)
-_BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
-_JSON = [(b"content-type", b"application/json")]
-_SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-Headers = list[tuple[bytes, bytes]]
+if TYPE_CHECKING:
+    from deployments.gateway.gateway import Gateway
+    from tasks.traces.record import Status
+_STOPPED = "the gateway was stopped"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """All that is needed to answer one request."""
+    """One request to a hot route."""
 
-    ask: Ask
-    plan: Sequence[Choice]
-    upstreams: Mapping[str, Upstream]
-    headers: Mapping[str, Mapping[str, str]]  # per upstream: what goes along with the body
-    settings: Settings
-    recording: Recording
+    __slots__ = (
+        "_deadline", "_expired", "_has_place", "_head", "_hung_up", "_line", "_phase", "_scope", "_seen", "_task",
+        "_upstream", "ask", "assembler", "began", "endpoint", "gateway", "key",
+        "recording", "reply", "started", "status", "withholds_usage",
+    )  # fmt: skip
 
+    def __init__(self, gateway: "Gateway", endpoint: str, scope: Scope) -> None:
+        self.gateway = gateway
+        self.endpoint = endpoint
+        self.recording = recording = gateway.recorder.begin(endpoint)
+        settings = gateway.settings
+        recording.model_digest = settings.model_digest or None
+        recording.adapter_digest = settings.adapter_digest or None
+        recording.run_id = settings.run_id or None
+        recording.key_name = recording.upstream = None
+        self._task = asyncio.current_task()
+        self.began = asyncio.get_running_loop().time()
+        self._deadline = self.began + settings.body_timeout_s
+        self._scope = scope
+        self._head = read_head(scope["headers"])
+        self._line = scope.get("extensions", {}).get(LINE)
+        self.ask: Ask = None  # type: ignore[assignment]  # set before anything of it is read
+        self.key: Key | None = None
+        self.reply: Reply | None = None
+        self.assembler: StreamAssembler | ResponsesAssembler | None = None
+        self.started = False  # the answer's head was sent
+        self.status = 0
+        self.withholds_usage = False
+        self._upstream: Upstream | None = None
+        self._has_place = self._seen = self._hung_up = self._expired = False
+        self._phase = "body"
 
-class RecordedStream(Response):
-    """Answers by the first route that can, whole or as a stream, and leaves one trace."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._recording = exchange.recording
-        self._reply: aiohttp.ClientResponse | None = None
-        self._assembler: StreamAssembler | None = None
-        self._hung_up = False
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the exchange; a hang-up cancels it."""
-        task = asyncio.current_task()
-        watcher = asyncio.ensure_future(self._watch(receive, task))
+    async def run(self, receive: Receive, send: Send) -> None:
+        """Answer the request, whatever happens, and leave one trace."""
+        self.gateway.running.add(self)
+        if self._line is not None:
+            self._line.on_hang_up = self._hang_up
         try:
-            await self._answer(send)
+            await self._answer(receive, send)
+        except RefusedError as refused:
+            await self._refuse(send, refused)
+        except HungUpError:
+            self._hung_up = True
+            await self._end_early(send)
         except asyncio.CancelledError:
-            self._finish_partial("the client hung up" if self._hung_up else "the gateway was stopped")
-            if not self._hung_up or task is None or task.uncancel() > 0:
-                raise
+            await self._end_early(send)
         except BaseException as error:
-            self._recording.finish("error", 500, error=type(error).__name__)
+            self.finish("error", 500, error=type(error).__name__)
             raise
         finally:
-            watcher.cancel()
-            if self._reply is not None:
-                self._reply.close()
+            self._let_go()
 
-    async def _watch(self, receive: Receive, task: "asyncio.Task[Any] | None") -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if task is not None and not self._recording.finished:
-            self._hung_up = True
-            task.cancel()
+    def check_time(self, now: float) -> None:
+        """End what takes too long. Called a few times a second by the gateway's clock."""
+        reply = self.reply
+        if now > self._deadline:
+            if self._task is not None and not self._expired and not self._hung_up:
+                self._expired = True
+                self._task.cancel()
+        elif reply is not None and reply.is_waiting and now - reply.active_at > self.gateway.settings.read_timeout_s:
+            reply.fail(SilentServerError())
 
-    def _finish_partial(self, why: str) -> None:
-        """Record a request that was cut off: 499 is what nginx calls a client that went away."""
-        answer, stats = self._assembled() if self._assembler else (None, None)
-        self._recording.finish("cancelled", 499, answer, error=why, stream=stats)
-
-    def _assembled(self) -> tuple[Json | None, Json]:
-        assert self._assembler is not None
-        self._assembler.finish()
-        return self._assembler.answer(), self._assembler.stats()
-
-    async def _answer(self, send: Send) -> None:
-        for choice in self._exchange.plan:
-            self._recording.choice = choice
-            if choice.route == "maintenance":
-                return await self._send_maintenance(send)
-            upstream = self._exchange.upstreams.get(choice.route)
-            if upstream is None or upstream.is_down:
-                continue
-            try:
-                self._reply = await self._open(upstream)
-            except UpstreamDownError:
-                continue
-            except UpstreamTimeoutError:
-                waited_s = self._exchange.settings.read_timeout_s
-                return await self._send_error(send, 504, f"{choice.route} said nothing for {waited_s:g} s", "timeout")
-            if "text/event-stream" in self._reply.content_type:
-                return await self._forward_stream(send, self._reply)
-            return await self._forward_whole(send, self._reply)
-        return await self._send_error(send, 503, "the model server is down: try again in a moment", "upstream_down")
-
-    async def _open(self, upstream: Upstream) -> aiohttp.ClientResponse:
-        exchange, body = self._exchange, self._exchange.ask.raw
-        headers = {**exchange.headers[upstream.name], "X-Request-Id": self._recording.trace_id}
-        if upstream.name == "lite":
-            name = exchange.settings.lite_model_name or await upstream.pick_model(headers)
-            body = replies.encode(exchange.ask.body | {"model": name}) if name else body
-        return await upstream.open(exchange.ask.path, body, headers)
-
-    async def _forward_whole(self, send: Send, reply: aiohttp.ClientResponse) -> None:
-        try:
-            data = await reply.read()
-        except _BROKEN as error:
-            broken = f"the model server broke off its answer ({type(error).__name__})"
-            await self._send_error(send, 502, broken, "upstream_broke_off")
+    def finish(
+        self, status: "Status", http_status: int, response: Any = None, *, error: str | None = None, stream: Any = None
+    ) -> None:  # Any: JSON objects
+        """Write the trace and count; the first outcome is the one that counts."""
+        if self.recording.finished:
             return
-        self._recording.note_first()
-        body = _object(data)
-        if body is not None and reply.status == 200 and self._exchange.ask.endpoint == GENERATE:
-            body = replies.with_output(body)
-            data = replies.encode(body)
-        if reply.status < 400:
-            self._recording.finish("ok", reply.status, body)
-        else:
-            self._recording.finish("upstream_error", reply.status, body, error=_error_of(body, reply.status))
-        await self._send(send, reply.status, _forwarded(reply), data)
+        self.status = http_status
+        self.recording.finish(status, http_status, response, error=error, stream=stream)
+        if isinstance(response, dict):
+            self.gateway.charge(self.key, response.get("usage"))
 
-    async def _forward_stream(self, send: Send, reply: aiohttp.ClientResponse) -> None:
-        assembler = self._assembler = StreamAssembler()
-        await send({"type": "http.response.start", "status": reply.status, "headers": self._ours(_forwarded(reply))})
-        tail, broken = b"", ""
-        try:
-            async for piece in reply.content.iter_any():
-                self._recording.note_first()
-                assembler.feed(piece)
-                tail = (tail + piece)[-2:]
-                if assembler.done:
-                    self._finish_stream(reply.status, "")
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except _BROKEN as error:
-            broken = f"the model server broke off its answer ({type(error).__name__})"
-        self._finish_stream(reply.status, broken)
-        if broken and tail == b"\n\n":  # between two events: say it in the stream
-            event = replies.encode_event(replies.error_body(502, broken, "upstream_broke_off"))
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        elif broken:
-            return  # inside an event: uvicorn cuts the connection, which no client takes for the end
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _finish_stream(self, status: int, broken: str) -> None:
-        if self._recording.finished or self._assembler is None:
-            return
-        answer, stats = self._assembled()
-        error = broken or self._assembler.error
-        self._recording.finish("upstream_error" if error else "ok", status, answer, error=error or None, stream=stats)
-
-    async def _send_maintenance(self, send: Send) -> None:
-        ask, settings, recording = self._exchange.ask, self._exchange.settings, self._recording
-        said = (ask, settings.maintenance_message, recording.trace_id, recording.started_us // 1_000_000)
-        body = replies.maintenance_body(*said)
-        recording.note_first()
-        if ask.streams:
-            recording.finish("ok", 200, body, stream={"chunks": 2, "malformed": 0, "done": True, "truncated": False})
-            return await self._send(send, 200, _SSE, b"".join(replies.maintenance_events(*said)))
-        recording.finish("ok", 200, body)
-        return await self._send(send, 200, _JSON, replies.encode(body))
-
-    async def _send_error(self, send: Send, status: int, message: str, code: str) -> None:
-        body = replies.error_body(status, message, code)
-        self._recording.finish("upstream_error" if status == 502 else "error", status, body, error=message)
-        retry = [(b"retry-after", b"1")] if status == 503 else []
-        await self._send(send, status, _JSON + retry, replies.encode(body))
-
-    async def _send(self, send: Send, status: int, headers: Headers, data: bytes) -> None:
-        length = (b"content-length", str(len(data)).encode())
-        await send({"type": "http.response.start", "status": status, "headers": self._ours([*headers, length])})
-        await send({"type": "http.response.body", "body": data})
-
-    def _ours(self, headers: Headers) -> Headers:
-        choice = self._recording.choice
+    def headers(self) -> Headers:
+        """Return the headers that lead back: ids and the decision."""
+        choice = self.recording.choice
         return [
-            *headers,
-            (b"x-request-id", self._recording.trace_id.encode()),
+            (b"x-request-id", self.recording.trace_id.encode()),
             (b"x-tatara-route", choice.route.encode()),
             (b"x-tatara-reason", choice.reason.encode()),
+            *self.gateway.ids,
         ]
 
+    def hold_head(self) -> None:
+        """Send the head with what follows at once."""
+        if self._line is not None:
+            self._line.hold_head()
 
-def _forwarded(reply: aiohttp.ClientResponse) -> Headers:
-    return [(name, value) for name, value in reply.raw_headers if name.lower().decode("latin-1") not in _NOT_FORWARDED]
+    async def cut(self) -> None:
+        """Cut the client's connection in the middle of an answer, which no client takes for the end."""
+        if self._line is not None:
+            self._line.on_hang_up = None
+            self._line.abort()
+            await asyncio.sleep(0.001)  # uvicorn then knows it and does not log a fault of ours
 
+    async def _answer(self, receive: Receive, send: Send) -> None:
+        head, gateway = self._head, self.gateway
+        if gateway.keys is not None:
+            self.key = authenticate(gateway.keys, head.authorization)
+            self.recording.key_name = self.key.name if self.key else None
+        raw = await read_body(receive, head.declared_bytes, gateway.settings.max_body_bytes)
+        try:
+            ask = self.ask = read_ask(self.endpoint, raw)
+        except BadRequestError as error:
+            raise RefusedError(400, str(error), "invalid_body") from None
+        self.recording.request = ask.body
+        if self.key is not None:
+            check_budget(self.key, gateway.budgets, ask.body.get("model"))
+        await self._take_place()
+        self._phase = "answer"
+        self._deadline = self.began + self.gateway.settings.total_timeout_s
+        watcher = None if self._line is not None else asyncio.create_task(self._watch(receive))
+        try:
+            await self._try_routes(send)
+        finally:
+            if watcher is not None:
+                watcher.cancel()
 
-def _object(data: bytes) -> Json | None:
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):
+    async def _take_place(self) -> None:
+        gate = self.gateway.gate
+        if not gate.try_enter():
+            client = self._scope.get("client")
+            try:
+                await gate.wait(self.key.name if self.key else str(client[0]) if client else "")
+            except BusyError as error:
+                self.recording.choice = Choice(route="none", reason="overloaded")
+                raise RefusedError(503, f"the gateway is busy: {error}", "overloaded", RETRY_SOON) from None
+        self._has_place = True
+
+    async def _try_routes(self, send: Send) -> None:
+        ask, settings = self.ask, self.gateway.settings
+        for choice in self.gateway.plan(ask.path, why_not_short(ask, settings.lite_max_chars)):
+            self.recording.choice = choice
+            if choice.route == "maintenance":
+                await self._send_maintenance(send)
+                return
+            reply = None if self._seen else await self._open(choice)
+            if reply is not None:
+                await forward(self, reply, send)
+                return
+        if self._seen:
+            raise RefusedError(502, "the model server broke off before it answered", "upstream_broke_off")
+        raise RefusedError(503, "the model server is down: try again in a moment", "upstream_down", RETRY_SOON)
+
+    async def _open(self, choice: Choice) -> Reply | None:
+        """Ask the servers of a route until one answers; None when none can."""
+        for upstream in self.gateway.fleet.order(choice.route):
+            self._leave_upstream()
+            self._upstream, self.recording.upstream = upstream, upstream.name
+            upstream.num_running += 1
+            try:
+                body, self.withholds_usage = await body_for(upstream, self.ask, self.gateway.settings)
+                lines = lines_for(
+                    upstream, self._head, self.recording.trace_id, with_keys=self.gateway.keys is not None
+                )
+                return await upstream.ask(upstream.post(self.ask.path, lines, body), self._note)
+            except ConnectFailedError:
+                continue
+            except BrokenReplyError:  # it may have worked on it: nobody else is asked the same
+                self._seen = True
+                return None
+            except SilentServerError:
+                silent_s = self.gateway.settings.read_timeout_s
+                raise RefusedError(504, f"{choice.route} said nothing for {silent_s:g} s", "timeout") from None
         return None
-    return body if isinstance(body, dict) else None
 
+    def _note(self, reply: Reply) -> None:
+        self.reply = reply
 
-def _error_of(body: Json | None, status: int) -> str:
-    """Find the message in an error body: OpenAI's shape, vLLM's older one, or none."""
-    error = body.get("error", body) if body else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return str(message) if message else f"status {status}"
+    async def _send_maintenance(self, send: Send) -> None:
+        ask, recording = self.ask, self.recording
+        created_s = recording.started_us // 1_000_000
+        said = (ask, self.gateway.settings.maintenance_message, recording.trace_id, created_s)
+        body = replies.maintenance_body(*said)
+        recording.note_first()
+        streams = ask.path in (CHAT, COMPLETIONS) and ask.streams
+        stats = {"chunks": 2, "malformed": 0, "done": True, "truncated": False} if streams else None
+        self.finish("ok", 200, body, stream=stats)
+        head = replies.SSE if streams else replies.JSON
+        data = b"".join(replies.maintenance_events(*said)) if streams else replies.encode(body)
+        await self.send_whole(send, 200, head, data)
+
+    async def _refuse(self, send: Send, refused: RefusedError) -> None:
+        body = replies.error_body(refused.status, str(refused), refused.code)
+        self.gateway.metrics.note_rejected(refused.code)
+        self.finish("upstream_error" if refused.status == 502 else "error", refused.status, body, error=str(refused))
+        await self.send_whole(send, refused.status, [*replies.JSON, *refused.headers], replies.encode(body))
+
+    async def send_whole(self, send: Send, status: int, headers: Headers, data: bytes | None) -> None:
+        """Send an answer of known length; None is one that may have no body, as 204."""
+        self.started = True
+        length = [] if data is None else [(b"content-length", b"%d" % len(data))]
+        head = [*headers, *length, *self.headers()]
+        self.hold_head()
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": data or b""})
+
+    async def _watch(self, receive: Receive) -> None:
+        """Wait for the hang-up, under a server that does not tell it (see line.py)."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._task is not None and not self.recording.finished and not self._expired:
+            self._hung_up = True
+            self._task.cancel()
+
+    async def _end_early(self, send: Send) -> None:
+        """End a request that was cancelled: by the client, by its time limit, or by the server's shutdown."""
+        if self._task is not None:
+            self._task.uncancel()
+        answer, stats = assembled(self.assembler) if self.assembler else (None, None)
+        if self._expired or not self._hung_up:
+            refused = self._say_expired() if self._expired else RefusedError(503, _STOPPED, "stopping", RETRY_SOON)
+            status = "error" if self._expired else "cancelled"
+            http_status = 499 if self.started and not self._expired else refused.status
+            self.finish(status, http_status, answer, error=str(refused), stream=stats)
+            if not self.started:
+                return await self._refuse(send, refused)
+            return await self.cut()
+        where = " while it sent the body" if self._phase == "body" else ""
+        return self.finish("cancelled", 499, answer, error=f"the client hung up{where}", stream=stats)
+
+    def _say_expired(self) -> RefusedError:
+        settings = self.gateway.settings
+        if self._phase == "body":
+            close = [(b"connection", b"close")]
+            return RefusedError(408, f"the body took longer than {settings.body_timeout_s:g} s", "body_too_slow", close)
+        return RefusedError(504, f"the request took longer than {settings.total_timeout_s:g} s", "timeout")
+
+    def _leave_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.num_running -= 1
+            self._upstream = None
+
+    def _let_go(self) -> None:
+        if self._line is not None:
+            self._line.on_hang_up = None
+        if self.reply is not None:
+            self.reply.close()
+        self._leave_upstream()
+        gateway = self.gateway
+        if self._has_place:
+            gateway.gate.leave()
+        gateway.running.discard(self)
+        recording = self.recording
+        first_s = (recording.first_us - recording.started_us) / 1e6 if recording.first_us else None
+        seconds = asyncio.get_running_loop().time() - self.began
+        gateway.metrics.note_end(self.endpoint, recording.choice.route, self.status, seconds, first_s)

@@ -4,6 +4,7 @@ Ring: pure.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from deployments.gateway.routing import COMPLETIONS, GENERATE, Ask
@@ -11,12 +12,27 @@ from deployments.gateway.routing import COMPLETIONS, GENERATE, Ask
 Json = dict[str, Any]  # Any: a body in OpenAI's shape, which grows without us
 LITE_MAINTENANCE = "lite-maintenance"
 _NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+JSON = [(b"content-type", b"application/json")]
+SSE = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+RETRY_SOON = [(b"retry-after", b"1")]
 _KINDS = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error"} | {
+    401: "authentication_error",
+    403: "permission_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+class RefusedError(Exception):
+    """The gateway itself answers, with an error; the message is meant for the client."""
+
+    def __init__(self, status: int, message: str, code: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
 
 
 def error_body(status: int, message: str, code: str) -> Json:

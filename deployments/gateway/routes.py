@@ -1,149 +1,133 @@
-"""The gateway's routes, thin: read the body, plan, hand over to RecordedStream.
+"""The gateway's cold routes, and the descriptions of the hot ones (gateway.py answers those).
 
 Ring: edge.
 """
 
-import asyncio
 from typing import Any
 
-import aiohttp
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
-from deployments.gateway import replies
-from deployments.gateway.exchange import Exchange, RecordedStream
-from deployments.gateway.recorder import Recorder, Recording
-from deployments.gateway.routing import CHAT, COMPLETIONS, GENERATE, BadRequestError, plan_routes, read_ask
-from deployments.gateway.settings import Settings
-from deployments.gateway.upstream import Upstream, UpstreamDownError, UpstreamTimeoutError
+from deployments.gateway import metrics, replies
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.intake import authenticate, read_head
+from deployments.gateway.pool import ConnectFailedError
+from deployments.gateway.replies import RefusedError
+from deployments.gateway.routing import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, GENERATE, RESPONSES
+from deployments.gateway.schemas import describe
+from deployments.gateway.upstream import Upstream
+from deployments.gateway.wire import BrokenReplyError, SilentServerError
 
-_PASSED_ON = ("authorization", "traceparent", "tracestate", "accept-language")
+_ABOUT = {
+    CHAT: "OpenAI's chat completions, whole or streamed.",
+    COMPLETIONS: "OpenAI's text completions, whole or streamed.",
+    RESPONSES: "OpenAI's responses, whole or streamed.",
+    EMBEDDINGS: "OpenAI's embeddings.",
+    GENERATE: "One text in (`input` or `prompt`), one text out (`output`, beside OpenAI's fields).",
+}
+_MODELS_TIMEOUT_S = 10.0
+_BUSY: dict[int | str, dict[str, Any]] = {503: {"description": "no model server answers"}}  # Any: OpenAPI
+_KEY: dict[int | str, dict[str, Any]] = {
+    401: {"description": "no API key, or an unknown one"},
+    **_BUSY,
+}  # Any: as above
+_TEXT: dict[int | str, dict[str, Any]] = {  # Any: as above
+    200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    401: _KEY[401],
+}
 router = APIRouter()
 
 
-class _TooLargeError(Exception):
-    """The body exceeds GATEWAY_MAX_BODY_BYTES."""
+async def _answered_before() -> Response:
+    """Stand for a hot route: GatewayApp answers its POST before FastAPI looks at it."""
+    return error_response(500, "this route was not taken: mount the application at /", "internal_error")
 
 
-@router.post(CHAT, response_model=None)
-async def chat(request: Request) -> Response:
-    """OpenAI's chat completions, whole or streamed."""
-    return await _answer(request, CHAT)
+for _path in ENDPOINTS:
+    router.add_api_route(
+        _path,
+        _answered_before,
+        methods=["POST"],
+        response_model=None,
+        summary=_ABOUT[_path],
+        description=_ABOUT[_path],
+        operation_id=_path.removeprefix("/v1/").replace("/", "_"),
+        openapi_extra=describe(_path),
+    )
 
 
-@router.post(COMPLETIONS, response_model=None)
-async def completions(request: Request) -> Response:
-    """OpenAI's text completions, whole or streamed."""
-    return await _answer(request, COMPLETIONS)
+def _gateway(request: Request) -> Gateway:
+    return request.app.state.gateway
 
 
-@router.post(GENERATE, response_model=None)
-async def generate(request: Request) -> Response:
-    """One text in (`input` or `prompt`), one text out (`output`, beside OpenAI's fields)."""
-    return await _answer(request, GENERATE)
+def _check_key(request: Request) -> bytes:
+    """Return the header lines for a model server. Raises RefusedError without a key where one is asked for."""
+    gateway, head = _gateway(request), read_head(request.scope["headers"])
+    authenticate(gateway.keys, head.authorization)
+    return b"" if gateway.keys is not None else head.authorization
 
 
-@router.get("/v1/models", response_model=None)
+@router.get("/v1/models", response_model=None, responses=_KEY)
 async def models(request: Request) -> Response:
     """The models that vLLM serves; the lite server's while vLLM is down."""
-    for upstream in request.app.state.upstreams.values():
-        if upstream.is_down:
-            continue
-        try:
-            reply = await upstream.open("/v1/models", None, _headers_for(request, upstream.name), method="GET")
-            async with reply:
-                return Response(await reply.read(), reply.status, media_type=reply.content_type)
-        except (UpstreamDownError, UpstreamTimeoutError, aiohttp.ClientError, OSError):
-            continue
+    theirs = _check_key(request)
+    for upstream in _gateway(request).fleet.all:
+        if not upstream.is_down and (response := await _models_of(upstream, theirs)) is not None:
+            return response
     return error_response(503, "no model server answers: try again in a moment", "upstream_down")
+
+
+async def _models_of(upstream: Upstream, authorization: bytes) -> Response | None:
+    own = upstream.has_key or upstream.name == "lite" or not authorization
+    try:
+        reply, data = await upstream.get(
+            "/v1/models", b"" if own else b"authorization: %b\r\n" % authorization, _MODELS_TIMEOUT_S
+        )
+    except (ConnectFailedError, BrokenReplyError, SilentServerError, TimeoutError):
+        return None
+    return Response(data, reply.status, media_type=reply.header(b"content-type").decode("latin-1") or None)
 
 
 @router.get("/health", response_model=None)
 async def health(request: Request) -> dict[str, Any]:  # Any: flags and counts
     """200 as long as the gateway lives; says whether vLLM does, and what became of the traces."""
-    upstreams: dict[str, Upstream] = request.app.state.upstreams
-    alive = await asyncio.gather(*(upstream.is_healthy() for upstream in upstreams.values()))
-    recorder: Recorder = request.app.state.recorder
-    return {"gateway": "ok", **dict(zip(upstreams, alive, strict=True)), "traces": recorder.counts()}
+    gateway = _gateway(request)
+    return {"gateway": "ok", **await gateway.fleet.health(), "traces": gateway.recorder.counts()}
 
 
-@router.get("/ready", response_model=None)
+@router.get("/ready", response_model=None, responses=_BUSY)
 async def ready(request: Request) -> Response:
-    """200 when a model can answer, else 503."""
-    alive = [name for name, upstream in request.app.state.upstreams.items() if await upstream.is_healthy()]
+    """200 when a model can answer, else 503; also while the gateway is about to stop."""
+    gateway = _gateway(request)
+    alive = [name for name, up in (await gateway.fleet.health()).items() if up]
+    if gateway.is_draining:
+        return error_response(503, "the gateway is stopping", "stopping")
     if alive:
         return Response(replies.encode({"ready": True, "models": alive}), media_type="application/json")
     return error_response(503, "no model server answers", "not_ready")
 
 
+@router.get("/metrics", response_model=None, responses=_TEXT)
+async def prometheus(request: Request) -> Response:
+    """Counts and times in Prometheus' text format. With API keys it asks for one."""
+    _check_key(request)
+    gateway = _gateway(request)
+    servers = gateway.fleet.all
+    gauges = {
+        "in_flight": {"": float(gateway.gate.num_running)},
+        "waiting": {"": float(gateway.gate.num_waiting)},
+        "upstream_up": {f'upstream="{server.name}"': float(not server.is_down) for server in servers},
+        "upstream_in_flight": {f'upstream="{server.name}"': float(server.num_running) for server in servers},
+    }
+    return Response(gateway.metrics.text(gauges, gateway.recorder.counts()), media_type=metrics.CONTENT_TYPE)
+
+
 def error_response(status: int, message: str, code: str) -> Response:
     """Return an error in OpenAI's shape."""
-    headers = {"retry-after": "1"} if status == 503 else None
-    body = replies.encode(replies.error_body(status, message, code))
-    return Response(body, status, headers, media_type="application/json")
+    return refusal(RefusedError(status, message, code, replies.RETRY_SOON if status == 503 else ()))
 
 
-async def _answer(request: Request, endpoint: str) -> Response:
-    settings: Settings = request.app.state.settings
-    recording = request.app.state.recorder.begin(endpoint)
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            raw = await _read_body(request, settings.max_body_bytes)
-        ask = read_ask(endpoint, raw)
-    except BadRequestError as error:
-        return _refuse(recording, 400, str(error), "invalid_body")
-    except _TooLargeError:
-        message = f"the body exceeds {settings.max_body_bytes} bytes: shorten it, or raise GATEWAY_MAX_BODY_BYTES"
-        return _refuse(recording, 413, message, "body_too_large")
-    except TimeoutError:
-        return _refuse(recording, 408, f"the body took longer than {settings.body_timeout_s:g} s", "body_too_slow")
-    except ClientDisconnect:
-        recording.finish("cancelled", 499, error="the client hung up while it sent the body")
-        return Response(status_code=499)
-    recording.request = ask.body
-    upstreams = request.app.state.upstreams
-    return RecordedStream(
-        Exchange(
-            ask=ask,
-            plan=plan_routes(ask, settings),
-            upstreams=upstreams,
-            headers={name: _headers_for(request, name) for name in upstreams},
-            settings=settings,
-            recording=recording,
-        )
-    )
-
-
-def _refuse(recording: Recording, status: int, message: str, code: str) -> Response:
-    recording.finish("error", status, error=message)
-    response = error_response(status, message, code)
-    response.headers["x-request-id"] = recording.trace_id
-    response.headers["x-tatara-route"] = recording.choice.route
-    response.headers["x-tatara-reason"] = recording.choice.reason
-    return response
-
-
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit_bytes:
-        raise _TooLargeError
-    pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit_bytes:
-            raise _TooLargeError
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _headers_for(request: Request, upstream: str) -> dict[str, str]:
-    """Choose what goes to a model server. The client's own key goes to vLLM only."""
-    settings: Settings = request.app.state.settings
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    headers |= {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
-    key = settings.lite_api_key if upstream == "lite" else settings.vllm_api_key
-    if key:
-        headers["authorization"] = f"Bearer {key}"
-    elif upstream == "lite":
-        headers.pop("authorization", None)
-    return headers
+def refusal(refused: RefusedError) -> Response:
+    """Return a refusal in OpenAI's shape."""
+    body = replies.encode(replies.error_body(refused.status, str(refused), refused.code))
+    headers = {name.decode(): value.decode() for name, value in refused.headers}
+    return Response(body, refused.status, headers, media_type="application/json")

@@ -14,18 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.gateway.fast_json import loads
 from deployments.gateway.settings import Settings
 
 Route = Literal["vllm", "lite", "maintenance", "none"]
 Json = dict[str, Any]  # Any: a body in OpenAI's shape, which grows without us
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/v1/generate"
+RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS, GENERATE)
 _BEYOND_LITE = (
     ("tools", ("tools", "functions", "tool_choice", "function_call")),
     ("logprobs", ("logprobs", "top_logprobs", "prompt_logprobs")),
     ("response-format", ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar")),
     ("stream-options", ("stream_options",)),
 )
+_ALL_BEYOND_LITE = frozenset(name for _, names in _BEYOND_LITE for name in names)
+_ONLY_VLLM = {RESPONSES: "responses", EMBEDDINGS: "embeddings"}
 _TEXT_FIELDS = ("input", "prompt")
 
 
@@ -33,7 +38,7 @@ class BadRequestError(ValueError):
     """The request can't be read; the message is meant for the client."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)  # not frozen: one is made per request, and freezing trebles what that costs
 class Ask:
     """One request: `raw` goes to `path` of a model server unchanged, `body` is the same, read."""
 
@@ -63,7 +68,7 @@ def read_ask(endpoint: str, raw: bytes) -> Ask:
     other field is passed on.
     """
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_reject_constant)
+        body = loads(raw)
     except UnicodeDecodeError as error:
         raise BadRequestError(f"the body is not UTF-8 (byte {error.start}): send JSON in UTF-8") from None
     except RecursionError:
@@ -73,13 +78,36 @@ def read_ask(endpoint: str, raw: bytes) -> Ask:
     if not isinstance(body, dict):
         raise BadRequestError(f"the body is a JSON {type(body).__name__}, expected an object with 'model' and so on")
     if endpoint != GENERATE:
-        return Ask(endpoint=endpoint, path=endpoint, raw=raw, body=body)
+        return Ask(endpoint, endpoint, raw, body)
     chat = _chat_of(body)
-    return Ask(endpoint=endpoint, path=CHAT, raw=json.dumps(chat).encode(), body=chat)
+    try:
+        return Ask(endpoint, CHAT, json.dumps(chat, allow_nan=False).encode(), chat)
+    except ValueError as error:
+        raise BadRequestError(f"the body holds a number that JSON can't: {error}") from None
 
 
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+def with_usage(ask: Ask) -> bytes | None:
+    """Return the body with the wish for token counts in the stream, or None when it needs no such wish.
+
+    Spliced in where that is possible, so that what the client wrote stays as it wrote it.
+
+    >>> with_usage(Ask(CHAT, CHAT, b'{"stream": true}', {"stream": True}))
+    b'{"stream": true,"stream_options":{"include_usage":true}}'
+    """
+    if ask.path not in (CHAT, COMPLETIONS) or ask.body.get("stream") is not True:
+        return None
+    options = ask.body.get("stream_options")
+    if isinstance(options, dict):
+        if options.get("include_usage"):
+            return None
+        more = ask.body | {"stream_options": options | {"include_usage": True}}
+        return json.dumps(more, ensure_ascii=True).encode()
+    if "stream_options" in ask.body:
+        return None if options is not None else json.dumps(ask.body | {"stream_options": _USAGE}).encode()
+    return ask.raw.rstrip()[:-1] + b',"stream_options":{"include_usage":true}}'
+
+
+_USAGE = {"include_usage": True}
 
 
 def _chat_of(body: Json) -> Json:
@@ -94,13 +122,18 @@ def _chat_of(body: Json) -> Json:
 
 def why_not_short(ask: Ask, max_chars: int) -> str | None:
     """Return None when a small model can be trusted with this prompt, else what speaks against it."""
-    for reason, names in _BEYOND_LITE:
-        if any(ask.body.get(name) for name in names):
-            return reason
-    text = _single_turn(ask.body.get("messages")) if ask.path == CHAT else ask.body.get("prompt")
+    body = ask.body
+    if ask.path in _ONLY_VLLM:
+        return _ONLY_VLLM[ask.path]
+    for reason, names in () if _ALL_BEYOND_LITE.isdisjoint(body) else _BEYOND_LITE:
+        for name in names:
+            value = body.get(name)  # 0 counts: "logprobs": 0 asks for those of the tokens themselves
+            if value is not None and value is not False and value != [] and value != {}:
+                return reason
+    text = _single_turn(body.get("messages")) if ask.path == CHAT else body.get("prompt")
     if not isinstance(text, str):
         return "history" if ask.path == CHAT else "prompt-list"
-    return "long-prompt" if len(text) > max_chars else None
+    return None if len(text) <= max_chars else "long-prompt"
 
 
 def _single_turn(messages: Any) -> str | None:  # Any: whatever the client sent
@@ -117,7 +150,12 @@ def _single_turn(messages: Any) -> str | None:  # Any: whatever the client sent
 
 def plan_routes(ask: Ask, settings: Settings) -> Sequence[Choice]:
     """Return the routes to try, best first; the last one always answers."""
-    against = why_not_short(ask, settings.lite_max_chars)
+    return plan_for(ask.path, why_not_short(ask, settings.lite_max_chars), settings)
+
+
+def plan_for(path: str, against: str | None, settings: Settings) -> Sequence[Choice]:
+    """Return the plan for a route of the model server and what speaks against lite there."""
+    speaks = path not in _ONLY_VLLM  # the maintenance message is a chat or a completion
     if against is None and settings.lite_canned and not settings.lite_model:
         return [Choice(route="maintenance", reason="short-prompt")]
     choices = []
@@ -126,7 +164,7 @@ def plan_routes(ask: Ask, settings: Settings) -> Sequence[Choice]:
         choices.append(Choice(route="vllm", reason="lite-down"))
     else:
         choices.append(Choice(route="vllm", reason=against or "no-lite-model"))
-        if settings.fallback and settings.lite_model:
+        if settings.fallback and settings.lite_model and speaks:
             choices.append(Choice(route="lite", reason="vllm-down"))
-    choices.append(Choice(route="maintenance" if settings.fallback else "none", reason="vllm-down"))
+    choices.append(Choice(route="maintenance" if settings.fallback and speaks else "none", reason="vllm-down"))
     return choices

@@ -9,6 +9,7 @@ Ring: pure (the environment comes in as an argument).  Units: `_s` seconds, `_ms
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -60,6 +61,12 @@ def _fsync(text: str) -> int:
     return int(text)
 
 
+def _id(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or len(text) > 200:
+        raise ValueError("expected at most 200 printable ASCII characters: it becomes a header")
+    return text
+
+
 def _level(text: str) -> str:
     if text.lower() not in _LOG_LEVELS:
         raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}")
@@ -85,6 +92,48 @@ def base_url(text: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """One server of several: `http://a:8000=95` gets 95 parts of the requests."""
+
+    url: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.url if self.weight == 1.0 else f"{self.url}={self.weight:g}"
+
+
+def servers(text: str) -> tuple[Weighted, ...]:
+    """Read one URL or several with weights.
+
+    >>> [str(server) for server in servers("http://a:8000=95, http://b:8000/v1=5")]
+    ['http://a:8000=95', 'http://b:8000=5']
+    """
+    found = []
+    for part in text.split(","):
+        url, given, weight = part.strip().partition("=")
+        try:
+            parts = float(weight) if given else 1.0
+        except ValueError:
+            parts = 0.0
+        if not 0 < parts <= 1e6:
+            raise ValueError("expected URLs with a weight above 0 each, like http://a:8000=95,http://b:8000=5")
+        found.append(Weighted(base_url(url), parts))
+    return tuple(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches what listens there.
+
+    >>> is_loopback("127.0.0.2"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, True, False)
+    """
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _redis_url(text: str) -> str:
     if urlsplit(text).scheme not in ("redis", "rediss", "unix"):
         raise ValueError("expected a redis://, rediss:// or unix:// URL")
@@ -103,17 +152,26 @@ _PORT, _COUNT = _whole(1, 65535), _whole(0, 1_000_000)
 class Settings:
     """All that can be set. A secret never shows in `repr`."""
 
-    vllm_url: str = _setting(
+    vllm_url: tuple[Weighted, ...] = _setting(
         "VLLM_URL",
-        "http://localhost:8000",
-        base_url,
-        "vLLM; the seed's form http://localhost:8000/v1/chat/completions is the same",
+        (Weighted("http://localhost:8000"),),
+        servers,
+        "vLLM; the seed's form http://localhost:8000/v1/chat/completions is the same; several as `http://a=95,http://b=5`",
     )
     vllm_api_key: str = _setting(
         "VLLM_API_KEY", "", _text, "sent to vLLM as Bearer; unset: the client's own header", secret=True
     )
     host: str = _setting("LITE_GATEWAY_HOST", "127.0.0.1", _text, "address to listen on")
     port: int = _setting("LITE_GATEWAY_PORT", 8001, _PORT, "port to listen on")
+    published_host: str = _setting(
+        "GATEWAY_PUBLISHED_HOST", "", _text, "address that a container's port is published on; unset: as it listens"
+    )
+    keys_file: Path | None = _setting(  # noqa: RUF009 - it is dataclasses.field
+        "GATEWAY_KEYS_FILE", None, Path, "who may ask; see API keys"
+    )
+    allow_unauthenticated: bool = _setting(
+        "GATEWAY_ALLOW_UNAUTHENTICATED", False, _flag, "serve others than this machine without keys"
+    )
     lite_max_chars: int = _setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
     lite_model: str = _setting("LITE_MODEL", "", base_url, "a second OpenAI-compatible server for short prompts")
     lite_model_name: str = _setting("LITE_MODEL_NAME", "", _text, "model to ask there; unset: its first")
@@ -131,6 +189,18 @@ class Settings:
     max_body_bytes: int = _setting(
         "GATEWAY_MAX_BODY_BYTES", 10 << 20, _whole(1, 1 << 30), "largest request body; beyond it 413"
     )
+    max_header_bytes: int = _setting(
+        "GATEWAY_MAX_HEADER_BYTES", 64 << 10, _whole(1024, 1 << 20), "largest request head; beyond it 431"
+    )
+    max_concurrent: int = _setting(
+        "GATEWAY_MAX_CONCURRENT", 256, _whole(1, 1_000_000), "requests at the model servers at once"
+    )
+    max_waiting: int = _setting("GATEWAY_MAX_WAITING", 256, _COUNT, "requests that wait for their turn; beyond it 503")
+    wait_s: float = _setting("GATEWAY_WAIT_S", 10.0, _seconds, "longest wait for a turn; then 503")
+    total_timeout_s: float = _setting("GATEWAY_TOTAL_TIMEOUT_S", 3600.0, _seconds, "for one request in all")
+    stream_usage: bool = _setting(
+        "GATEWAY_STREAM_USAGE", True, _flag, "ask for the token counts of every stream, for the trace"
+    )
     connect_timeout_s: float = _setting("GATEWAY_CONNECT_TIMEOUT_S", 2.0, _seconds, "to connect to vLLM")
     read_timeout_s: float = _setting("GATEWAY_READ_TIMEOUT_S", 600.0, _seconds, "between two bytes from vLLM")
     body_timeout_s: float = _setting("GATEWAY_BODY_TIMEOUT_S", 30.0, _seconds, "for a client to send its body")
@@ -144,10 +214,16 @@ class Settings:
     segment_bytes: int = _setting(
         "GATEWAY_TRACE_SEGMENT_BYTES", 16 << 20, _whole(4096, 1 << 32), "size at which the trace file is sealed"
     )
+    drain_delay_s: int = _setting(
+        "GATEWAY_DRAIN_DELAY_S", 0, _whole(0, 3600), "on SIGTERM: /ready says 503 so long before it stops listening"
+    )
     shutdown_s: int = _setting("GATEWAY_SHUTDOWN_S", 30, _whole(1, 3600), "for running answers to end on SIGTERM")
     maintenance_message: str = _setting(
         "GATEWAY_MAINTENANCE_MESSAGE", MAINTENANCE_MESSAGE, _text, "what is said when no model can answer"
     )
+    model_digest: str = _setting("TATARA_MODEL_DIGEST", "", _id, "of the served model, in headers and traces")
+    adapter_digest: str = _setting("TATARA_ADAPTER_DIGEST", "", _id, "of the adapter merged into it")
+    run_id: str = _setting("TATARA_RUN_ID", "", _id, "of the flow run that serves it")
     log_level: str = _setting("GATEWAY_LOG_LEVEL", "info", _level, ", ".join(_LOG_LEVELS))
 
     @classmethod
@@ -169,6 +245,15 @@ class Settings:
             raise SpecError(f"{'; '.join(faults)}; correct or unset {'it' if len(faults) == 1 else 'them'}")
         return cls(**values)
 
+    def check_exposure(self) -> None:
+        """Raise SpecError when others than this machine could ask without a key."""
+        host = self.published_host or self.host
+        if self.keys_file is None and not self.allow_unauthenticated and not is_loopback(host):
+            raise SpecError(
+                f"LITE_GATEWAY_HOST={host!r} can be reached from outside and GATEWAY_KEYS_FILE is not set: "
+                "create a key (python -m deployments.gateway.keys add NAME), or set GATEWAY_ALLOW_UNAUTHENTICATED=true"
+            )
+
 
 def settings_table() -> str:
     """Return the settings as a Markdown table, for the documentation.
@@ -180,6 +265,7 @@ def settings_table() -> str:
     for setting in fields(Settings):
         default = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
         default = "(a message)" if default == MAINTENANCE_MESSAGE else default
-        shown = f"`{default}`" if default != "" else "unset"
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = f"`{default}`" if default not in ("", None) else "unset"
         rows.append(f"| `{setting.metadata['env']}` | {shown} | {setting.metadata['about']} |")
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])

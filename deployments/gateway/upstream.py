@@ -1,61 +1,49 @@
-"""A model server behind the gateway, and whether it is there.
+"""The model servers behind the gateway, whether they are there, and which one is asked next.
 
-    Upstream.open() -> aiohttp response, its body not read yet
+    Fleet.order() -> [Upstream, ...] -> Upstream.ask() -> wire.Reply
 
-The circuit: the first request that can't reach the server opens it; from then on requests don't try,
-and `watch` probes about once a second until the server is back. A slow or failing answer does not
+The circuit of each: the first request that can't reach the server opens it; from then on requests don't
+try, and `watch` probes about once a second until the server is back. A slow or failing answer does not
 open it: only a server that can't be reached is down.
 
-Ring: edge (network).
-Trap: vLLM's uvicorn closes idle connections after 5 s; ours must give them up earlier, or a request
-      now and then meets a connection that is just being closed.
+Ring: edge (network).  Units: seconds.
 """
 
 import asyncio
+import json
 import logging
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
 
-import aiohttp
+from deployments.gateway.pool import ConnectFailedError, Pool
+from deployments.gateway.settings import Settings, Weighted
+from deployments.gateway.wire import BrokenReplyError, Reply, SilentServerError
 
-from deployments.gateway.settings import Settings
-
-KEEPALIVE_S = 4.0
 _PROBE_TIMEOUT_S = 2.0
 _FRESH_S = 1.0
+_UNREACHABLE = (ConnectFailedError, BrokenReplyError, SilentServerError, TimeoutError)
 logger = logging.getLogger(__name__)
-
-
-class UpstreamDownError(Exception):
-    """The server can't be reached; the request was not answered by it."""
-
-
-class UpstreamTimeoutError(Exception):
-    """The server took the request and then said nothing for too long."""
-
-
-def open_session(settings: Settings) -> aiohttp.ClientSession:
-    """Make the one HTTP client; its limits on connections are the server's."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.read_timeout_s
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-    )
 
 
 class Upstream:
     """One OpenAI-compatible server."""
 
-    def __init__(self, name: str, base: str, session: aiohttp.ClientSession, probe_interval_s: float) -> None:
+    def __init__(self, name: str, base: str, settings: Settings, *, key: str = "", weight: float = 1.0) -> None:
+        parts = urlsplit(base)
         self.name = name
+        self.base = base
+        self.weight = weight
+        self.has_key = bool(key)
+        self.num_running = 0
         self.first_model: str | None = None
-        self._base = base
-        self._session = session
-        self._interval_s = probe_interval_s
+        self.pool = Pool(base, settings.connect_timeout_s)
+        self._prefix = parts.path
+        own = f"authorization: Bearer {key}\r\n" if key else ""
+        self._fixed = f"host: {parts.netloc}\r\naccept-encoding: identity\r\n{own}".encode()
+        self._heads: dict[str, bytes] = {}
+        self._interval_s = settings.probe_interval_s
         self._down = asyncio.Event()
         self._probed_at = 0.0
         self._probing = asyncio.Lock()
@@ -65,22 +53,34 @@ class Upstream:
         """Whether the circuit is open: don't even try."""
         return self._down.is_set()
 
-    async def open(
-        self, path: str, body: bytes | None, headers: Mapping[str, str], method: str = "POST"
-    ) -> aiohttp.ClientResponse:
-        """Send a request and return its answer as soon as the headers are there. The caller closes it.
+    def post(self, path: str, headers: bytes, body: bytes) -> bytes:
+        """Put a request together; `headers` are whole lines."""
+        head = self._heads.get(path)
+        if head is None:
+            line = f"POST {self._prefix}{path} HTTP/1.1\r\n".encode()
+            head = self._heads[path] = line + self._fixed + b"content-type: application/json\r\n"
+        return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, headers, len(body), body)
 
-        Raises UpstreamDownError before anything was answered, UpstreamTimeoutError after a silence.
+    async def ask(self, data: bytes, watch: Callable[[Reply], None] | None = None) -> Reply:
+        """Send a request; return its answer when the head is there. The caller closes it.
+
+        Raises ConnectFailedError (it has seen nothing), BrokenReplyError (it may have), SilentServerError.
         """
         try:
-            return await self._session.request(
-                method, self._base + path, data=body, headers=headers, allow_redirects=False
-            )
-        except aiohttp.SocketTimeoutError as error:
-            raise UpstreamTimeoutError(self.name) from error
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self._note_down(type(error).__name__)
-            raise UpstreamDownError(self.name) from error
+            return await self.pool.ask(data, watch)
+        except (ConnectFailedError, BrokenReplyError) as error:
+            self._note_down(str(error))
+            raise
+
+    async def get(self, path: str, headers: bytes = b"", timeout_s: float = _PROBE_TIMEOUT_S) -> tuple[Reply, bytes]:
+        """GET a small thing whole. Raises one of UNREACHABLE."""
+        data = f"GET {self._prefix}{path} HTTP/1.1\r\n".encode() + self._fixed + headers + b"\r\n"
+        async with asyncio.timeout(timeout_s):
+            reply = await self.pool.ask(data)
+            try:
+                return reply, await reply.read()
+            finally:
+                reply.close()
 
     async def is_healthy(self) -> bool:
         """Ask the server, at most once a second."""
@@ -100,27 +100,25 @@ class Upstream:
 
     async def _probe(self) -> None:
         """Ask /health: any answer but a 5xx means that a server is there, whoever made it."""
-        timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
         try:
-            async with self._session.get(f"{self._base}/health", timeout=timeout, allow_redirects=False) as reply:
-                alive = reply.status < 500
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self._note_down(type(error).__name__)
+            reply, _ = await self.get("/health")
+        except _UNREACHABLE as error:
+            self._note_down(str(error) or type(error).__name__)
         else:
-            self._note_up() if alive else self._note_down(f"status {reply.status}")
+            self._note_up() if reply.status < 500 else self._note_down(f"status {reply.status}")
         self._probed_at = time.monotonic()
 
-    async def pick_model(self, headers: Mapping[str, str]) -> str | None:
-        """Return the first model that the server lists; asked once. Raises UpstreamDownError."""
+    async def pick_model(self) -> str | None:
+        """Return the first model that the server lists; asked once. Raises ConnectFailedError."""
         if self.first_model is None:
-            reply = await self.open("/v1/models", None, headers, method="GET")
             try:
-                listed = await reply.json(content_type=None)
-                self.first_model = str(listed["data"][0]["id"])
-            except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
+                _, data = await self.get("/v1/models")
+                self.first_model = str(json.loads(data)["data"][0]["id"])
+            except _UNREACHABLE as error:
+                self._note_down(str(error) or type(error).__name__)
+                raise ConnectFailedError("no list of models") from error
+            except (ValueError, LookupError, TypeError):
                 logger.warning("%s does not list its models: set LITE_MODEL_NAME", self.name)
-            finally:
-                reply.close()
         return self.first_model
 
     def _note_down(self, why: str) -> None:
@@ -132,3 +130,62 @@ class Upstream:
         if self._down.is_set():
             logger.info("%s is up again", self.name)
             self._down.clear()
+
+
+class Fleet:
+    """The servers of each route: of `vllm` there may be several, with weights."""
+
+    def __init__(self, settings: Settings) -> None:
+        servers = settings.vllm_url
+        names = ["vllm"] if len(servers) == 1 else [f"vllm-{number}" for number in range(1, len(servers) + 1)]
+        self.routes: Mapping[str, Sequence[Upstream]] = {
+            "vllm": [_server(name, server, settings) for name, server in zip(names, servers, strict=True)]
+        }
+        if settings.lite_model:
+            lite = Upstream("lite", settings.lite_model, settings, key=settings.lite_api_key)
+            self.routes = {**self.routes, "lite": [lite]}
+
+    @property
+    def all(self) -> list[Upstream]:
+        """Every server."""
+        return [upstream for servers in self.routes.values() for upstream in servers]
+
+    def order(self, route: str) -> Sequence[Upstream]:
+        """Return the servers of a route that are up, in the order in which to try them."""
+        servers = self.routes.get(route, ())
+        if len(servers) == 1:
+            return () if servers[0].is_down else servers
+        return order_by_load([server for server in servers if not server.is_down], random.random())  # noqa: S311 - no secret
+
+    async def health(self) -> dict[str, bool]:
+        """Ask all servers; a route is healthy when one of its servers is, and several are listed one by one too."""
+        alive = dict(zip(self.all, await asyncio.gather(*(server.is_healthy() for server in self.all)), strict=True))
+        routes = {route: any(alive[server] for server in servers) for route, servers in self.routes.items()}
+        return routes | {server.name: up for server, up in alive.items()}
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        for upstream in self.all:
+            upstream.pool.close()
+
+
+def _server(name: str, server: Weighted, settings: Settings) -> Upstream:
+    return Upstream(name, server.url, settings, key=settings.vllm_api_key, weight=server.weight)
+
+
+def order_by_load(servers: Sequence[Upstream], draw: float) -> list[Upstream]:
+    """Draw a weight by its share, then take the least loaded server of that weight; the others come after it.
+
+    So `a=95,b=5` is a canary, and servers of equal weight share their part by load. `draw` is in 0..1.
+    """
+    shares: dict[float, float] = {}
+    for server in servers:
+        shares[server.weight] = shares.get(server.weight, 0.0) + server.weight
+    left = draw * sum(shares.values())
+    drawn = 0.0
+    for weight, share in shares.items():
+        drawn = weight
+        left -= share
+        if left < 0:
+            break
+    return sorted(servers, key=lambda server: (server.weight != drawn, server.num_running / server.weight))

@@ -5,8 +5,10 @@ Ring: edge.
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
-from tasks.artifacts import ArtifactStore, PublishedModel, ServedModel, make_key
+from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
+from tasks.errors import MissingError
 from tasks.serve import services
 from tasks.serve.settings import NO_OVERRIDES, service_settings
 from tasks.specs import ServeSpec
@@ -15,7 +17,11 @@ VERSION = 1
 
 
 def serve_model(
-    published: PublishedModel, spec: ServeSpec, store: ArtifactStore, host: Mapping[str, str] = NO_OVERRIDES
+    published: PublishedModel,
+    spec: ServeSpec,
+    store: ArtifactStore,
+    host: Mapping[str, str] = NO_OVERRIDES,
+    run_id: str = "",
 ) -> ServedModel:
     """Serve the published model; always runs, since the answer depends on the world.
 
@@ -24,10 +30,12 @@ def serve_model(
         spec: ports, name, lengths.
         store: its root holds the services' records and logs.
         host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
+        run_id: of the flow run that serves; in the headers of the gateway's answers and in its traces.
     Raises: PortTakenError, CapacityError or MissingError before anything starts; ServiceError with
         the last lines of the log when a service dies or does not answer in time.
     """
     settings = service_settings(published.model_folder, spec, store.root, host)
+    settings = replace(settings, ids=_ids(published, store, run_id))
     spec = settings.spec
     key = make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,))
     with store.claim(ServedModel, key) as claim:
@@ -45,3 +53,19 @@ def serve_model(
             reused=status.reused,
         )
         return claim.commit(served, spec=spec)
+
+
+def _ids(published: PublishedModel, store: ArtifactStore, run_id: str) -> dict[str, str]:
+    """Return what the gateway's answers lead back to; an ancestor that was cleared away is left out."""
+    ids = {"TATARA_MODEL_DIGEST": published.model_digest, "TATARA_RUN_ID": run_id}
+    refs = list(published.parents)
+    while refs:
+        try:
+            artifact = store.load(refs.pop())
+        except MissingError:
+            continue
+        if isinstance(artifact, MergedModel):
+            refs += artifact.parents
+        elif isinstance(artifact, TrainedAdapter):
+            ids["TATARA_ADAPTER_DIGEST"] = artifact.adapter_digest
+    return {name: value for name, value in ids.items() if value}

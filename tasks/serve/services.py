@@ -139,11 +139,13 @@ def plan_gateway(settings: ServiceSettings) -> process.Service:
     variables = {
         **without_secrets(settings.variables, keep=("GATEWAY_", "LITE_", "REDIS_", "VLLM_API_KEY", "PYTHONPATH")),
         **extra,
+        **settings.ids,
     }
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")]))
+    prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "TATARA_MODEL_", "TATARA_ADAPTER_")
     shown = {
-        name: value for name, value in variables.items() if name.startswith(("GATEWAY_", "LITE_", "REDIS_", "VLLM_"))
-    }
+        name: value for name, value in variables.items() if name.startswith(prefixes)
+    }  # a new run's id: no restart
     return process.Service(
         name="gateway",
         argv=tuple(argv),

@@ -37,6 +37,7 @@ class ServiceSettings:
         default_factory=lambda: Path(os.environ.get("TATARA_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
     )
     gateway_python: Path = Path(sys.executable)
+    ids: Mapping[str, str] = field(default_factory=dict)  # TATARA_*: what the gateway's answers lead back to
 
     @property
     def folder(self) -> Path:

@@ -19,10 +19,12 @@ from tasks.specs import ServeSpec
 )
 def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "", serving_host: str = "") -> ServedModel:
     """Start vLLM, then the gateway; what serves this model already is kept."""
+    from prefect.runtime import flow_run
+
     from blocks.opening import open_host, open_store
     from tasks.prefect_ui import show_link
     from tasks.serve import run
 
-    served = run.serve_model(published, spec, open_store(storage), open_host(serving_host))
+    served = run.serve_model(published, spec, open_store(storage), open_host(serving_host), flow_run.id or "")
     show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served

@@ -22,6 +22,8 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
+import orjson
+
 from tasks.errors import CorruptError
 
 VERSION = 2
@@ -30,7 +32,6 @@ Status = Literal["ok", "error", "cancelled", "upstream_error"]
 Json = dict[str, Any]  # Any: a request or answer in OpenAI's shape, which grows without us
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 _SECRET_FIELDS = frozenset({"api_key", "authorization", "extra_headers", "headers", "password", "token"})
 
 
@@ -78,10 +79,10 @@ class TraceRecord:
 
         Text stays readable UTF-8; half a surrogate pair, legal in JSON but not in UTF-8, is escaped.
         """
-        value = {name: getattr(self, name) for name in _FIELDS}
         try:
-            return _ENCODER.encode(value).encode() + b"\n"
-        except UnicodeEncodeError:
+            return orjson.dumps(self, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError:  # half a surrogate pair, or an integer beyond 64 bits
+            value = {name: getattr(self, name) for name in _FIELDS}
             return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
     def to_dict(self) -> Json:
@@ -215,8 +216,8 @@ def as_replayed(line: bytes) -> bytes:
     """Mark a line of the queue as put back by a person. Raises CorruptError when it is no JSON object."""
     value = _parse(line) | {"replayed": True}
     try:
-        return _ENCODER.encode(value).encode() + b"\n"
-    except UnicodeEncodeError:
+        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
         return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 

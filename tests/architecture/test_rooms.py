@@ -26,7 +26,7 @@ TABLE: list[tuple[str, str]] = [
     (r"tasks/\w+\.py", SHARED),
     (r"blocks/(opening|storage)\.py", r"blocks\.\w+|tasks\.artifacts"),  # they open the artifact store
     (r"blocks/\w+\.py", r"blocks\.\w+"),
-    (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.errors"),  # noqa: E501
+    (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.errors"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
@@ -34,7 +34,7 @@ TABLE: list[tuple[str, str]] = [
 ]  # fmt: skip
 PURE_MAY = (
     r"tasks\.(artifacts|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
-    r"|deployments\.gateway\.(settings|routing)"
+    r"|deployments\.gateway\.(fast_json|settings|routing)"
 )
 IMPURE = {
     "os", "shutil", "subprocess", "socket", "ssl", "tempfile", "threading", "multiprocessing", "asyncio", "time",

@@ -93,13 +93,13 @@ class Gateway(Server):
     def __init__(self, folder, upstream_port, **settings):
         port = free_port()
         self.queue = folder / "traces" / "llm_traces.jsonl"
-        environment = clean_environment(
-            VLLM_URL=f"http://127.0.0.1:{upstream_port}/v1/chat/completions",
-            LITE_GATEWAY_PORT=port,
-            FILE_QUEUE_PATH=self.queue,
-            GATEWAY_PROBE_INTERVAL_S=0.1,
-            **settings,
-        )
+        own = {
+            "VLLM_URL": f"http://127.0.0.1:{upstream_port}/v1/chat/completions",
+            "LITE_GATEWAY_PORT": port,
+            "FILE_QUEUE_PATH": self.queue,
+            "GATEWAY_PROBE_INTERVAL_S": 0.1,
+        }
+        environment = clean_environment(**(own | settings))
         super().__init__([sys.executable, "-m", "deployments.gateway"], port, environment, folder)
 
     def traces(self):
@@ -112,6 +112,12 @@ class Gateway(Server):
         found = wait_until(lambda: [trace for trace in self.traces() if trace["trace_id"] == trace_id], 5)
         assert len(found) == 1
         return found[0]
+
+
+def make_key(file, name, *options):
+    """Make a key with the command; return the token."""
+    argv = [sys.executable, "-m", "deployments.gateway.keys", "--file", str(file), "add", name, *map(str, options)]
+    return subprocess.run(argv, env=clean_environment(), capture_output=True, text=True, check=True).stdout.strip()
 
 
 def chat_body(model="tiny", text="こんにちは", **more):
@@ -183,3 +189,8 @@ def _chat_body():
 @pytest.fixture(name="clean_environment")
 def _clean_environment():
     return clean_environment
+
+
+@pytest.fixture(name="make_key", scope="session")
+def _make_key():
+    return make_key

@@ -263,3 +263,13 @@ def test_vllm_elsewhere_is_not_started_here(settings: ServiceSettings):
         assert (now.vllm.state, now.gateway.state, now.is_ready) == ("elsewhere", "ready", True)
     finally:
         services.stop(remote)
+
+
+def test_the_gateway_is_told_what_it_serves_and_a_new_run_does_not_restart_it(settings: ServiceSettings):
+    def plan(**ids: str) -> process.Service:
+        return services.plan_gateway(replace(settings, ids=ids))
+
+    first = plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1")
+    assert (first.variables["TATARA_MODEL_DIGEST"], first.variables["TATARA_RUN_ID"]) == ("m1", "r1")
+    assert plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r2").digest == first.digest
+    assert plan(TATARA_MODEL_DIGEST="m2", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1").digest != first.digest

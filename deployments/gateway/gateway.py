@@ -1,0 +1,140 @@
+"""What all requests share: the servers, the places, the keys, the counts, and the clock over them.
+
+    create_app() -> Gateway -> one Exchange per request to a hot route
+                            -> time limits, changed keys, idle connections
+
+The hot routes are taken before FastAPI: its routing, validation and middleware cost more than the whole of
+this. FastAPI keeps the other routes and describes these ones in /openapi.json.
+
+Ring: edge.  Units: seconds of the loop's clock.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deployments.gateway.admission import Gate
+from deployments.gateway.budgets import Budgets
+from deployments.gateway.keys import Key, KeyRing
+from deployments.gateway.metrics import Metrics
+from deployments.gateway.recorder import Recorder
+from deployments.gateway.routing import Choice, plan_for
+from deployments.gateway.settings import Settings
+from deployments.gateway.upstream import Fleet
+from tasks import files
+from tasks.errors import TataraError
+
+if TYPE_CHECKING:
+    from deployments.gateway.exchange import Exchange
+
+_LAST_TRACES_S = 2.0
+_SLOW_TICK_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Owns everything that lives as long as the gateway."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keys = KeyRing(settings.keys_file) if settings.keys_file else None
+        self.recorder = Recorder(settings)
+        self.recorder.open()
+        self.budgets = Budgets()
+        self.metrics = Metrics()
+        self.gate = Gate(settings.max_concurrent, settings.max_waiting, settings.wait_s)
+        self.running: set[Exchange] = set()
+        self.is_draining = False
+        self.fleet = Fleet(settings)
+        self.ids = _id_headers(settings)
+        self._plans: dict[tuple[str, str | None], Sequence[Choice]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._usage_file = Path(f"{settings.keys_file}.usage") if settings.keys_file else None
+        self._restore_budgets()
+
+    def plan(self, path: str, against: str | None) -> Sequence[Choice]:
+        """Return the routes to try; the same question has the same answer."""
+        plan = self._plans.get((path, against))
+        if plan is None:
+            plan = self._plans[path, against] = plan_for(path, against, self.settings)
+        return plan
+
+    def charge(self, key: Key | None, usage: Any) -> None:  # Any: what a model server says of its tokens
+        """Count the tokens of an answer, for all and for its key."""
+        if not isinstance(usage, dict):
+            return
+        counts = [usage.get(new, usage.get(old, 0)) for new, old in _TOKENS]
+        prompt, completion = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
+        self.metrics.note_tokens(prompt, completion)
+        if key is not None:
+            self.budgets.charge(key.name, prompt + completion, time.time())
+
+    async def start(self) -> None:
+        """Start what runs beside the requests."""
+        self.recorder.start()
+        watchers = [upstream.watch() for upstream in self.fleet.all]
+        self._tasks = [asyncio.create_task(work) for work in (*watchers, self._watch_forever())]
+
+    async def stop(self) -> None:
+        """Wait for the last traces, then let go of everything."""
+        until = time.monotonic() + _LAST_TRACES_S
+        while self.running and time.monotonic() < until:  # their tasks were cancelled; each writes its trace
+            await asyncio.sleep(0.01)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.fleet.close()
+        self._save_budgets()
+        await self.recorder.stop()
+
+    async def _watch_forever(self) -> None:
+        """Look at the time limits of all requests at once: a timer for each would cost more."""
+        loop = asyncio.get_running_loop()
+        limits = (self.settings.read_timeout_s, self.settings.body_timeout_s, self.settings.total_timeout_s)
+        pause_s, slow_at = min(0.25, *(limit / 4 for limit in limits)), 0.0
+        while True:
+            await asyncio.sleep(pause_s)
+            now = loop.time()
+            for exchange in list(self.running):
+                exchange.check_time(now)
+            if now >= slow_at:
+                slow_at = now + _SLOW_TICK_S
+                for upstream in self.fleet.all:
+                    upstream.pool.drop_idle(now)
+                await asyncio.to_thread(self._look_at_files)
+
+    def _look_at_files(self) -> None:
+        if self.keys is not None:
+            self.keys.reload()
+            self._save_budgets()
+
+    def _restore_budgets(self) -> None:
+        if self._usage_file is not None and self._usage_file.exists():
+            try:
+                self.budgets.restore(files.read_json(self._usage_file))
+            except (TataraError, OSError, AttributeError) as error:
+                logger.warning("today's tokens are counted from 0: %s", error)
+
+    def _save_budgets(self) -> None:
+        if self._usage_file is None or not self.budgets.has_changed:
+            return
+        self.budgets.has_changed = False
+        try:
+            files.write_json(self._usage_file, self.budgets.to_json())
+        except OSError as error:
+            logger.warning("can't keep today's token counts in %s: %s", self._usage_file, error)
+
+
+_TOKENS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+
+
+def _id_headers(settings: Settings) -> list[tuple[bytes, bytes]]:
+    ids = {
+        b"x-tatara-model-digest": settings.model_digest,
+        b"x-tatara-adapter-digest": settings.adapter_digest,
+        b"x-tatara-run-id": settings.run_id,
+    }
+    return [(name, value.encode()) for name, value in ids.items() if value]

@@ -1,0 +1,168 @@
+"""The client's side of a connection: uvicorn's HTTP/1.1 on httptools, with limits that it lacks.
+
+    uvicorn -> ClientConnection -> scope["extensions"]["tatara.line"] -> Exchange
+
+Adds: a bound on the size of a request's head (431), a time limit for it (a connection that never says what
+it wants is closed), errors in OpenAI's shape, and word of a client that hangs up at once instead of by a
+task per request that waits for it.
+
+Ring: edge (network).  Units: bytes, seconds.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from deployments.gateway import replies
+
+LINE = "tatara.line"
+
+
+class _Transport:
+    """A transport that can keep back one write, to send it with the next: one system call and packet, not two."""
+
+    __slots__ = ("_held", "_transport", "_write", "holds_next")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._write = transport.write
+        self._held = b""
+        self.holds_next = False
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep back."""
+        if self.holds_next:
+            self.holds_next, self._held = False, data
+            return
+        if self._held:
+            data, self._held = self._held + data, b""
+        self._write(data)
+
+    def close(self) -> None:
+        """Close when all is sent."""
+        if self._held:
+            self.write(b"")
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:  # Any: all else is the transport's own
+        return getattr(self._transport, name)
+
+
+class ClientConnection(HttpToolsProtocol):
+    """One client's connection."""
+
+    max_head_bytes = 64 << 10
+    head_timeout_s = 30.0
+
+    on_hang_up: Callable[[], None] | None = None
+    _head_bytes = 0
+    _head_since: float | None = None
+    _too_large = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        super().connection_made(_Transport(transport))  # type: ignore[arg-type]  # has all that uvicorn asks for
+        self._head_since = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._head_since is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_since is not None and self._head_bytes > self.max_head_bytes:
+            self._refuse_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        super().connection_lost(exc)
+        self._head_since = None
+        tell, self.on_hang_up = self.on_hang_up, None
+        if tell is not None:
+            tell()
+
+    def on_message_begin(self) -> None:
+        """Parser: a request begins."""
+        super().on_message_begin()
+        self._head_since = self._head_since or self.loop.time()
+        self.scope["extensions"] = {LINE: self}  # type: ignore[typeddict-item]  # an extension of ours
+
+    def on_headers_complete(self) -> None:
+        """Parser: the request's head is whole."""
+        if self._head_bytes > self.max_head_bytes and _size_of(self.headers) > self.max_head_bytes:
+            self._too_large = True
+            raise ValueError("head too large")
+        self._head_since, self._head_bytes = None, 0
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in OpenAI's shape."""
+        if self._too_large:
+            self._refuse_head()
+        else:
+            self._refuse(400, "Bad Request", "this is no HTTP/1.1 request", "bad_request")
+
+    def abort(self) -> None:
+        """Cut the connection at once, whatever is still to be sent."""
+        self.transport.abort()
+
+    def hold_head(self) -> None:
+        """Send the answer's head with the first piece of its body."""
+        self.transport.holds_next = True  # type: ignore[attr-defined]  # see connection_made
+
+    def close_if_slow(self, now: float) -> None:
+        """Close a connection on which a request's head takes too long."""
+        if self._head_since is not None and now - self._head_since > self.head_timeout_s:
+            self.abort()
+
+    def _refuse_head(self) -> None:
+        self._head_since = None
+        limit = f"the request's head exceeds {self.max_head_bytes} bytes"
+        self._refuse(431, "Request Header Fields Too Large", limit, "headers_too_large")
+
+    def _refuse(self, status: int, phrase: str, message: str, code: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.abort()  # in the middle of an answer there is no place for another
+            return
+        body = replies.encode(replies.error_body(status, message, code))
+        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+def _size_of(headers: list[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; closes silent connections, and can say "not ready" before it stops listening."""
+
+    def __init__(self, config: uvicorn.Config, drain_delay_s: float, on_drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain_delay_s = drain_delay_s
+        self._on_drain = on_drain
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: Any) -> None:  # Any: as in uvicorn
+        """First signal: drain. Second: stop at once."""
+        self._on_drain()
+        if self._stop_at is None and self._drain_delay_s and self.started:
+            self._captured_signals.append(sig)
+            self._stop_at = asyncio.get_running_loop().time() + self._drain_delay_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every 0.1 s, see uvicorn."""
+        now = asyncio.get_running_loop().time()
+        if counter % 10 == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, ClientConnection):
+                    connection.close_if_slow(now)
+        if self._stop_at is not None and now >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,93 @@
+"""Connections to one model server, kept for the next request.
+
+    Pool.ask(bytes) -> Reply whose head is there
+
+A kept connection that turns out closed is replaced by a fresh one, once, and only when the request can't
+have been worked on (wire.StaleConnectionError).
+
+Ring: edge (network).  Units: seconds.
+Trap: vLLM's uvicorn closes idle connections after 5 s; ours must give them up earlier, or a request now
+      and then meets a connection that is just being closed.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from deployments.gateway.wire import Connection, Reply, StaleConnectionError
+
+KEEPALIVE_S = 4.0
+
+
+class ConnectFailedError(Exception):
+    """No connection to the server: it has seen nothing of the request."""
+
+
+class Pool:
+    """The connections to one origin."""
+
+    def __init__(self, base: str, connect_timeout_s: float) -> None:
+        parts = urlsplit(base)
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: deque[Connection] = deque()  # the latest on the right
+
+    async def ask(self, data: bytes, watch: Callable[[Reply], None] | None = None) -> Reply:
+        """Send a request and return its answer once the head is there; `watch` gets it before.
+
+        Raises ConnectFailedError, BrokenReplyError, SilentServerError.
+        """
+        loop = asyncio.get_running_loop()
+        kept = self._take(loop.time())
+        if kept is not None:
+            try:
+                return await self._start(kept, data, watch)
+            except StaleConnectionError:
+                pass
+        return await self._start(await self._connect(loop), data, watch)
+
+    async def _start(self, connection: Connection, data: bytes, watch: Callable[[Reply], None] | None) -> Reply:
+        reply = connection.ask(data)
+        if watch is not None:
+            watch(reply)
+        try:
+            await reply.start()
+        except BaseException:  # also a cancelled task: whoever never got the reply can't close it
+            reply.close()
+            raise
+        return reply
+
+    def _take(self, now: float) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and now - connection.idle_since < KEEPALIVE_S:
+                return connection
+            if connection.is_open:
+                connection.abort()
+        return None
+
+    async def _connect(self, loop: asyncio.AbstractEventLoop) -> Connection:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self._idle.append, loop), self._host, self._port, ssl=self._ssl
+                )
+        except (OSError, TimeoutError, ssl.CertificateError) as error:
+            raise ConnectFailedError(type(error).__name__) from error
+        return connection
+
+    def drop_idle(self, now: float) -> None:
+        """Close what was idle for too long."""
+        while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= KEEPALIVE_S):
+            connection = self._idle.popleft()
+            if connection.is_open:
+                connection.abort()
+
+    def close(self) -> None:
+        """Close all that is idle."""
+        while self._idle:
+            self._idle.pop().abort()
