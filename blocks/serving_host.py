@@ -1,7 +1,9 @@
 """The machine that serves: where vLLM's environment is and which address is bound."""
 
+import ipaddress
+
 from prefect.blocks.core import Block
-from pydantic import Field
+from pydantic import Field, field_validator
 
 
 class ServingHost(Block):
@@ -12,6 +14,13 @@ class ServingHost(Block):
 
     host: str = Field(default="127.0.0.1", description="Address to bind; keep loopback behind a proxy of your own.")
     vllm_python: str = Field(default="", description="Python of vLLM's environment; empty: .venv-vllm here.")
+
+    @field_validator("host")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if value != "localhost":
+            ipaddress.ip_address(value)  # its ValueError says what was given
+        return value
 
     def client(self) -> dict[str, str]:
         """Return the variables with which the services are started."""

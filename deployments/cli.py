@@ -1,7 +1,7 @@
 """`tatara`: the few commands that stand around Prefect's own.
 
     tatara demo                     set up, run finetune/tiny, show what was made
-    tatara up | down                Prefect server, deployments and worker; stop them and the services
+    tatara up | down                Prefect server, deployments and worker; stop them, trainers and the services
     tatara services ACTION          start | stop | restart | status of vLLM and the gateway
     tatara blocks                   register the block types with the Prefect server
     tatara recipe NAME              print a resolved recipe as JSON
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="run the main job on this machine")
     commands.add_parser("up", help="start Prefect's server, deployments and worker")
-    commands.add_parser("down", help="stop worker, server, gateway and vLLM")
+    commands.add_parser("down", help="stop worker, trainers, server, gateway and vLLM")
     services = commands.add_parser("services", help="vLLM and the gateway")
     services.add_argument("action", choices=("start", "stop", "restart", "status"))
     commands.add_parser("blocks", help="register the block types")
@@ -56,8 +56,9 @@ def _up(options: argparse.Namespace) -> int:
 
     prefect = orchestration.find_prefect(os.environ)
     orchestration.start_server(prefect)
-    orchestration.deploy(prefect)
-    orchestration.start_worker(prefect)
+    fresh = orchestration.deploy(prefect)
+    worker = orchestration.start_worker(prefect)
+    print(f"{'deployed' if fresh else 'deployed before'}, worker {worker}")
     print(f"{prefect.ui_url}\nexport PREFECT_API_URL={prefect.api_url}")
     return 0
 
@@ -65,8 +66,11 @@ def _up(options: argparse.Namespace) -> int:
 def _down(options: argparse.Namespace) -> int:
     from deployments import orchestration
     from deployments.services import main as services
+    from tasks.supervision import stop_unwatched
 
-    stopped = orchestration.stop(orchestration.find_prefect(os.environ))
+    prefect = orchestration.find_prefect(os.environ)
+    stopped = orchestration.stop(prefect)
+    stopped += [f"trainer of {name}" for name in stop_unwatched(prefect.home.parent)]  # they outlive their flow
     print(f"stopped {' and '.join(stopped)}" if stopped else "no Prefect of ours was running")
     return services(["stop"])
 

@@ -11,7 +11,6 @@ import logging
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,8 +46,8 @@ def run_demo(prefect: orchestration.Prefect, deployment: str = "finetune/tiny") 
     console.print("[bold]1/4[/bold] Prefect server, work pools, deployments, worker")
     orchestration.start_server(prefect)
     fresh = orchestration.deploy(prefect)
-    orchestration.start_worker(prefect)
-    console.print(f"    {prefect.ui_url}  ({'deployed' if fresh else 'deployed before'}, worker runs)")
+    worker = orchestration.start_worker(prefect)
+    console.print(f"    {prefect.ui_url}  ({'deployed' if fresh else 'deployed before'}, worker {worker})")
     console.print(f"[bold]2/4[/bold] prefect deployment run {deployment} --watch")
     run = watch(prefect, deployment, console)
     if run is None:
@@ -69,7 +68,12 @@ def watch(prefect: orchestration.Prefect, deployment: str, console: Console) -> 
     started = datetime.now(UTC)
     argv = prefect.command("deployment", "run", deployment, "--watch", "--watch-interval", "2", "--tag", tag)
     process = subprocess.Popen(
-        argv, env=prefect.variables, cwd=orchestration.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv,
+        env=prefect.client_variables,
+        cwd=orchestration.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     done = threading.Event()
     follower = threading.Thread(target=follow, args=(prefect, tag, console, done), daemon=True)
@@ -89,17 +93,8 @@ def watch(prefect: orchestration.Prefect, deployment: str, console: Console) -> 
 
 def read_run(prefect: orchestration.Prefect, tag: str) -> dict[str, Any] | None:  # Any: JSON values
     """Return the flow run with that tag, or None."""
-    found = post(prefect, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}, "limit": 1})
+    found = orchestration.call(prefect, "/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}, "limit": 1})
     return found[0] if found else None
-
-
-def post(prefect: orchestration.Prefect, path: str, body: dict[str, Any]) -> Any:  # Any: JSON values
-    """POST to Prefect's API."""
-    request = urllib.request.Request(  # noqa: S310 - the user's own server
-        prefect.api_url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
-        return json.load(reply)
 
 
 def follow(prefect: orchestration.Prefect, tag: str, console: Console, done: threading.Event) -> None:
@@ -129,7 +124,7 @@ def read_lines(prefect: orchestration.Prefect, tag: str, done: threading.Event) 
                 if run
                 else {}
             )
-            entries = post(prefect, "/logs/filter", query) if query else []
+            entries = orchestration.call(prefect, "/logs/filter", query) if query else []
             offset += len(entries)
             yield from (entry["message"].split("\n")[0] for entry in entries if is_worth_showing(entry))
         if last_round:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if sys.version_info < (3, 11):  # noqa: UP036 - before our own imports: older Pythons can't read them
-    sys.exit(f"error: Python {platform.python_version()} is too old: call this with 3.11, 3.12 or 3.13")
+    sys.exit(f"error: Python {platform.python_version()} is too old: call this with 3.11 to 3.14")
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # called as a script: our folder would offer its services.py as a top-level module
 
@@ -121,7 +121,7 @@ def make_environment(environment: Environment) -> None:
     if is_whole(environment):
         return
     folder = environment.folder
-    check_python_and_disk(folder, environment.needed_bytes)
+    check_python_and_disk(folder, environment.needed_bytes, on_gpu=environment.on_gpu)
     if environment.name == "vllm" and not environment.on_gpu:
         check_vllm_cpu_host()
     lock_path = folder.parent / ".tatara" / f"{folder.name.lstrip('.')}.lock"

@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# what the locked releases have wheels for
+NEWEST = ((3, 14), "torch 2.13.0 has no wheel for another")
+NEWEST_ON_GPU = ((3, 12), "cuda-python 12.6, which vLLM needs on a GPU host, has no wheel for another")
+
 
 class SetupError(RuntimeError):
     """An environment can't be made; the message says why and what to do."""
@@ -30,11 +34,12 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def check_python_and_disk(folder: Path, needed_bytes: int) -> None:
+def check_python_and_disk(folder: Path, needed_bytes: int, *, on_gpu: bool = False) -> None:
     """Raise SetupError when the running Python is too old or new, or the disk too full."""
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    newest, why = NEWEST_ON_GPU if on_gpu else NEWEST
+    if not (3, 11) <= sys.version_info[:2] <= newest:
         raise SetupError(
-            f"Python {platform.python_version()} runs this but 3.11, 3.12 or 3.13 is needed: "
+            f"Python {platform.python_version()} runs this but 3.11 to 3.{newest[1]} is needed ({why}): "
             "call it with one of them, for example `make PYTHON=python3.11 demo`"
         )
     free = shutil.disk_usage(folder.parent).free

@@ -2,34 +2,43 @@
 
     server (127.0.0.1:4200) -> pools local, gpu -> prefect deploy --all -> worker on `local`
 
-With PREFECT_API_URL set, that server is used and none is started. Otherwise everything of
-Prefect's lives below TATARA_HOME/prefect; the user's own profile is left alone.
+With PREFECT_API_URL set to a server elsewhere, that server is used and none is started. Otherwise
+everything of Prefect's lives below TATARA_HOME/prefect; the user's own profile is left alone.
 
 Ring: edge; the parent's side, it imports no Prefect (1.2 s) but calls its command line.
 """
 
+import base64
 import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tasks import files, processes
+from tasks import files, processes, procfs
+from tasks.environment import without_secrets
 from tasks.errors import PortTakenError, ServiceError
 
 ROOT = Path(__file__).resolve().parents[1]
 POOLS = {"local": 4, "gpu": 1}  # name -> flow runs at once on one machine; drains run beside a training
 _START_TIMEOUT_S = 120.0
+_IDLE_TIMEOUT_S = 120.0  # a drain takes seconds, a training hours
 NUM_DEPLOYMENTS = 6  # of prefect.yaml, all tagged tatara
+_SHELL = re.compile(  # differs from terminal to terminal and decides nothing in a flow
+    r"_|SHLVL|PWD|OLDPWD|TERM|TERM_.*|COLORTERM|COLUMNS|LINES|PS\d|LS_COLORS|WINDOWID|DISPLAY|WAYLAND_.*|XDG_.*|DBUS_.*"
+    r"|SSH_.*|GPG_.*|TMUX.*|STY|VTE_.*|VSCODE_.*|MAKE.*|MFLAGS|INVOCATION_ID|JOURNAL_STREAM|PYTEST_.*|TATARA_PROCESS.*"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +56,11 @@ class Prefect:
         """Address for a browser."""
         return self.api_url.removesuffix("/api")
 
+    @property
+    def client_variables(self) -> dict[str, str]:
+        """The environment of Prefect's own server and commands: of the secrets only Prefect's."""
+        return without_secrets(self.variables, keep=("PREFECT_", "PYTHONPATH"))
+
     def command(self, *words: str) -> list[str]:
         """Return the argv of a Prefect command of this environment."""
         return [sys.executable, "-m", "prefect", "--no-prompt", *words]
@@ -60,7 +74,8 @@ def find_prefect(variables: Mapping[str, str]) -> Prefect:
     """Return the Prefect that the environment names, else one of our own below TATARA_HOME."""
     home = Path(variables.get("TATARA_HOME") or ".tatara").expanduser().resolve() / "prefect"
     port = variables.get("PREFECT_SERVER_API_PORT") or "4200"
-    given = variables.get("PREFECT_API_URL", "")
+    given = variables.get("PREFECT_API_URL", "").rstrip("/")
+    is_ours = not given or _was_ours(home, given)
     api_url = given or f"http://127.0.0.1:{port}/api"
     own = {
         "PREFECT_API_URL": api_url,
@@ -72,17 +87,47 @@ def find_prefect(variables: Mapping[str, str]) -> Prefect:
         "TATARA_HOME": str(home.parent),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")])),
     }
-    if not given:
+    if is_ours:
         own["PREFECT_HOME"] = str(home)
-    return Prefect(api_url=api_url, home=home, is_ours=not given, variables={**variables, **own})
+    return Prefect(api_url=api_url, home=home, is_ours=is_ours, variables={**variables, **own})
+
+
+def _was_ours(home: Path, url: str) -> bool:
+    """Say whether a server of ours was started at `url`, and no other one is there now.
+
+    `tatara up` tells people to export the address, so a shell may name our own server long after it was stopped.
+    """
+    address = home / "address.json"
+    if not address.exists() or files.read_json(address) != url.replace("//localhost:", "//127.0.0.1:"):
+        return False
+    return processes.find_alive(home / "server.json") is not None or not is_taken(urlsplit(url).port or 80)
+
+
+def call(prefect: Prefect, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:  # Any: JSON
+    """Send `body` to Prefect's API, or GET without one; None for 404. Raises URLError when it is away or refuses."""
+    headers = {"Content-Type": "application/json"}
+    if key := prefect.variables.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    elif login := prefect.variables.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(  # noqa: S310 - the user's server
+        prefect.api_url + path, data=data, headers=headers, method="GET" if body is None else method
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
+            return json.loads(reply.read() or b"null")
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
 
 
 def is_answering(prefect: Prefect) -> bool:
     """Say whether the API is healthy."""
     try:
-        with urllib.request.urlopen(f"{prefect.api_url}/health", timeout=5) as reply:  # noqa: S310 - the user's server
-            return reply.status == 200
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return call(prefect, "/health") is not None
+    except (OSError, ValueError):
         return False
 
 
@@ -102,14 +147,44 @@ def start_server(prefect: Prefect) -> None:
             f"port {port} belongs to another program, so Prefect's server can't start: stop it, set "
             "PREFECT_SERVER_API_PORT to a free port, or PREFECT_API_URL to a server that runs"
         )
-    log = prefect.home / "server.log"
+    program = _plan(
+        prefect,
+        "server",
+        ("server", "start", "--host", "127.0.0.1", "--port", str(port)),
+        prefect.client_variables,
+    )
     if running is None:
-        argv = prefect.command("server", "start", "--host", "127.0.0.1", "--port", str(port))
-        running = processes.start_detached(argv, prefect.variables, log, prefect.identity("server"))
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not is_answering(prefect):
+        files.write_json(prefect.home / "address.json", prefect.api_url)
+        running = processes.start_detached(program)
+    _wait_for(program, running, lambda: is_answering(prefect))
+
+
+def _plan(prefect: Prefect, name: str, words: tuple[str, ...], variables: dict[str, str]) -> processes.Program:
+    argv = tuple(prefect.command(*words))
+    shown = sorted((name, value) for name, value in variables.items() if not _SHELL.fullmatch(name))
+    digest = hashlib.sha256(repr([argv, shown]).encode()).hexdigest()  # of everything at once: nothing can be guessed
+    return processes.Program(
+        argv=argv,
+        variables=variables,
+        identity_file=prefect.identity(name),
+        log=prefect.home / f"{name}.log",
+        digest=digest,
+    )
+
+
+def _wait_for(program: processes.Program, running: processes.Identity, is_ready: Callable[[], bool]) -> None:
+    """Return when it works. Raises ServiceError with its last lines when it died or takes too long."""
+    name, deadline = program.identity_file.stem, time.monotonic() + _START_TIMEOUT_S
+    while True:
+        ready = is_ready()  # asked first: what answers may be another program
         if not running.is_alive() or time.monotonic() > deadline:
-            raise ServiceError(f"Prefect's server did not start; its last lines:\n{processes.last_lines(log)}")
+            what = "did not answer" if running.is_alive() else "died"
+            raise ServiceError(
+                f"Prefect's {name} {what} after it was started; the end of {program.log}:\n"
+                f"{processes.last_lines(program.log)}"
+            )
+        if ready:
+            return
         time.sleep(0.3)
 
 
@@ -121,57 +196,105 @@ def is_taken(port: int) -> bool:
 
 
 def deploy(prefect: Prefect) -> bool:
-    """Make pools and deployments; False when they are as prefect.yaml and the flows say already."""
+    """Make what is missing of pools and deployments; False when all is as prefect.yaml and the flows say already.
+
+    A pool that is there keeps its settings, whoever made it.
+    """
     stamp, wanted = prefect.home / "deployed.json", _deployed_digest(prefect)
-    if stamp.exists() and files.read_json(stamp) == wanted and _count_deployments(prefect) >= NUM_DEPLOYMENTS:
+    try:
+        missing = [name for name in POOLS if call(prefect, f"/work_pools/{name}") is None]
+        count = call(prefect, "/deployments/count", {"deployments": {"tags": {"all_": ["tatara"]}}})
+    except OSError as error:
+        raise ServiceError(
+            f"{prefect.api_url} can't be asked for its pools ({error}): "
+            "is it reached, and PREFECT_API_KEY or PREFECT_API_AUTH_STRING right?"
+        ) from error
+    if not missing and stamp.exists() and files.read_json(stamp) == wanted and (count or 0) >= NUM_DEPLOYMENTS:
         return False
-    for name, limit in POOLS.items():
-        if prefect.is_ours:  # pools of a server that others use too are left as they are
-            _run(prefect, "work-pool", "create", name, "--type", "process", "--overwrite")
-            _run(prefect, "work-pool", "set-concurrency-limit", name, str(limit))
+    for name in missing:
+        _run(prefect, "work-pool", "create", name, "--type", "process")
+        call(prefect, f"/work_pools/{name}", {"concurrency_limit": POOLS[name]}, "PATCH")
     _run(prefect, "deploy", "--all")
     files.write_json(stamp, wanted)
     return True
 
 
-def _count_deployments(prefect: Prefect) -> int:
-    request = urllib.request.Request(  # noqa: S310 - the user's server
-        f"{prefect.api_url}/deployments/count",
-        data=json.dumps({"deployments": {"tags": {"all_": ["tatara"]}}}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
-        return int(reply.read())
+def list_schema_sources() -> list[Path]:
+    """Return the files that decide what is deployed: the deployments, the flows, and what their forms are made of."""
+    return [ROOT / "prefect.yaml", *sorted((ROOT / "flows").glob("*.py")), *sorted((ROOT / "tasks").rglob("spec*.py"))]
 
 
 def _deployed_digest(prefect: Prefect) -> dict[str, str]:
-    sources = [ROOT / "prefect.yaml", ROOT / "tasks/specs.py", *sorted((ROOT / "flows").glob("*.py"))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    stamp = Path(sys.prefix) / "tatara.json"  # another Prefect or pydantic makes other forms
+    sources = [*list_schema_sources(), *([stamp] if stamp.exists() else [])]
+    parts = [word for path in sources for word in (str(path).encode(), path.read_bytes())]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     return {"api": prefect.api_url, "sources": digest, "checkout": str(ROOT)}
 
 
 def _run(prefect: Prefect, *words: str) -> None:
     argv = prefect.command(*words)
-    done = subprocess.run(argv, env=prefect.variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, env=prefect.client_variables, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stdout + done.stderr).strip()[-2000:]
         raise ServiceError(f"`prefect {' '.join(words)}` ended with {done.returncode}:\n{said}")
 
 
-def start_worker(prefect: Prefect, pool: str = "local") -> None:
-    """Start a process worker for `pool` unless ours runs already."""
-    if processes.find_alive(prefect.identity("worker")):
-        return
-    argv = prefect.command("worker", "start", "--pool", pool, "--type", "process", "--name", f"tatara-{pool}")
-    processes.start_detached(argv, prefect.variables, prefect.home / "worker.log", prefect.identity("worker"))
+def start_worker(prefect: Prefect, pool: str = "local") -> str:
+    """Start a process worker for `pool` unless ours runs already in this environment; return what was done.
+
+    The worker's environment is the flows': one that was started without HF_TOKEN would publish locally
+    for ever. So an idle worker is started anew when a variable changed. Raises ServiceError when the old
+    one is at work, or when the new one dies.
+    """
+    name = f"tatara-{pool}"
+    words = ("worker", "start", "--pool", pool, "--type", "process", "--name", name)
+    program = _plan(prefect, "worker", words, prefect.variables)
+    running = processes.find_alive(program.identity_file)
+    if running and running.digest == program.digest:
+        return "runs"
+    changed = _changed(procfs.read_variables(running.pid), program.variables) if running else ""
+    if running:
+        _wait_until_idle(program, running, changed)
+        processes.stop(program.identity_file, grace_s=15.0)
+    before = _read_heartbeat(prefect, pool, name)
+    started = processes.start_detached(program)
+    _wait_for(program, started, lambda: _read_heartbeat(prefect, pool, name) != before)
+    return f"started anew, for {changed} changed" if running else "started"
+
+
+def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Name what differs, never its values."""
+    names = sorted(
+        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and not _SHELL.fullmatch(name)
+    )
+    return ", ".join(names[:6]) + (" ..." if names[6:] else "") or "its command"
+
+
+def _wait_until_idle(program: processes.Program, running: processes.Identity, changed: str) -> None:
+    """Return when the worker runs no flow: flow runs are its children."""
+    begin, said = time.monotonic(), False
+    while processes.find_members(program.identity_file, running).keys() - {running.pid}:
+        if not said:
+            logger.warning("%s changed: waiting until the worker's flow ends, then it is started anew", changed)
+            said = True
+        if time.monotonic() - begin > _IDLE_TIMEOUT_S:
+            raise ServiceError(
+                f"the worker (pid {running.pid}) runs a flow in the environment of its start, and since then {changed} "
+                "changed: wait until the flow ends, or end both with `tatara down`"
+            )
+        time.sleep(0.5)
+
+
+def _read_heartbeat(prefect: Prefect, pool: str, name: str) -> str:
+    """Return when the worker was last heard of; empty when never."""
+    try:
+        workers = call(prefect, f"/work_pools/{pool}/workers/filter", {}) or []
+    except OSError:
+        return ""
+    return next((str(worker["last_heartbeat_time"]) for worker in workers if worker["name"] == name), "")
 
 
 def stop(prefect: Prefect) -> list[str]:
-    """Stop our worker, then our server; return the names of what ran."""
-    stopped: list[str] = []
-    for name in ("worker", "server"):
-        running = processes.find_alive(prefect.identity(name))
-        if running:
-            processes.stop_group(running, grace_s=15.0)
-            stopped.append(f"prefect {name}")
-    return stopped
+    """Stop our worker with its flow runs, then our server; return the names of what ran."""
+    return [f"prefect {name}" for name in ("worker", "server") if processes.stop(prefect.identity(name), grace_s=15.0)]

@@ -11,7 +11,6 @@ and ports of what runs, unless a variable says otherwise.
 Ring: edge; loads neither Prefect nor torch.  Exit status: 0 done, 1 an error, 3 not ready (status).
 """
 
-import ipaddress
 import json
 import logging
 import os
@@ -19,11 +18,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tasks import processes
 from tasks.errors import SpecError, TataraError
-from tasks.serve import process, services
+from tasks.serve import services
 from tasks.serve.command import DEFAULT_MODEL
 from tasks.serve.settings import ServiceSettings
-from tasks.specs import ServeSpec
+from tasks.specs import ServeSpec, is_address
 
 ACTIONS = ("start", "stop", "restart", "status")
 _SPEC_VARIABLES = {
@@ -96,19 +96,15 @@ def read_settings(variables: Mapping[str, str], *, goes_on: bool = False) -> Ser
 
 def check_host(host: str) -> None:
     """Raise SpecError unless `host` is an address: some shells export HOST as the machine's name."""
-    if host == "localhost":
-        return
-    try:
-        ipaddress.ip_address(host)
-    except ValueError as error:
+    if not is_address(host):
         raise SpecError(
             f"HOST is {host!r} but an IP address such as 127.0.0.1 or 0.0.0.0 is expected: unset HOST, or set one"
-        ) from error
+        )
 
 
 def _read_note(folder: Path) -> dict[str, str]:
-    records = (process.find_running(folder, name) for name in ("vllm", "gateway"))
-    return next((record.note for record in records if record is not None), {})
+    found = (processes.find_alive(folder / f"{name}.json") for name in ("vllm", "gateway"))
+    return next((running.note for running in found if running is not None), {})
 
 
 if __name__ == "__main__":

@@ -1,233 +1,288 @@
-"""Long child processes that outlive their parent: start, recognise, follow, stop.
+"""Child processes that outlive their parent: start, recognise, stop; never touch one that is not ours.
 
-A trainer or server runs in a session of its own, so the death of a Prefect worker does not end
-it; the next try finds it by its identity file. An identity is pid *and* start time, so a
-recycled pid is never taken for ours, and never killed.
+    Program -> start_detached() -> Identity in its file -> find_alive() -> stop()
 
-Ring: edge (Linux: /proc).  Units: seconds.
+Trainers, vLLM, the gateway, Prefect's server and worker all run in sessions of their own, so the
+death of whoever started them does not end them. Each is known three times, by what no kill can undo:
+
+- a lock beside the identity file, taken before the start and inherited: while it is held somebody
+  lives, and nobody starts a second one, on this host or on another that shares the folder;
+- a marker in its environment and in that of all its children: it finds who holds the lock, also
+  when the starter was killed before it could write anything down;
+- the identity file: pid, start time, boot and host. A pid alone proves nothing: after a crash or a
+  reboot the same number is another program.
+
+Ring: edge (Linux: /proc).  Units: seconds, bytes; start times are clock ticks since boot.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
-import json
 import logging
 import os
 import signal
-import subprocess
+import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tasks import files
-from tasks.errors import CorruptError
+from tasks.errors import CorruptError, ServiceError, TransientError
+from tasks.procfs import list_pids, read_boot_id, read_session, read_start_ticks, read_variables, send_signal
 
-_POLL_S = 0.2
+MARKER = "TATARA_PROCESS"  # whose process this is: the path of the identity file
+_DIGEST = "TATARA_PROCESS_DIGEST"  # what it runs, for a start that nobody could write down
+_LOCK_FD = 3
+_LOCK_WAIT_S = 5.0  # from the fork to the marker; far above what a busy machine needs
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What is to be started and where that is written down. `variables` may hold secrets: not in the repr."""
+
+    argv: tuple[str, ...]
+    variables: dict[str, str] = field(repr=False)
+    identity_file: Path
+    log: Path
+    digest: str  # of all that decides what it does; one that runs with another digest is replaced
+    note: dict[str, str] = field(default_factory=dict)  # what a later look wants to know; no secrets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """One process in the life of this machine. `started` is clock ticks since boot."""
+    """One process in the life of one machine. `started` is clock ticks since boot."""
 
     pid: int
     started: int
-    argv_digest: str
+    boot_id: str
+    host: str
+    digest: str = ""
+    note: dict[str, str] = field(default_factory=dict)
+
+    def is_here(self) -> bool:
+        """Say whether it was started by this machine since its last boot."""
+        return (self.boot_id, self.host) == (read_boot_id(), socket.gethostname())
 
     def is_alive(self) -> bool:
-        """Say whether this very process still runs (a zombie does not)."""
-        return _start_ticks(self.pid) == self.started
+        """Say whether this very process still runs here (a zombie does not); reap it when it is our dead child."""
+        if not self.is_here():
+            return False
+        with contextlib.suppress(ChildProcessError):  # it was started by another process
+            os.waitpid(self.pid, os.WNOHANG)
+        return read_start_ticks(self.pid) == self.started
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Return field 22 of /proc/<pid>/stat, or None when the process is gone or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(")")[2].split()  # the command name may hold spaces and parentheses
-    return None if fields[0] in ("Z", "X") else int(fields[19])
-
-
-def digest_argv(argv: list[str]) -> str:
+def digest_argv(argv: tuple[str, ...] | list[str]) -> str:
     """Return a short digest by which two command lines are told apart."""
     return hashlib.sha256("\0".join(argv).encode()).hexdigest()[:16]
 
 
-def start_detached(argv: list[str], env: dict[str, str], log: Path, identity_file: Path) -> Identity:
-    """Start `argv` in a session of its own, output appended to `log`, and write down who it is."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(  # detached on purpose: we follow it by identity
-            argv, env=env, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-    started = _start_ticks(process.pid)
-    identity = Identity(pid=process.pid, started=started or 0, argv_digest=digest_argv(argv))
-    files.write_json(identity_file, {"pid": identity.pid, "started": identity.started, "argv": identity.argv_digest})
+def start_detached(program: Program) -> Identity:
+    """Start a program in a session of its own, output appended to its log, and write down who it is.
+
+    No Popen object is kept: it would warn when dropped.
+    Raises: ServiceError when it can't be started, TransientError when one of its name runs already.
+    """
+    for folder in (program.log.parent, program.identity_file.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    variables = {**program.variables, MARKER: _marker(program.identity_file), _DIGEST: program.digest}
+    lock = _take_lock(program.identity_file)
+    actions = [
+        (os.POSIX_SPAWN_DUP2, lock, _LOCK_FD),  # from here the lock is the child's as well
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(program.log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    name = program.identity_file.stem
+    try:
+        pid = os.posix_spawnp(program.argv[0], program.argv, variables, file_actions=actions, setsid=True)
+    except OSError as error:
+        raise ServiceError(f"{name} did not start: {program.argv[0]}: {error.strerror}") from error
+    finally:
+        os.close(lock)
+    identity = _identify(pid, program.digest, program.note)
+    write_identity(program.identity_file, identity)
+    logger.info("started %s, pid %d, output in %s", name, pid, program.log)
     return identity
 
 
+def write_identity(identity_file: Path, identity: Identity) -> None:
+    """Write down who a process is."""
+    files.write_json(identity_file, asdict(identity))
+
+
+def read_identity(identity_file: Path) -> Identity | None:
+    """Return who was started last, whether it still runs or not; None when that can't be read."""
+    try:
+        return Identity(**files.read_json(identity_file))
+    except (OSError, CorruptError, TypeError):
+        return None
+
+
 def find_alive(identity_file: Path) -> Identity | None:
-    """Return the process that `identity_file` names if it still runs."""
-    if not identity_file.exists():
-        return None
-    try:
-        data = files.read_json(identity_file)
-        identity = Identity(pid=data["pid"], started=data["started"], argv_digest=data["argv"])
-    except (CorruptError, KeyError, TypeError):
-        return None
-    _reap(identity.pid)
-    return identity if identity.is_alive() else None
+    """Return the process that runs under this name here: by its file, else by its marker.
 
-
-def _reap(pid: int) -> None:
-    """Collect a finished child of ours, so that it is no zombie; others' children are left alone."""
-    with contextlib.suppress(ChildProcessError, ProcessLookupError):
-        os.waitpid(pid, os.WNOHANG)
-
-
-def stop_group(identity: Identity, grace_s: float) -> None:
-    """End a process and all that it started: SIGTERM, `grace_s` to finish, then SIGKILL."""
-    for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
-        if not _group_alive(identity):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(identity.pid, sign)
-        deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline and _group_alive(identity):
-            _reap(identity.pid)
-            time.sleep(0.05)
-
-
-def _group_alive(identity: Identity) -> bool:
-    """Say whether the process, or an orphan of its session, still runs."""
-    _reap(identity.pid)
-    if identity.is_alive():
-        return True
-    if _start_ticks(identity.pid) is not None:
-        return False  # the pid was recycled: whoever has it now is not ours
-    return any(_session(pid) == identity.pid for pid in _pids())
-
-
-def _pids() -> Iterator[int]:
-    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
-def _session(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[3]) if fields[0] not in ("Z", "X") else None
-    return None
-
-
-class Tail:
-    """Read the whole lines that were appended to a file since the last look.
-
-    A file that was replaced or cut is read from its start: a resumed trainer rewrites metrics.jsonl.
+    A lock that is held while nothing is marked is a start between fork and exec: it is waited for.
     """
-
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
-        self.path = path
-        self._offset, self._inode = 0, 0
-        if from_end and path.exists():
-            stat = path.stat()
-            self._offset, self._inode = stat.st_size, stat.st_ino
-
-    def lines(self) -> list[str]:
-        """Return new lines without their ends; a torn last line waits for its rest."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as handle:
-            stat = os.fstat(handle.fileno())
-            if stat.st_ino != self._inode or stat.st_size < self._offset:
-                self._offset, self._inode = 0, stat.st_ino
-            handle.seek(self._offset)
-            data = handle.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.decode(errors="replace").splitlines()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A supervised child: its folder holds process.json, output.log and metrics.jsonl."""
-
-    argv: list[str]
-    env: dict[str, str]
-    folder: Path
-    stall_timeout_s: float
-    grace_s: float = 30.0
-
-    @property
-    def log(self) -> Path:
-        """Standard output and error of the child."""
-        return self.folder / "output.log"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line, appended by the child."""
-        return self.folder / "metrics.jsonl"
-
-
-def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  # Any: JSON values
-    """Run `job` to its end, or go on with the one that a dead parent left running.
-
-    Each output line is logged, each metrics line goes to `on_metrics`. When this process is
-    cancelled or fails, the child is stopped first: SIGTERM, `grace_s`, SIGKILL. Raises TimeoutError
-    when neither output nor metrics move for `stall_timeout_s`. Whether it succeeded is for the
-    caller to read from what the child left behind: an exit code dies with the parent.
-    """
-    identity_file = job.folder / "process.json"
-    identity = find_alive(identity_file)
-    if identity and identity.argv_digest != digest_argv(job.argv):
-        logger.warning("pid %d runs an older command for this folder: stopping it", identity.pid)
-        stop_group(identity, job.grace_s)
-        identity = None
-    output, metrics = Tail(job.log, from_end=True), Tail(job.metrics, from_end=True)
-    if identity:
-        logger.info("attached to pid %d, which an earlier try left running", identity.pid)
-    else:
-        identity = start_detached(job.argv, job.env, job.log, identity_file)
-        logger.info("started pid %d, output in %s", identity.pid, job.log)
-    try:
-        _follow(job, identity, output, metrics, on_metrics)
-    except BaseException:
-        stop_group(identity, job.grace_s)
-        raise
-    finally:
-        _report(output, metrics, on_metrics)
-    stop_group(identity, job.grace_s)  # a rank that outlived its launcher
-
-
-def _follow(
-    job: Job, identity: Identity, output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]
-) -> None:
-    last_sign = time.monotonic()
+    deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
-        _reap(identity.pid)
-        alive = identity.is_alive()
-        if _report(output, metrics, on_metrics):
-            last_sign = time.monotonic()
-        if not alive:
-            return
-        if time.monotonic() - last_sign > job.stall_timeout_s:
-            raise TimeoutError(f"pid {identity.pid} gave no sign of life for {job.stall_timeout_s:.0f} s: it hangs")
-        time.sleep(_POLL_S)
+        written = read_identity(identity_file)
+        if written is not None and written.is_alive():
+            return written
+        marked = _find_marked(identity_file)
+        elsewhere = written is not None and not written.is_here()
+        if marked or elsewhere or not is_locked(_lock_path(identity_file)) or time.monotonic() > deadline:
+            return _find_leader(marked, identity_file)
+        time.sleep(0.02)
 
 
-def _report(output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]) -> bool:
-    lines, records = output.lines(), metrics.lines()
-    for line in lines:
-        if line.strip():
-            logger.info("%s", line.rpartition("\r")[2])
-    for record in records:
-        on_metrics(json.loads(record))
-    return bool(lines or records)
+def find_members(identity_file: Path, leader: Identity | None) -> dict[int, int]:
+    """Return pid -> start ticks of everything alive here that the program started, itself included."""
+    pids = set(_find_marked(identity_file))
+    if leader is not None and leader.is_alive():
+        pids |= {leader.pid} | {pid for pid in list_pids() if read_session(pid) == leader.pid}
+    ticks = {pid: read_start_ticks(pid) for pid in pids - {os.getpid()}}
+    return {pid: start for pid, start in ticks.items() if start is not None}
+
+
+def is_member(pid: int, identity_file: Path) -> bool:
+    """Say whether a process belongs to the program of this name."""
+    return pid in find_members(identity_file, find_alive(identity_file))
+
+
+def resident_bytes(identity_file: Path) -> int:
+    """Return the memory that stopping the program would give back."""
+    page, total = os.sysconf("SC_PAGE_SIZE"), 0
+    for pid in find_members(identity_file, find_alive(identity_file)):
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
+    return total
+
+
+def stop(identity_file: Path, grace_s: float = 20.0) -> bool:
+    """End a program and all that it started; return whether something ran.
+
+    SIGTERM to the leader, which ends its own children in order; once it is gone SIGTERM to those that
+    it left; after `grace_s` SIGKILL to all. Raises ServiceError when even that leaves one.
+    """
+    leader = find_alive(identity_file)
+    members = left = find_members(identity_file, leader)
+    told: dict[int, int] = {leader.pid: leader.started} if leader else {}
+    for pid, started in told.items():
+        send_signal(pid, started, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while left and time.monotonic() < deadline:
+        if leader is None or not leader.is_alive():
+            for pid in left.keys() - told.keys():
+                send_signal(pid, left[pid], signal.SIGTERM)
+            told |= left
+        time.sleep(0.05)
+        left = find_members(identity_file, leader)
+    deadline = time.monotonic() + 30.0
+    while left:
+        logger.warning("%s did not end within %g s: killed %s", identity_file.stem, grace_s, sorted(left))
+        for pid, started in left.items():
+            send_signal(pid, started, signal.SIGKILL)
+        time.sleep(0.1)
+        left = find_members(identity_file, leader)
+        if left and time.monotonic() > deadline:
+            raise ServiceError(
+                f"{identity_file.stem} survives SIGKILL (pids {sorted(left)}): is its disk or GPU stuck?"
+            )
+    return bool(members)
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether somebody holds the lock on a file, on this host or another; False when there is no file."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(handle)
+    finally:
+        os.close(handle)
 
 
 def last_lines(path: Path, count: int = 30) -> str:
-    """Return the end of a log for an error message."""
-    if not path.exists():
+    """Return the end of a log for an error message. Cost: at most 64 KiB are read."""
+    try:
+        with path.open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - 65536))
+            return "\n".join(handle.read().decode(errors="replace").splitlines()[-count:])
+    except OSError:
         return "(no output)"
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+
+
+def _identify(pid: int, digest: str, note: dict[str, str]) -> Identity:
+    return Identity(
+        pid=pid,
+        started=read_start_ticks(pid) or 0,
+        boot_id=read_boot_id(),
+        host=socket.gethostname(),
+        digest=digest,
+        note=note,
+    )
+
+
+def _marker(identity_file: Path) -> str:
+    return str(identity_file.parent.resolve() / identity_file.name)
+
+
+def _lock_path(identity_file: Path) -> Path:
+    return identity_file.with_suffix(".lock")
+
+
+def _take_lock(identity_file: Path) -> int:
+    """Return the descriptor of the lock, held. Raises TransientError when somebody keeps it."""
+    handle = os.open(_lock_path(identity_file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while not _try_lock(handle):
+        if time.monotonic() > deadline:
+            os.close(handle)
+            other = read_identity(identity_file)
+            who = f"pid {other.pid} on host {other.host}" if other else "a process that could not write down who it is"
+            raise TransientError(
+                f"{identity_file.stem} of {identity_file.parent} is run by {who}: wait until it ends, or end it there"
+            )
+        time.sleep(0.05)
+    return handle
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}  # a disk without locks: the marker has to do
+    return True
+
+
+def _find_marked(identity_file: Path) -> list[int]:
+    wanted = f"{MARKER}={_marker(identity_file)}".encode()
+    found: list[int] = []
+    for pid in list_pids():
+        with contextlib.suppress(OSError):  # it ended, or it is another user's
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return [pid for pid in found if read_start_ticks(pid) is not None]
+
+
+def _find_leader(marked: list[int], identity_file: Path) -> Identity | None:
+    """Return the marked process that leads its session and got the lock: the one that was started.
+
+    The lock tells it from a child in a session of its own that outlived it.
+    """
+    for pid in marked:
+        if read_session(pid) == pid and _holds_lock(pid, identity_file):
+            found = _identify(pid, read_variables(pid).get(_DIGEST, ""), {})
+            return found if found.started else None
+    return None
+
+
+def _holds_lock(pid: int, identity_file: Path) -> bool:
+    try:
+        return Path(f"/proc/{pid}/fd/{_LOCK_FD}").samefile(_lock_path(identity_file))
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ inputs name the same artifact (`tasks/artifacts.py`). Units are in the names.
 Ring: pure.
 """
 
+import ipaddress
 import math
 import re
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
+from tasks.environment import hide_secrets, is_secret_option
 from tasks.errors import SpecError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -233,6 +235,18 @@ class PublishSpec(Spec):
         return value
 
 
+def is_address(host: str) -> bool:
+    """Say whether a service can be told to bind `host`: an IP address or localhost.
+
+    >>> is_address("::1"), is_address("0.0.0.0"), is_address("my-laptop")
+    (True, True, False)
+    """
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
 class ServeSpec(Spec):
     """vLLM and the gateway in front of it."""
 
@@ -247,6 +261,23 @@ class ServeSpec(Spec):
     cpu_kv_cache_bytes: Positive = 256 << 20
     start_timeout_s: float = Field(default=1200.0, gt=0)
     extra_args: tuple[str, ...] = ()
+
+    @field_validator("host")
+    @classmethod
+    def _is_bindable(cls, value: str) -> str:
+        if not is_address(value):
+            raise ValueError("expected an IP address of this machine, such as 127.0.0.1 or 0.0.0.0")
+        return value
+
+    @field_validator("extra_args")
+    @classmethod
+    def _holds_no_key(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(is_secret_option(word) for word in value):
+            raise ValueError(
+                "a key in extra_args would stand in recipe.json, in manifests and in the list of processes: set "
+                "VLLM_API_KEY (or HF_TOKEN) in the environment of the worker instead"
+            )
+        return value
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
@@ -362,7 +393,10 @@ def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{spec.__name__} has no field {path}: fields here are {', '.join(_fields_at(spec, fault['loc'][:-1]))}"
-    where = f"{spec.__name__}.{path} = {fault['input']!r}" if path else spec.__name__
+    given = fault["input"]
+    if isinstance(given, (list, tuple)):  # words of a command line may hold a key
+        given = hide_secrets(str(word) for word in given)
+    where = f"{spec.__name__}.{path} = {given!r}" if path else spec.__name__
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks import errors, files
-from tasks.processes import Job, last_lines, supervise
+from tasks.environment import without_secrets
+from tasks.processes import last_lines
+from tasks.supervision import Job, supervise
 
-SECRETS = frozenset({"HF_TOKEN", "WANDB_API_KEY", "REDIS_URL", "PREFECT_API_KEY", "VLLM_API_KEY", "LITE_API_KEY"})
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 
 
@@ -61,7 +62,7 @@ def run_trainer(
 
 def _environment() -> dict[str, str]:
     """Return the trainer's environment: ours without secrets that it has no use for."""
-    env = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    env = without_secrets(os.environ)
     env.update(
         PYTHONUNBUFFERED="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
@@ -71,5 +72,5 @@ def _environment() -> dict[str, str]:
     )
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     root = str(Path(__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return env

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from deployments.services import read_settings
-from tasks import files
+from tasks import files, processes
+from tasks.environment import hide_secrets
 from tasks.errors import CorruptError, TataraError
-from tasks.serve import process
 from tasks.serve.preflight import check_memory, check_model, check_ports
 from tasks.serve.services import plan_vllm
 from tasks.serve.settings import ServiceSettings
@@ -34,12 +34,12 @@ def main() -> int:
     except TataraError as error:
         _logger.error("error: %s", error)
         return 1
-    _logger.info("starting %s", " ".join(service.argv))
+    _logger.info("starting %s", " ".join(hide_secrets(service.argv)))
     os.execve(service.argv[0], service.argv, service.variables)  # noqa: S606 - no shell is the point
     raise AssertionError("execve returned")
 
 
-def prepare(variables: Mapping[str, str]) -> process.Service:
+def prepare(variables: Mapping[str, str]) -> processes.Program:
     """Return vLLM as it is to run, after every check. Raises the errors of `tasks.serve.preflight`."""
     settings = follow_manifest(read_settings(variables))
     check_model(settings)

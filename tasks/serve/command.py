@@ -8,19 +8,12 @@ Trap: on a CPU vLLM reserves 92 % of the memory unless it is told a KV cache siz
       0.0.0.0 unless it is told a host.
 """
 
-import re
 from collections.abc import Mapping
 
 from tasks.specs import ServeSpec
 
 DEFAULT_MODEL = "a1273352/gpt-oss-20b-japanese-culture"
 GATEWAY_VARIABLES = ("FILE_QUEUE_PATH", "LITE_PROMPT_MAX_LEN", "FALLBACK_ON_VLLM_DOWN", "GATEWAY_SHUTDOWN_S")
-
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|KEYS|CREDENTIALS?|AUTH)(_|$)", re.IGNORECASE)
-_FOREIGN = re.compile(
-    r"^(WANDB|WEAVE|PREFECT|REDIS|AWS|AZURE|GOOGLE|OPENAI|ANTHROPIC)_|^PYTHON(PATH|HOME)$|^VIRTUAL_ENV$"
-)
-_LOGIN = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 
 def vllm_command(
@@ -106,25 +99,3 @@ def chat_url(spec: ServeSpec) -> str:
     'http://127.0.0.1:8000/v1/chat/completions'
     """
     return f"http://{reach(spec.host)}:{spec.vllm_port}/v1/chat/completions"
-
-
-def without_secrets(variables: Mapping[str, str], *, keep: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the variables that a service may see: no credentials, no other tool's settings.
-
-    `keep` holds names, or prefixes that end in "_", which pass in any case. Proxies pass with their login: a
-    download needs it.
-
-    >>> without_secrets({"PATH": "/bin", "WANDB_API_KEY": "s", "HF_TOKEN": "t", "TOKENIZERS_PARALLELISM": "0"})
-    {'PATH': '/bin', 'TOKENIZERS_PARALLELISM': '0'}
-    >>> without_secrets({"REDIS_URL": "redis://u:p@h", "DB": "pg://u:p@h"}, keep=("REDIS_",))
-    {'REDIS_URL': 'redis://u:p@h'}
-    """
-
-    def passes(name: str, value: str) -> bool:
-        if any(name.startswith(kept) if kept.endswith("_") else name == kept for kept in keep):
-            return True
-        if _SECRET.search(name) or _FOREIGN.search(name):
-            return False
-        return name.lower().endswith("_proxy") or not _LOGIN.search(value)
-
-    return {name: value for name, value in variables.items() if passes(name, value)}

@@ -6,9 +6,9 @@ Ring: edge (looks at disk, /proc and nvidia-smi; changes nothing).  Units: bytes
 from collections.abc import Iterable
 from pathlib import Path
 
-from tasks import machine
+from tasks import machine, processes
 from tasks.errors import CapacityError, MissingError, PortTakenError
-from tasks.serve import process
+from tasks.serve import ports as tcp
 from tasks.serve.settings import SERVICES, ServiceSettings
 
 _CPU_OVERHEAD_BYTES = 1_500_000_000  # vLLM's own code and buffers: 1.2-2.3 GB were measured with a tiny model
@@ -35,10 +35,10 @@ def check_ports(settings: ServiceSettings, names: Iterable[str]) -> None:
     variable = {"vllm": "VLLM_PORT", "gateway": "LITE_GATEWAY_PORT"}
     for name in names:
         port = ports[name]
-        if process.is_port_free(settings.spec.host, port):
+        if tcp.is_port_free(settings.spec.host, port):
             continue
-        holder = process.find_listener(port)
-        if holder.pid and any(process.is_member(holder.pid, settings.folder, other) for other in SERVICES):
+        holder = tcp.find_listener(port)
+        if holder.pid and any(processes.is_member(holder.pid, settings.identity_file(other)) for other in SERVICES):
             continue
         who = f"pid {holder.pid} ({holder.command})" if holder.pid else holder.command
         raise PortTakenError(
@@ -55,7 +55,7 @@ def check_memory(settings: ServiceSettings) -> None:
     if has_cpu_build(settings.vllm_python):
         widening = 2 if settings.spec.dtype == "float32" else 1  # the files hold bfloat16
         needed = weight_bytes * widening + settings.spec.cpu_kv_cache_bytes + _CPU_OVERHEAD_BYTES
-        available = machine.available_memory_bytes() + process.resident_bytes(settings.folder, "vllm")
+        available = machine.available_memory_bytes() + processes.resident_bytes(settings.identity_file("vllm"))
         way_out = "stop other programs, serve a smaller model, or serve on a GPU"
         kind = "memory"
     else:

@@ -2,7 +2,7 @@
 
     ServiceSettings -> start() -> ServicesStatus      (the same question twice: the second is free)
 
-What runs already with the same command, model files and settings is kept; anything else of ours
+What runs already with the same command, model files, code, packages and settings is kept; anything else of ours
 on these ports is replaced; anything foreign is named and left alone.
 
 Ring: edge.  Units: seconds, bytes.
@@ -17,15 +17,16 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks import files
+from tasks import files, processes
+from tasks.environment import without_secrets
 from tasks.errors import ServiceError
-from tasks.serve import process
-from tasks.serve.command import chat_url, gateway_command, reach, vllm_command, without_secrets
+from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
+from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
 from tasks.serve.preflight import check_memory, check_model, check_ports, has_cpu_build
 from tasks.serve.settings import ROOT, SERVICES, ServiceSettings, digest_of
 
@@ -84,7 +85,7 @@ def start(settings: ServiceSettings) -> ServicesStatus:
 def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
-        return [name for name in reversed(SERVICES) if process.end_process(settings.folder, name)]
+        return [name for name in reversed(SERVICES) if _end(settings, name)]
 
 
 def restart(settings: ServiceSettings) -> ServicesStatus:
@@ -105,7 +106,7 @@ def status(settings: ServiceSettings, *, reused: bool = False) -> ServicesStatus
     return ServicesStatus(vllm=vllm, gateway=gateway, reused=reused)
 
 
-def plan_vllm(settings: ServiceSettings) -> process.Service:
+def plan_vllm(settings: ServiceSettings) -> processes.Program:
     """Return vLLM as it is to run."""
     scratch = settings.scratch
     model = str(settings.model_folder or settings.model)
@@ -122,13 +123,13 @@ def plan_vllm(settings: ServiceSettings) -> process.Service:
     for name in ("VLLM_PORT", "VLLM_URL"):  # ours; vLLM would take VLLM_PORT for its internal sockets
         variables.pop(name, None)
     shown = {name: value for name, value in variables.items() if name.startswith(("VLLM_", "CUDA_", "OMP_", "HF_"))}
-    digest = digest_of([argv, shown, fingerprint_model(settings)])
+    digest = digest_of([argv, shown, fingerprint_model(settings), fingerprint_environment(settings.vllm_python)])
     if settings.hf_token and settings.model_folder is None:
         variables["HF_TOKEN"] = settings.hf_token
-    return process.Service(name="vllm", argv=tuple(argv), variables=variables, digest=digest, folder=settings.folder)
+    return _program(settings, "vllm", argv, variables, digest)
 
 
-def plan_gateway(settings: ServiceSettings) -> process.Service:
+def plan_gateway(settings: ServiceSettings) -> processes.Program:
     """Return the gateway as it is to run."""
     argv, extra = gateway_command(
         settings.spec,
@@ -146,25 +147,29 @@ def plan_gateway(settings: ServiceSettings) -> process.Service:
     shown = {
         name: value for name, value in variables.items() if name.startswith(prefixes)
     }  # a new run's id: no restart
-    return process.Service(
-        name="gateway",
+    code = [fingerprint_gateway(), fingerprint_environment(settings.gateway_python)]
+    return _program(settings, "gateway", argv, variables, digest_of([argv, extra, shown, *code]))
+
+
+def _program(
+    settings: ServiceSettings, name: str, argv: list[str], variables: dict[str, str], digest: str
+) -> processes.Program:
+    note = {"model": settings.model, "spec": settings.spec.model_dump_json(), "vllm_url": settings.vllm_url}
+    if name == "vllm":
+        note["vllm_python"] = str(settings.vllm_python)
+        note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
+        note["fingerprint"] = fingerprint_model(settings)
+    return processes.Program(
         argv=tuple(argv),
         variables=variables,
-        digest=digest_of([argv, extra, shown]),
-        folder=settings.folder,
+        identity_file=settings.identity_file(name),
+        log=settings.log(name),
+        digest=digest,
+        note=note,
     )
 
 
-def fingerprint_model(settings: ServiceSettings) -> str:
-    """Return a digest of names, sizes and times of the model's files; of its id for a Hub model. Reads no weights."""
-    folder = settings.model_folder
-    if folder is None:
-        return settings.model
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    return digest_of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-
-
-def wait_for_vllm(settings: ServiceSettings, record: process.Record) -> None:
+def wait_for_vllm(settings: ServiceSettings, running: processes.Identity) -> None:
     """Return when vLLM answers under the right model name. Raises ServiceError."""
     base, name = f"http://{reach(settings.spec.host)}:{settings.spec.vllm_port}", settings.spec.served_model_name
 
@@ -177,49 +182,62 @@ def wait_for_vllm(settings: ServiceSettings, record: process.Record) -> None:
             raise ServiceError(f"vLLM at {base} serves {served} but {name!r} was asked for: stop what else runs there")
         return code == 200
 
-    _wait(settings, "vllm", record, is_ready)
+    _wait(settings, "vllm", running, is_ready)
 
 
-def wait_for_gateway(settings: ServiceSettings, record: process.Record) -> None:
+def wait_for_gateway(settings: ServiceSettings, running: processes.Identity) -> None:
     """Return when the gateway answers and reaches vLLM. Raises ServiceError."""
     url = f"http://{reach(settings.spec.host)}:{settings.spec.gateway_port}"
-    _wait(settings, "gateway", record, lambda: _is_gateway_ready(url), timeout_s=60.0)
+    _wait(settings, "gateway", running, lambda: _is_gateway_ready(url), timeout_s=60.0)
 
 
 def _ensure(
-    settings: ServiceSettings, service: process.Service, wait: Callable[[ServiceSettings, process.Record], None]
+    settings: ServiceSettings, program: processes.Program, wait: Callable[[ServiceSettings, processes.Identity], None]
 ) -> bool:
     """Make the service run as planned; return whether it did already."""
-    record = process.find_running(settings.folder, service.name)
-    reused = record is not None and record.digest == service.digest
-    if record is None or not reused:
-        process.end_process(settings.folder, service.name)
-        if service.name == "vllm":
+    name = program.identity_file.stem
+    running = processes.find_alive(program.identity_file)
+    reused = running is not None and running.digest == program.digest
+    if running is None or not reused:
+        _end(settings, name)
+        if name == "vllm":
             for kind in ("temporary", "cache"):
                 (settings.scratch / kind).mkdir(parents=True, exist_ok=True)
-        note = {"model": settings.model, "spec": settings.spec.model_dump_json(), "vllm_url": settings.vllm_url}
-        record = process.spawn(service, note)
+        if program.log.exists():
+            program.log.replace(program.log.with_suffix(".log.old"))
+        running = processes.start_detached(program)
+    elif not running.note:  # found by its marker: its record was lost
+        processes.write_identity(program.identity_file, replace(running, note=program.note))
     try:
-        wait(settings, record)
+        wait(settings, running)
     except BaseException:  # also Ctrl-C: a service that nobody waits for is an orphan
-        process.end_process(settings.folder, service.name)
+        _end(settings, name)
         raise
     return reused
+
+
+def _end(settings: ServiceSettings, name: str) -> bool:
+    """Stop a service with all its children; return whether it ran."""
+    ended = processes.stop(settings.identity_file(name))
+    settings.identity_file(name).unlink(missing_ok=True)
+    if ended:
+        _logger.info("stopped %s", name)
+    return ended
 
 
 def _wait(
     settings: ServiceSettings,
     name: str,
-    record: process.Record,
+    running: processes.Identity,
     is_ready: Callable[[], bool],
     *,
     timeout_s: float | None = None,
 ) -> None:
     begin = time.monotonic()
     limit_s = settings.spec.start_timeout_s if timeout_s is None else timeout_s
-    log = settings.folder / f"{name}.log"
+    log = settings.log(name)
     while not is_ready():
-        if not process.is_alive(record):
+        if not running.is_alive():
             raise ServiceError(f"{name} died before it was ready; the end of {log}:\n{_tail(settings, log)}")
         if time.monotonic() - begin > limit_s:
             raise ServiceError(
@@ -227,23 +245,23 @@ def _wait(
                 f"the end of {log}:\n{_tail(settings, log)}"
             )
         time.sleep(_POLL_S)
-    if not process.is_alive(record):  # someone else answered on the port
+    if not running.is_alive():  # someone else answered on the port
         raise ServiceError(f"{name} died but its port answers; the end of {log}:\n{_tail(settings, log)}")
     _logger.info("%s is ready after %.1f s", name, time.monotonic() - begin)
 
 
 def _tail(settings: ServiceSettings, log: Path) -> str:
-    text = process.read_tail(log)
+    text = processes.last_lines(log)
     return text.replace(settings.hf_token, "<HF_TOKEN>") if settings.hf_token else text
 
 
 def _look(settings: ServiceSettings, name: str, url: str, is_ready: Callable[[], bool]) -> ServiceStatus:
-    record = process.find_running(settings.folder, name)
-    log = settings.folder / f"{name}.log"
-    if record is None:
+    running = processes.find_alive(settings.identity_file(name))
+    log = settings.log(name)
+    if running is None:
         return ServiceStatus(name=name, state="stopped", pid=0, url=url, log=log)
     state = "ready" if is_ready() else "starting"
-    return ServiceStatus(name=name, state=state, pid=record.pid, url=url, log=log, model=record.note.get("model", ""))
+    return ServiceStatus(name=name, state=state, pid=running.pid, url=url, log=log, model=running.note.get("model", ""))
 
 
 def _is_gateway_ready(url: str) -> bool:

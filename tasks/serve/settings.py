@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tasks.serve.command import reach
-from tasks.specs import ServeSpec
+from tasks.specs import ServeSpec, change
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_OVERRIDES: Mapping[str, str] = {}
@@ -43,6 +43,14 @@ class ServiceSettings:
     def folder(self) -> Path:
         """Return the folder of records, logs and vLLM's caches."""
         return self.home / "services"
+
+    def identity_file(self, name: str) -> Path:
+        """Return the file that says which process is the service."""
+        return self.folder / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        """Return the file that takes the service's stdout and stderr."""
+        return self.folder / f"{name}.log"
 
     @property
     def model_folder(self) -> Path | None:
@@ -78,7 +86,7 @@ def service_settings(model: str, spec: ServeSpec, home: Path, host: Mapping[str,
         host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
     """
     if host.get("HOST"):
-        spec = spec.model_copy(update={"host": host["HOST"]})
+        spec = change(spec, {"host": host["HOST"]})
     settings = ServiceSettings(model=model, spec=spec, home=home, variables=os.environ)
     if host.get("TATARA_VLLM_PYTHON"):
         settings = replace(settings, vllm_python=Path(host["TATARA_VLLM_PYTHON"]))

@@ -24,10 +24,10 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
+from tasks.environment import without_secrets
 from tasks.errors import AttestationError, ServiceError
 from tasks.processes import last_lines
 from tasks.specs import VerifySpec
-from tasks.trainer_job import SECRETS
 from tasks.verify.client import get_json, post_json, stream_chat, text_of
 from tasks.verify.probes import Scores, answer_logprobs, check_scores, compare, scoring_request
 
@@ -135,7 +135,7 @@ def reference_scores(
 
 def _run_reference(folder: Path) -> None:
     log = folder / "output.log"
-    env = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    env = without_secrets(os.environ)
     env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(_ROOT))
     with log.open("wb") as output:
         argv = [sys.executable, "-m", "tasks.verify.reference", str(folder / "job.json")]

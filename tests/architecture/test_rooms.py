@@ -16,9 +16,10 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 
 # from file (pattern) -> modules of ours (pattern) that it may import; {verb} is the file's own verb.
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
-SHARED = r"tasks\.(artifacts|specs|errors|files|hub|machine|metrics|models|processes|trainer_job|training)"
+SHARED = r"tasks\.(artifacts|environment|specs|errors|files|hub|machine|metrics|models|processes|procfs|supervision|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
+    (r"tasks/(?P<verb>train|verify)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)"),
     (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(preflight|settings)|tasks\.train\.(needs|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|specs|errors|files)|tasks\.gptoss\.\w+"),
@@ -28,12 +29,12 @@ TABLE: list[tuple[str, str]] = [
     (r"blocks/\w+\.py", r"blocks\.\w+"),
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
-    (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.errors"),
+    (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
-    (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|errors|files|processes|specs)"),
+    (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|environment|errors|files|processes|procfs|specs)"),  # noqa: E501
 ]  # fmt: skip
 PURE_MAY = (
-    r"tasks\.(artifacts|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
+    r"tasks\.(artifacts|environment|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
     r"|deployments\.gateway\.(fast_json|settings|routing)"
 )
 IMPURE = {
@@ -41,7 +42,7 @@ IMPURE = {
     "random", "secrets", "uuid", "platform", "sys", "logging", "fcntl", "signal", "urllib.request", "http.client",
     "requests", "httpx", "aiohttp", "redis", "huggingface_hub", "fastapi", "prefect", "transformers", "datasets", "trl",
     "peft", "accelerate", "safetensors", "torch.distributed", "wandb", "weave", "tasks.files", "tasks.hub",
-    "tasks.machine", "tasks.processes", "tasks.prefect_ui", "matplotlib.pyplot",
+    "tasks.machine", "tasks.processes", "tasks.procfs", "tasks.supervision", "tasks.prefect_ui", "matplotlib.pyplot",
 }  # fmt: skip
 IMPURE_CALLS = {
     "open", "print", "input", "read_text", "write_text", "read_bytes", "write_bytes", "exists", "is_file", "is_dir",

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +60,24 @@ def test_full_disk_and_wrong_python_are_said_with_numbers(tmp_path: Path, monkey
     with pytest.raises(SetupError, match=r"\.venv needs about 1000000 GB below .* but \d+\.\d GB are free"):
         host.check_python_and_disk(tmp_path / ".venv", 10**15)
     monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    with pytest.raises(SetupError, match=r"3\.11, 3\.12 or 3\.13 is needed"):
+    with pytest.raises(SetupError, match=r"3\.11 to 3\.14 is needed \(torch 2\.13\.0 has no wheel"):
         host.check_python_and_disk(tmp_path / ".venv", 1)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    host.check_python_and_disk(tmp_path / ".venv", 1)
+    with pytest.raises(SetupError, match=r"3\.11 to 3\.12 is needed \(cuda-python"):
+        host.check_python_and_disk(tmp_path / ".venv", 1, on_gpu=True)
+
+
+def test_everything_that_names_a_python_names_the_same():
+    oldest, newest, on_gpu = "3.11", host.NEWEST[0], host.NEWEST_ON_GPU[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={oldest},<3.{newest[1] + 1}"
+    assert subject.TORCH_VERSION in host.NEWEST[1]
+    for name, words in (
+        ("README.md", f"Python {oldest} to 3.{newest[1]}, on a GPU host {oldest} or 3.{on_gpu[1]}"),
+        ("README.ja.md", f"Python {oldest}〜3.{newest[1]}（GPU のあるホストでは {oldest} か 3.{on_gpu[1]}"),
+    ):
+        assert words in (ROOT / name).read_text(), name
 
 
 def test_cpu_torch_comes_from_pips_wheel_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,9 @@
 """Which Prefect is meant, what is said when it can't start, and what is left alone."""
 
+import importlib
+import inspect
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from deployments import orchestration as subject
-from tasks import files, processes
+from tasks import files, processes, procfs
 from tasks.errors import PortTakenError, ServiceError
 
 
@@ -93,39 +97,175 @@ def test_is_taken(other_program: int, free_port: int):
     assert not subject.is_taken(free_port)
 
 
-class _Counting(_Other):
-    """A Prefect server, which is not ours, that knows all six deployments."""
+class _Knowing(_Other):
+    """A Prefect server, which is not ours, that has both pools and all six deployments."""
+
+    def do_GET(self) -> None:
+        self._answer(b'{"name": "x"}' if self.path in ("/api/work_pools/local", "/api/work_pools/gpu") else None)
 
     def do_POST(self) -> None:
-        known = self.path == "/api/deployments/count"
-        self.send_response(200 if known else 404)
-        self.send_header("Content-Length", "1")
+        self._answer(b"6" if self.path == "/api/deployments/count" else None)
+
+    def _answer(self, body: bytes | None) -> None:
+        if self.headers["Authorization"] != "Bearer pnu_x":
+            self.send_error(401)
+            return
+        self.send_response(200 if body else 404)
         self.end_headers()
-        self.wfile.write(b"6")
+        self.wfile.write(body or b"")
 
 
-def test_deployments_are_made_once_for_the_same_sources(tmp_path: Path, free_port: int):
-    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(free_port)})
-    elsewhere = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": "4999"})
+@pytest.fixture
+def knowing_server(free_port: int) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", free_port), _Knowing)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{free_port}/api"
+    server.shutdown()
+    server.server_close()
+
+
+def test_deployments_are_made_once_for_the_same_sources(tmp_path: Path, knowing_server: str):
+    given = {"TATARA_HOME": str(tmp_path), "PREFECT_API_URL": knowing_server, "PREFECT_API_KEY": "pnu_x"}
+    prefect = subject.find_prefect(given)
+    elsewhere = subject.find_prefect({**given, "PREFECT_API_URL": "http://127.0.0.1:4999/api"})
     wanted = subject._deployed_digest(prefect)
     assert wanted == subject._deployed_digest(prefect) != subject._deployed_digest(elsewhere)
     files.write_json(prefect.home / "deployed.json", wanted)
-    server = ThreadingHTTPServer(("127.0.0.1", free_port), _Counting)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    assert subject.deploy(prefect) is False  # Prefect's command line is not called: it would fail here
+
+
+def test_refused_login_is_named(tmp_path: Path, knowing_server: str):
+    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_API_URL": knowing_server})
+    with pytest.raises(ServiceError, match=r"can't be asked for its pools \(HTTP Error 401.*PREFECT_API_KEY"):
+        subject.deploy(prefect)
+
+
+def test_every_file_that_shapes_a_form_makes_it_anew():
+    """The models in the flows' parameters, and those inside them, are defined in files that the digest covers."""
+    found: set[Path] = set()
+    for name in ("finetune", "release", "pretrain", "drain"):
+        module = importlib.import_module(f"flows.{name}")
+        found.add(Path(inspect.getfile(module)))
+        flow = getattr(module, name)
+        todo = [parameter.annotation for parameter in inspect.signature(flow.fn, eval_str=True).parameters.values()]
+        while todo:
+            kind = todo.pop()
+            todo += getattr(kind, "__args__", ())
+            defined = sys.modules.get(getattr(kind, "__module__", ""), None)
+            if defined and str(getattr(defined, "__file__", "")).startswith(str(subject.ROOT / "tasks")):
+                found.add(Path(str(defined.__file__)))
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                todo += [field.annotation for field in kind.model_fields.values()]
+    sources = set(subject.list_schema_sources())
+    assert {"specs.py", "spec.py"} <= {path.name for path in found}
+    assert found <= sources
+    assert {subject.ROOT / "prefect.yaml", subject.ROOT / "flows/recipes.py"} <= sources
+
+
+def test_address_that_we_told_to_export_is_still_ours(tmp_path: Path, free_port: int):
+    """`tatara up` prints `export PREFECT_API_URL=...`: after `tatara down` that shell must be able to start it."""
+    url = f"http://127.0.0.1:{free_port}/api"
+    exported = {"TATARA_HOME": str(tmp_path), "PREFECT_API_URL": url}
+    assert not subject.find_prefect(exported).is_ours  # never started by us
+    files.write_json(tmp_path / "prefect/address.json", url)
+    for shell in (exported, {**exported, "PREFECT_API_URL": f"http://localhost:{free_port}/api/"}):
+        prefect = subject.find_prefect(shell)
+        assert prefect.is_ours and prefect.variables["PREFECT_HOME"] == str(tmp_path / "prefect")
+    server = ThreadingHTTPServer(("127.0.0.1", free_port), _Other)  # somebody else's is there now
     try:
-        assert subject.deploy(prefect) is False  # Prefect's command line is not called: it would fail here
+        assert not subject.find_prefect(exported).is_ours
     finally:
-        server.shutdown()
         server.server_close()
+
+
+def test_server_and_commands_see_no_secret_but_prefects(tmp_path: Path):
+    given = {"TATARA_HOME": str(tmp_path), "HF_TOKEN": "hf_x", "PREFECT_API_KEY": "pnu_x", "PATH": "/bin"}
+    prefect = subject.find_prefect(given)
+    assert "HF_TOKEN" not in prefect.client_variables
+    assert prefect.client_variables["PREFECT_API_KEY"] == "pnu_x"
+    assert prefect.variables["HF_TOKEN"] == "hf_x"  # the worker's: flows publish with it
+
+
+def test_worker_that_dies_is_told_with_its_last_lines(tmp_path: Path, free_port: int):
+    given = {**os.environ, "TATARA_HOME": str(tmp_path), "PREFECT_LOGGING_LEVEL": "nonsense"}
+    prefect = subject.find_prefect({**given, "PREFECT_API_URL": f"http://127.0.0.1:{free_port}/api"})
+    message = r"Prefect's worker died after it was started; the end of .*worker\.log:\n(.|\n)*NONSENSE"
+    with pytest.raises(ServiceError, match=message):
+        subject.start_worker(prefect)
+
+
+@pytest.fixture
+def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subject.Prefect]:
+    """Something that runs as our worker, with a child as a flow run is one."""
+    monkeypatch.setattr(subject, "_IDLE_TIMEOUT_S", 0.3)
+    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+    program = processes.Program(
+        argv=("sh", "-c", "sleep 60 & wait"),
+        variables={**prefect.variables, "HF_TOKEN": "old", "SHLVL": "7"},
+        identity_file=prefect.identity("worker"),
+        log=tmp_path / "log",
+        digest="as it was",
+    )
+    processes.start_detached(program)
+    yield prefect
+    subject.stop(prefect)
+
+
+def test_worker_at_work_is_not_stopped_for_a_new_variable(working: subject.Prefect):
+    running = processes.find_alive(working.identity("worker"))
+    assert running is not None
+    while len(processes.find_members(working.identity("worker"), running)) < 2:
+        pass
+    with pytest.raises(
+        ServiceError, match=r"runs a flow in the environment of its start, and since then HF_TOKEN changed"
+    ):
+        subject.start_worker(working)
+    assert running.is_alive()
+
+
+@pytest.mark.slow
+def test_up_with_a_real_server(tmp_path: Path, free_port: int):
+    """Pools and deployments once; the worker anew when HF_TOKEN comes, and not otherwise; no secret on disk."""
+    given = {**os.environ, "TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(free_port)}
+    prefect = subject.find_prefect(given)
+    try:
+        subject.start_server(prefect)
+        command = [sys.executable, "-m", "prefect", "work-pool", "create", "gpu", "--type", "process"]
+        subprocess.run(command, env=prefect.variables, check=True, capture_output=True)  # somebody's own
+        assert subject.deploy(prefect) is True
+        assert subject.deploy(prefect) is False
+        limits = {name: subject.call(prefect, f"/work_pools/{name}")["concurrency_limit"] for name in subject.POOLS}
+        assert limits == {"local": 4, "gpu": None}  # what was there is left as it was
+        assert subject.start_worker(prefect) == "started"
+        assert subject.start_worker(subject.find_prefect({**given, "SHLVL": "9"})) == "runs"
+        with_token = subject.find_prefect({**given, "HF_TOKEN": "hf_verysecret"})
+        assert subject.start_worker(with_token) == "started anew, for HF_TOKEN changed"
+        worker = processes.find_alive(prefect.identity("worker"))
+        assert worker and procfs.read_variables(worker.pid)["HF_TOKEN"] == "hf_verysecret"
+        assert "hf_verysecret" not in (prefect.home / "worker.json").read_text()
+        assert subject.stop(prefect) == ["prefect worker", "prefect server"]
+        del given["PREFECT_SERVER_API_PORT"]
+        exported = subject.find_prefect({**given, "PREFECT_API_URL": prefect.api_url})
+        subject.start_server(exported)  # the shell that was told to export the address
+        assert subject.deploy(exported) is False
+    finally:
+        subject.stop(prefect)
 
 
 def test_stop_ends_worker_before_server_and_only_ours(tmp_path: Path):
     prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path)})
     assert subject.stop(prefect) == []
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    env = {"PATH": os.environ["PATH"]}
     running = [
-        processes.start_detached(sleep, env, tmp_path / "log", prefect.identity(name)) for name in ("server", "worker")
+        processes.start_detached(
+            processes.Program(
+                argv=(sys.executable, "-c", "import time; time.sleep(60)"),
+                variables={"PATH": os.environ["PATH"]},
+                identity_file=prefect.identity(name),
+                log=tmp_path / "log",
+                digest="",
+            )
+        )
+        for name in ("server", "worker")
     ]
     assert subject.stop(prefect) == ["prefect worker", "prefect server"]
     assert not any(identity.is_alive() for identity in running)

@@ -1,19 +1,23 @@
 """Children outlive a killed parent, are found again, are never confused, and end with all they started."""
 
 import json
-import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks import processes as subject
-from tasks.processes import Job, Tail
+from tasks import procfs
+from tasks.errors import ServiceError, TransientError
+from tasks.processes import Identity, Program
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
@@ -35,57 +39,124 @@ def _wait_for(condition: Any, timeout_s: float = 15.0) -> None:
         time.sleep(0.02)
 
 
+def _program(folder: Path, argv: list[str], env: dict[str, str] = ENV) -> Program:
+    return Program(
+        argv=tuple(argv), variables=env, identity_file=folder / "id.json", log=folder / "log", digest="what it runs"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _ended(tmp_path: Path) -> Iterator[None]:
+    yield
+    subject.stop(tmp_path / "id.json", grace_s=0)
+
+
 def test_started_process_is_recognised_and_its_output_kept(tmp_path: Path):
     argv = [sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid(), os.environ['WORD'], flush=True)"]
-    identity = subject.start_detached(argv, {**ENV, "WORD": "祭り"}, tmp_path / "log", tmp_path / "id.json")
+    identity = subject.start_detached(_program(tmp_path, argv, {**ENV, "WORD": "祭り"}))
     _wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
     assert (tmp_path / "log").read_text() == "True 祭り\n"
     assert not identity.is_alive()
-    identity = subject.start_detached(SLEEP, ENV, tmp_path / "log", tmp_path / "id.json")
+    identity = subject.start_detached(_program(tmp_path, SLEEP))
     assert subject.find_alive(tmp_path / "id.json") == identity
-    subject.stop_group(identity, grace_s=5)
+    assert identity.digest == "what it runs" and identity.host and identity.boot_id
+    assert subject.stop(tmp_path / "id.json", grace_s=5)
     assert subject.find_alive(tmp_path / "id.json") is None
+    assert not subject.stop(tmp_path / "id.json")
 
 
-def test_missing_or_torn_identity_names_nobody(tmp_path: Path):
+def test_secrets_of_a_program_are_not_shown_or_written(tmp_path: Path):
+    program = _program(tmp_path, SLEEP, {**ENV, "HF_TOKEN": "hf_secret"})
+    subject.start_detached(program)
+    assert "hf_secret" not in repr(program) + (tmp_path / "id.json").read_text()
+
+
+def test_program_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(ServiceError, match="id did not start: /no/such: No such file"):
+        subject.start_detached(_program(tmp_path, ["/no/such"]))
+    subject.start_detached(_program(tmp_path, SLEEP))  # the failed start keeps no lock
+
+
+def test_missing_torn_or_older_identity_names_nobody(tmp_path: Path):
     assert subject.find_alive(tmp_path / "none.json") is None
-    for text in ("", '{"pid": 1', "[]", '{"pid": 1}', "null"):
+    for text in ("", '{"pid": 1', "[]", '{"pid": 1}', "null", '{"pid": 1, "started": 1, "argv": "x"}'):
         (tmp_path / "id.json").write_text(text)
         assert subject.find_alive(tmp_path / "id.json") is None
 
 
-def test_recycled_pid_is_neither_trusted_nor_killed(tmp_path: Path):
+def test_recycled_pid_another_boot_or_another_host_is_neither_trusted_nor_killed(tmp_path: Path):
     stranger = subprocess.Popen(SLEEP)
     try:
-        started = subject._start_ticks(stranger.pid)
+        started = procfs.read_start_ticks(stranger.pid)
         assert started is not None
-        (tmp_path / "id.json").write_text(json.dumps({"pid": stranger.pid, "started": started - 1, "argv": "x"}))
-        assert subject.find_alive(tmp_path / "id.json") is None
-        old = subject.Identity(pid=stranger.pid, started=started - 1, argv_digest="x")
-        subject.stop_group(old, grace_s=0.1)
-        time.sleep(0.1)
+        here = {"pid": stranger.pid, "started": started, "boot_id": procfs.read_boot_id(), "host": socket.gethostname()}
+        assert Identity(**here).is_alive()
+        for change in ({"started": started - 1}, {"boot_id": "another boot"}, {"host": "another-host"}):
+            (tmp_path / "id.json").write_text(json.dumps({**here, **change}))
+            assert not Identity(**{**here, **change}).is_alive()
+            assert subject.find_alive(tmp_path / "id.json") is None
+            assert not subject.stop(tmp_path / "id.json", grace_s=0.1)
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
 
 
-def test_child_outlives_a_killed_parent_and_is_found(tmp_path: Path):
-    code = (
-        "import os, sys, time; from pathlib import Path; from tasks import processes\n"
-        "here = Path(sys.argv[1])\n"
-        "argv = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
-        "processes.start_detached(argv, dict(os.environ), here / 'log', here / 'id.json')\n"
-        "print('started', flush=True); time.sleep(60)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=ENV, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None and parent.stdout.readline() == "started\n"
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
+PARENT = """
+import os, signal, sys, time
+from pathlib import Path
+from tasks import files, processes
+here, dies = Path(sys.argv[1]), sys.argv[2]
+argv = (sys.executable, '-c', 'import time; time.sleep(60)')
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if dies == 'before the identity is written':
+    files.write_json = die
+processes.start_detached(processes.Program(argv=argv, variables=dict(os.environ), identity_file=here / 'id.json',
+                                           log=here / 'log', digest='what it runs'))
+die()
+"""
+
+
+@pytest.mark.parametrize("dies", ["before the identity is written", "later"])
+def test_child_of_a_killed_parent_is_found_and_not_started_twice(tmp_path: Path, dies: str, monkeypatch):
+    monkeypatch.setattr(subject, "_LOCK_WAIT_S", 0.5)
+    command = [sys.executable, "-c", PARENT, str(tmp_path), dies]
+    assert subprocess.run(command, env=ENV, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "id.json").exists() is (dies == "later")
     found = subject.find_alive(tmp_path / "id.json")
-    assert found is not None and _runs(found.pid)
-    subject.stop_group(found, grace_s=5)
+    assert found is not None and _runs(found.pid) and found.digest == "what it runs"
+    with pytest.raises(TransientError, match=r"id of .* is run by .*: wait until it ends, or end it there"):
+        subject.start_detached(_program(tmp_path, SLEEP))
+    assert subject.stop(tmp_path / "id.json", grace_s=5)
     assert not _runs(found.pid)
+
+
+def test_start_between_fork_and_exec_is_waited_for(tmp_path: Path):
+    """The lock is taken before the fork: who looks in between finds no process yet, but does not start a second."""
+    lock = subject._take_lock(tmp_path / "id.json")
+    found: list[Identity | None] = []
+    looker = threading.Thread(target=lambda: found.append(subject.find_alive(tmp_path / "id.json")))
+    looker.start()
+    time.sleep(0.3)
+    assert found == []
+    os.close(lock)
+    started = subject.start_detached(_program(tmp_path, SLEEP))
+    looker.join()
+    assert found in ([started], [None])  # None: it looked in the moment when nobody held the lock
+
+
+def test_process_on_another_host_that_shares_the_folder_is_not_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other = {"pid": 17, "started": 5, "boot_id": "another boot", "host": "gpu-7"}
+    (tmp_path / "id.json").write_text(json.dumps(other))
+    monkeypatch.setattr(subject, "_LOCK_WAIT_S", 0.2)
+    lock = subject._take_lock(tmp_path / "id.json")  # as the kernel of gpu-7 holds it
+    try:
+        assert subject.find_alive(tmp_path / "id.json") is None
+        with pytest.raises(TransientError, match="is run by pid 17 on host gpu-7"):
+            subject.start_detached(_program(tmp_path, SLEEP))
+    finally:
+        os.close(lock)
+    assert subject.start_detached(_program(tmp_path, SLEEP)).host == socket.gethostname()  # gpu-7 is done
 
 
 @pytest.mark.parametrize("trap", ["", "trap '' TERM; "])
@@ -93,137 +164,35 @@ def test_stop_ends_grandchildren_too(tmp_path: Path, trap: str):
     """With a trap, SIGTERM is ignored by all of them and SIGKILL has to do it."""
     pids = tmp_path / "pids"
     argv = ["bash", "-c", f"{trap}sleep 60 & echo $! >> {pids}; (sleep 60 & echo $! >> {pids}; wait) & wait; sleep 60"]
-    identity = subject.start_detached(argv, ENV, tmp_path / "log", tmp_path / "id.json")
+    identity = subject.start_detached(_program(tmp_path, argv))
     _wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     grandchildren = [int(pid) for pid in pids.read_text().split()]
     assert all(map(_runs, grandchildren))
-    subject.stop_group(identity, grace_s=0.4)
+    subject.stop(tmp_path / "id.json", grace_s=0.4)
     assert not any(map(_runs, [identity.pid, *grandchildren]))
 
 
 def test_orphans_of_a_dead_leader_are_ended(tmp_path: Path):
     pids = tmp_path / "pids"
     argv = ["bash", "-c", f"sleep 60 & echo $! > {pids}"]
-    identity = subject.start_detached(argv, ENV, tmp_path / "log", tmp_path / "id.json")
+    subject.start_detached(_program(tmp_path, argv))
     _wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
     orphan = int(pids.read_text())
     assert _runs(orphan)
-    subject.stop_group(identity, grace_s=5)
+    assert subject.stop(tmp_path / "id.json", grace_s=5)
     assert not _runs(orphan)
 
 
-def _job(folder: Path, code: str, **more: Any) -> Job:
-    return Job(
-        argv=[sys.executable, "-c", code, str(folder)], env=ENV, folder=folder, **{"stall_timeout_s": 20, **more}
-    )
-
-
-STEPS = (
-    "import json, sys, time; from pathlib import Path; folder = Path(sys.argv[1])\n"
-    "for step in range({count}):\n"
-    "    with (folder / 'metrics.jsonl').open('a') as out: out.write(json.dumps(dict(step=step)) + '\\n')\n"
-    "    print('step', step, flush=True); time.sleep({pause})\n"
-)
-
-
-def test_supervised_job_reports_each_record_once_and_each_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    seen: list[dict[str, Any]] = []
-    with caplog.at_level(logging.INFO, "tasks.processes"):
-        subject.supervise(_job(tmp_path, STEPS.format(count=5, pause=0.05)), seen.append)
-    assert seen == [{"step": step} for step in range(5)]
-    assert [m for m in caplog.messages if m.startswith("step")] == [f"step {step}" for step in range(5)]
-
-
-def test_job_of_a_killed_parent_is_followed_and_not_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    code = STEPS.format(count=12, pause=0.2)
-    job = _job(tmp_path, code)
-    parent = (
-        "import sys; from pathlib import Path; from tasks.processes import Job, supervise\n"
-        f"supervise(Job(argv={job.argv!r}, env={ENV!r}, folder=Path({str(tmp_path)!r}), stall_timeout_s=20), print)"
-    )
-    first = subprocess.Popen([sys.executable, "-c", parent], env=ENV, stdout=subprocess.DEVNULL)
-    _wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
-    first.kill()
-    first.wait()
-    identity = subject.find_alive(tmp_path / "process.json")
-    assert identity is not None
-    seen: list[dict[str, Any]] = []
-    with caplog.at_level(logging.INFO, "tasks.processes"):
-        subject.supervise(job, seen.append)
-    assert f"attached to pid {identity.pid}, which an earlier try left running" in caplog.messages
-    steps = [record["step"] for record in seen]
-    assert steps and steps == list(range(steps[0], 12))
-    written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == list(range(12))  # one trainer wrote them all
-
-
-def test_job_with_another_command_is_stopped_and_started_anew(tmp_path: Path):
-    old = subject.start_detached(SLEEP, ENV, tmp_path / "output.log", tmp_path / "process.json")
-    seen: list[dict[str, Any]] = []
-    subject.supervise(_job(tmp_path, STEPS.format(count=1, pause=0), grace_s=2), seen.append)
-    assert not _runs(old.pid)
-    assert seen == [{"step": 0}]
-
-
-def test_stalled_job_is_stopped(tmp_path: Path):
-    job = _job(tmp_path, "import time; print('begin', flush=True); time.sleep(60)", stall_timeout_s=0.6, grace_s=2)
-    with pytest.raises(TimeoutError, match=r"pid \d+ gave no sign of life for 1 s: it hangs"):
-        subject.supervise(job, print)
-    pid = json.loads((tmp_path / "process.json").read_text())["pid"]
-    assert not _runs(pid)
-
-
-def test_sign_of_life_keeps_a_slow_job(tmp_path: Path):
-    seen: list[dict[str, Any]] = []
-    subject.supervise(_job(tmp_path, STEPS.format(count=6, pause=0.3), stall_timeout_s=1.2), seen.append)
-    assert len(seen) == 6
-
-
-def test_failing_listener_stops_the_job(tmp_path: Path):
-    def refuse(record: dict[str, Any]) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        subject.supervise(_job(tmp_path, STEPS.format(count=50, pause=0.5), grace_s=2), refuse)
-    assert subject.find_alive(tmp_path / "process.json") is None
-
-
-def test_torn_last_line_waits_for_its_rest(tmp_path: Path):
-    path = tmp_path / "m.jsonl"
-    tail = Tail(path)
-    assert tail.lines() == []
-    with path.open("ab") as out:
-        out.write('{"a": 1}\n{"b": "祭'.encode()[:-1])
-        out.flush()
-        assert tail.lines() == ['{"a": 1}']
-        assert tail.lines() == []
-        out.write("祭".encode()[-1:] + b'"}\n')
-        out.flush()
-        assert tail.lines() == ['{"b": "祭"}']
-    assert tail.lines() == []
-
-
-def test_tail_from_end_skips_what_is_there(tmp_path: Path):
-    path = tmp_path / "log"
-    path.write_text("old\n")
-    tail = Tail(path, from_end=True)
-    with path.open("a") as out:
-        out.write("new\n")
-    assert tail.lines() == ["new"]
-
-
-def test_file_that_was_replaced_is_read_anew(tmp_path: Path):
-    """A resumed trainer drops the records after its checkpoint: what it writes then must be read from line starts."""
-    path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(9)))
-    tail = Tail(path, from_end=True)
-    from tasks.metrics import truncate_metrics
-
-    truncate_metrics(path, 3)
-    with path.open("a") as out:
-        out.write("".join(json.dumps({"step": step, "loss": 0.12345}) + "\n" for step in range(4, 12)))
-    assert [json.loads(line)["step"] for line in tail.lines()] == list(range(12))
-    assert tail.lines() == []
+def test_child_that_survives_its_leader_is_not_taken_for_it(tmp_path: Path):
+    """A rank in a session of its own, as torchrun starts them: it is stopped, never followed."""
+    rank = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"
+    leader = subject.start_detached(_program(tmp_path, [sys.executable, "-c", rank]))
+    _wait_for(lambda: not leader.is_alive())
+    (tmp_path / "id.json").unlink()
+    assert subject.find_alive(tmp_path / "id.json") is None
+    assert len(subject.find_members(tmp_path / "id.json", None)) == 1
+    assert subject.stop(tmp_path / "id.json", grace_s=5)
+    assert subject.find_members(tmp_path / "id.json", None) == {}
 
 
 def test_last_lines(tmp_path: Path):

@@ -103,3 +103,18 @@ def test_loopback_unless_told_otherwise():
     assert (ServeSpec().host, ServeSpec().vllm_port, ServeSpec().gateway_port) == ("127.0.0.1", 8000, 8001)
     assert PublishSpec().private is True
     assert PackSpec().loss_on == "assistant"
+
+
+def test_serving_host_is_an_address():
+    for host in ("127.0.0.1", "0.0.0.0", "::1", "localhost"):
+        assert ServeSpec(host=host).host == host
+    with pytest.raises(SpecError, match=r"Recipe\.serve\.host = 'my-laptop': expected an IP address of this machine"):
+        subject.change(RECIPE, {"serve": {"host": "my-laptop"}})
+
+
+@pytest.mark.parametrize("words", ["--api-key sk-1", "--api-key=sk-1", "--api_key sk-1", "--hf-token sk-1"])
+def test_key_in_extra_args_is_refused_and_not_repeated(words: str):
+    with pytest.raises(SpecError, match="set VLLM_API_KEY") as caught:
+        subject.change(RECIPE, {"serve": {"extra_args": ["--seed", "1", *words.split()]}})
+    assert "sk-1" not in str(caught.value)
+    assert ServeSpec(extra_args=("--api-server-count", "2")).extra_args == ("--api-server-count", "2")

@@ -1,7 +1,7 @@
 """Pids, ports, restarts and failures, with real processes: small HTTP servers in vLLM's and the gateway's place."""
 
-import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import CapacityError, MissingError, PortTakenError, ServiceError
-from tasks.serve import process, services
+from tasks import processes, procfs
+from tasks.errors import CapacityError, MissingError, PortTakenError, ServiceError, SpecError
+from tasks.serve import handover, services
+from tasks.serve.fingerprints import fingerprint_gateway
+from tasks.serve.ports import is_port_free
 from tasks.serve.services import ServiceSettings
 from tasks.specs import ServeSpec
 
@@ -92,7 +95,7 @@ def _with_mode(settings: ServiceSettings, mode: str) -> ServiceSettings:
 
 
 def _marked(settings: ServiceSettings) -> list[int]:
-    return [pid for name in ("vllm", "gateway") for pid in process._find_marked(f"{settings.folder}:{name}")]
+    return [pid for name in ("vllm", "gateway") for pid in processes._find_marked(settings.identity_file(name))]
 
 
 def test_start_reuse_status_stop(settings: ServiceSettings):
@@ -117,7 +120,7 @@ def test_changed_weights_under_the_same_path_are_served_anew(settings: ServiceSe
     assert not second.reused
     assert second.vllm.pid != first.vllm.pid
     assert second.gateway.pid == first.gateway.pid  # nothing changed for it
-    assert process.read_start_ticks(first.vllm.pid) is None
+    assert procfs.read_start_ticks(first.vllm.pid) is None
 
 
 def test_other_knobs_are_served_anew(settings: ServiceSettings):
@@ -131,36 +134,21 @@ def test_other_knobs_are_served_anew(settings: ServiceSettings):
 def test_killed_vllm_is_started_again(settings: ServiceSettings):
     first = services.start(settings)
     os.kill(first.vllm.pid, signal.SIGKILL)
-    while process.read_start_ticks(first.vllm.pid) is not None:
+    while procfs.read_start_ticks(first.vllm.pid) is not None:
         time.sleep(0.01)
     assert services.status(settings).vllm.state == "stopped"
     second = services.start(settings)
     assert second.is_ready and second.vllm.pid != first.vllm.pid
 
 
-def test_recycled_pid_is_neither_trusted_nor_killed(settings: ServiceSettings):
-    with subprocess.Popen(["sleep", "600"]) as bystander:
-        ticks = process.read_start_ticks(bystander.pid)
-        assert ticks is not None
-        record = {"pid": bystander.pid, "start_ticks": ticks - 1, "boot_id": process.read_boot_id(), "digest": "x"}
-        settings.folder.mkdir(parents=True)
-        (settings.folder / "vllm.json").write_text(json.dumps(record))
-        assert process.find_running(settings.folder, "vllm") is None
-        assert services.stop(settings) == []
-        rebooted = {**record, "start_ticks": ticks, "boot_id": "another boot"}
-        (settings.folder / "vllm.json").write_text(json.dumps(rebooted))
-        assert services.stop(settings) == []
-        assert bystander.poll() is None
-        bystander.kill()
-
-
-def test_lost_or_torn_record_leaves_no_orphan(settings: ServiceSettings):
+def test_lost_or_torn_record_is_made_again_from_what_runs(settings: ServiceSettings):
     first = services.start(settings)
     (settings.folder / "vllm.json").write_text('{"pid": ')
     (settings.folder / "gateway.json").unlink()
     second = services.start(settings)
-    assert second.vllm.pid != first.vllm.pid
+    assert (second.reused, second.vllm.pid, second.gateway.pid) == (True, first.vllm.pid, first.gateway.pid)
     assert set(_marked(settings)) == {second.vllm.pid, second.gateway.pid}
+    assert services.status(settings).vllm.model == settings.model  # it is written down again
 
 
 def test_children_in_other_sessions_end_too(settings: ServiceSettings):
@@ -173,9 +161,9 @@ def test_children_in_other_sessions_end_too(settings: ServiceSettings):
 def test_stubborn_service_is_killed_after_the_grace(settings: ServiceSettings):
     now = services.start(_with_mode(settings, "stubborn"))
     began = time.perf_counter()
-    assert process.end_process(settings.folder, "vllm", grace_s=0.5)
+    assert processes.stop(settings.identity_file("vllm"), grace_s=0.5)
     assert 0.5 <= time.perf_counter() - began < 5
-    assert process.read_start_ticks(now.vllm.pid) is None
+    assert procfs.read_start_ticks(now.vllm.pid) is None
 
 
 def test_foreign_process_on_a_port_is_named_before_anything_starts(settings: ServiceSettings):
@@ -266,10 +254,116 @@ def test_vllm_elsewhere_is_not_started_here(settings: ServiceSettings):
 
 
 def test_the_gateway_is_told_what_it_serves_and_a_new_run_does_not_restart_it(settings: ServiceSettings):
-    def plan(**ids: str) -> process.Service:
+    def plan(**ids: str) -> processes.Program:
         return services.plan_gateway(replace(settings, ids=ids))
 
     first = plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1")
     assert (first.variables["TATARA_MODEL_DIGEST"], first.variables["TATARA_RUN_ID"]) == ("m1", "r1")
     assert plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r2").digest == first.digest
     assert plan(TATARA_MODEL_DIGEST="m2", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1").digest != first.digest
+
+
+def test_changed_gateway_code_or_new_packages_are_served_anew(settings: ServiceSettings, tmp_path: Path, monkeypatch):
+    first = services.start(settings)
+    (tmp_path / "env/tatara.json").write_text('{"fingerprint": "made anew"}')
+    second = services.start(settings)
+    assert second.vllm.pid != first.vllm.pid and second.gateway.pid != first.gateway.pid  # both run in it here
+    monkeypatch.setattr(services, "fingerprint_gateway", lambda: "other code")
+    third = services.start(settings)
+    assert third.vllm.pid == second.vllm.pid and third.gateway.pid != second.gateway.pid
+
+
+def test_gateways_fingerprint_follows_each_of_its_files(tmp_path: Path):
+    """All modules of ours that the gateway loads are among those that are looked at."""
+    code = "import deployments.gateway.app, sys; print(*[getattr(m, '__file__', '') for m in sys.modules.values()])"
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = [Path(name).relative_to(root) for name in done.stdout.split() if name.startswith(f"{root}/")]
+    ours = {path for path in loaded if path.parts[0] in ("deployments", "tasks") and (root / path).read_text().strip()}
+    assert Path("tasks/traces/segments.py") in ours
+    for path in ours:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((root / path).read_bytes())
+    before = fingerprint_gateway(tmp_path)
+    for path in ours - {Path("deployments/__init__.py"), Path("tasks/__init__.py")}:
+        (tmp_path / path).write_text("changed = True")
+        assert fingerprint_gateway(tmp_path) != before, path
+        (tmp_path / path).write_bytes((root / path).read_bytes())
+    assert fingerprint_gateway(tmp_path) == before
+
+
+def test_address_that_this_machine_lacks_is_no_taken_port(settings: ServiceSettings):
+    elsewhere = replace(settings, spec=settings.spec.model_copy(update={"host": "192.0.2.7"}))
+    with pytest.raises(SpecError, match=r"host '192\.0\.2\.7' can't be bound here \(Cannot assign.*`ip addr`"):
+        services.start(elsewhere)
+    with pytest.raises(SpecError, match=r"host 'no\.such\.host\.invalid' can't be bound here"):
+        is_port_free("no.such.host.invalid", 8000)
+
+
+def _on_gpu(settings: ServiceSettings) -> ServiceSettings:
+    """The same fake, as the CUDA build that it then is."""
+    folder = settings.vllm_python.parent.parent / "lib/python3.11/site-packages/vllm-0+cpu.dist-info"
+    if folder.exists():
+        folder.rename(folder.with_name("vllm-0.dist-info"))
+    return settings
+
+
+def test_gpu_is_released_by_our_vllm_only(settings: ServiceSettings):
+    assert handover.release_gpu(settings.home) is None  # nothing was ever started
+    on_cpu = services.start(settings)
+    assert handover.release_gpu(settings.home) is None  # it holds no GPU
+    assert services.status(settings).vllm.pid == on_cpu.vllm.pid
+    services.stop(settings)
+    now = services.start(_on_gpu(settings))
+    with subprocess.Popen(["sleep", "600"]) as bystander:
+        said = handover.release_gpu(settings.home)
+        assert said and said.startswith(f"stopped our vLLM (pid {now.vllm.pid}, it served {settings.model}) to free")
+        assert bystander.poll() is None
+        bystander.kill()
+    after = services.status(settings)
+    assert (after.vllm.state, after.gateway.pid) == ("stopped", now.gateway.pid)
+    assert handover.release_gpu(settings.home) is None
+    assert services.start(settings).is_ready
+
+
+def _other_model(settings: ServiceSettings) -> ServiceSettings:
+    folder = Path(settings.model).with_name("other")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return replace(settings, model=str(folder))
+
+
+def test_failed_model_is_stopped_when_none_was_verified(settings: ServiceSettings):
+    services.start(settings)
+    said = handover.restore(settings.home, settings.model, settings.variables)
+    assert said == ("stopped gateway and vllm, which served the model that failed; no model was verified here before")
+    assert _marked(settings) == []
+
+
+def test_last_verified_model_is_served_again(settings: ServiceSettings):
+    good = services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    bad = _other_model(settings)
+    services.start(bad)
+    handover.remember_verified(settings.home, settings.model)  # it does not run: the memory stays as it is
+    said = handover.restore(settings.home, bad.model, settings.variables)
+    assert said.endswith(f"; the last verified model {settings.model} is served again")
+    now = services.status(settings)
+    assert now.is_ready and now.vllm.model == settings.model and now.vllm.pid != good.vllm.pid
+    assert handover.restore(settings.home, bad.model).startswith(f"left alone: vLLM serves {settings.model}")
+    assert services.status(settings).vllm.pid == now.vllm.pid
+    said = handover.restore(settings.home, settings.model)  # the verified one itself fails: it is not trusted again
+    assert said.endswith("it had been verified before, now it is not started again")
+    assert _marked(settings) == []
+
+
+def test_verified_model_that_changed_is_not_started(settings: ServiceSettings):
+    services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    bad = _other_model(settings)
+    services.start(bad)
+    (Path(settings.model) / "model.safetensors").write_bytes(b"other weights")
+    assert "is not whole any more: not started" in handover.restore(settings.home, bad.model, settings.variables)
+    shutil.rmtree(settings.model)
+    assert "did not start" in handover.restore(settings.home, bad.model, settings.variables)
+    assert _marked(settings) == []

@@ -1,0 +1,107 @@
+"""Give the GPU to a trainer, and the place in front of clients back to the last model that was proven.
+
+    train:   release_gpu()            our vLLM leaves the GPU, the gateway stays
+    verify:  passed -> remember_verified()
+             failed -> restore()      the failed model is stopped, the last verified one started again
+
+Only what runs by our identity files below `root` is ever stopped.
+
+Ring: edge.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from tasks import files, machine, processes
+from tasks.errors import CorruptError, TataraError
+from tasks.serve import services
+from tasks.serve.fingerprints import fingerprint_model
+from tasks.serve.settings import ServiceSettings
+from tasks.specs import ServeSpec
+
+
+def release_gpu(root: Path) -> str | None:
+    """Stop our vLLM if it holds a GPU; return what was done, None when there was nothing to do.
+
+    Args:
+        root: the artifact store's root (TATARA_HOME), where the services' records are.
+    """
+    settings = ServiceSettings(model="", home=root)
+    if not settings.folder.exists():
+        return None
+    with files.lock_file(settings.folder / "lock"):
+        identity_file = settings.identity_file("vllm")
+        running = processes.find_alive(identity_file)
+        if running is None or not _holds_gpu(running):
+            return None
+        processes.stop(identity_file)
+        model = running.note.get("model", "a model")
+        return (
+            f"stopped our vLLM (pid {running.pid}, it served {model}) to free the GPU; the gateway stays and says so, "
+            "the serve step starts vLLM again"
+        )
+
+
+def _holds_gpu(running: processes.Identity) -> bool:
+    device = running.note.get("device")
+    return device == "gpu" or (device is None and bool(machine.list_gpus()))  # None: its record was lost
+
+
+def remember_verified(root: Path, model: str) -> None:
+    """Keep what serves `model` now as the state to go back to. Call it after a passed attestation."""
+    running = processes.find_alive(ServiceSettings(model=model, home=root).identity_file("vllm"))
+    if running is not None and running.note.get("model") == model:
+        files.write_json(_memory(root), running.note)
+
+
+def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.environ) -> str:
+    """Stop the services that serve a model which failed, start the last verified one; return what was done.
+
+    It never raises for a restart that fails: the caller has an AttestationError to raise.
+
+    Args:
+        root: the artifact store's root.
+        failed_model: the folder of the model that failed, as the ServedModel names it.
+        variables: the environment that the services' is made of.
+    """
+    failed = ServiceSettings(model=failed_model, home=root)
+    running = processes.find_alive(failed.identity_file("vllm"))
+    if running is not None and running.note.get("model") != failed_model:
+        return f"left alone: vLLM serves {running.note.get('model') or 'an unknown model'}, not the one that failed"
+    stopped = services.stop(failed)
+    said = f"stopped {' and '.join(stopped)}, which served the model that failed" if stopped else "nothing ran any more"
+    verified = _read_memory(root)
+    if not verified:
+        return f"{said}; no model was verified here before"
+    if verified["model"] == failed_model:
+        _memory(root).unlink()
+        return f"{said}; it had been verified before, now it is not started again"
+    settings = ServiceSettings(
+        model=verified["model"],
+        spec=ServeSpec.model_validate_json(verified["spec"]),
+        home=root,
+        variables=variables,
+        vllm_url=verified["vllm_url"],
+        vllm_python=Path(verified["vllm_python"]),
+    )
+    try:
+        if fingerprint_model(settings) != verified["fingerprint"]:
+            return f"{said}; the last verified model {settings.model} is not whole any more: not started"
+        services.start(settings)
+    except (TataraError, OSError) as error:
+        return f"{said}; the last verified model {settings.model} did not start: {error}"
+    return f"{said}; the last verified model {settings.model} is served again"
+
+
+def _memory(root: Path) -> Path:
+    return root / "services" / "verified" / "vllm.json"
+
+
+def _read_memory(root: Path) -> dict[str, str]:
+    try:
+        verified = files.read_json(_memory(root))
+    except (OSError, CorruptError):
+        return {}
+    wanted = {"model", "spec", "vllm_url", "vllm_python", "fingerprint"}
+    return verified if isinstance(verified, dict) and wanted <= verified.keys() else {}

@@ -1,0 +1,86 @@
+"""What a child, a log line or a manifest may not see."""
+
+import pytest
+
+from tasks.environment import hide_secrets, is_secret_option, without_secrets
+from tasks.trainer_job import _environment
+
+
+def test_secrets_and_foreign_settings_stay_out():
+    given = {
+        "HOME": "/root",
+        "TOKENIZERS_PARALLELISM": "false",
+        "https_proxy": "http://u:p@proxy:1",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HF_TOKEN": "x",
+        "GITHUB_TOKEN": "x",
+        "MY_API_KEY": "x",
+        "DB_PASSWORD": "x",
+        "DATABASE": "pg://u:p@h/d",
+        "WANDB_PROJECT": "p",
+        "PREFECT_API_URL": "u",
+        "PYTHONPATH": "/x",
+        "VIRTUAL_ENV": "/x",
+        "REDIS_URL": "redis://u:p@h",
+    }
+    kept = {"HOME", "TOKENIZERS_PARALLELISM", "https_proxy", "CUDA_VISIBLE_DEVICES"}
+    assert set(without_secrets(given)) == kept
+    assert set(without_secrets(given, keep=("REDIS_",))) == kept | {"REDIS_URL"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HUGGING_FACE_HUB_TOKEN", "hf_x"),
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("PREFECT_API_AUTH_STRING", "admin:x"),
+        ("OPENAI_API_KEY", "sk-x"),
+        ("DATABASE_URL", "postgres://u:p@h/d"),
+        ("CACHE", "redis://:p@h"),
+        ("SENTRY", "https://key@sentry.example/1"),
+        ("PIP_INDEX_URL", "https://token@index.example/simple"),
+        ("ODBC", "Server=h;Password=x"),
+        ("PGPASSWORD", "x"),
+        ("MYSQL_PWD", "x"),
+        ("GITHUB_PAT", "x"),
+        ("SLACK_WEBHOOK_URL", "https://hooks.example/x"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/x.json"),
+        ("SSH_AUTH_SOCK", "/run/x"),
+    ],
+)
+def test_secret_stays_here(name: str, value: str):
+    assert without_secrets({name: value, "HOME": "/root"}) == {"HOME": "/root"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PWD", "/work"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("NCCL_SOCKET_IFNAME", "eth0"),
+        ("HF_ENDPOINT", "https://hub.example/path@x"),
+        ("XAUTHORITY", "/x"),
+        ("KEYBOARD", "jp"),
+        ("LD_LIBRARY_PATH", "/a:/b"),
+    ],
+)
+def test_setting_passes(name: str, value: str):
+    assert without_secrets({name: value}) == {name: value}
+
+
+def test_keys_on_a_command_line_are_hidden():
+    words = ["/m", "--api-key", "one", "two", "--api_key=three", "--hf-token", "four", "--api-server-count", "2"]
+    shown = ["/m", "--api-key", "***", "***", "--api_key=***", "--hf-token", "***", "--api-server-count", "2"]
+    assert hide_secrets(words) == shown
+    assert is_secret_option("--api-k")  # argparse takes what an option begins with
+
+
+def test_trainer_sees_no_secret_but_the_path_to_our_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("DATABASE_URL", "postgres://u:p@h/d")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    variables = _environment()
+    assert not {"AWS_SECRET_ACCESS_KEY", "DATABASE_URL"} & variables.keys()
+    assert variables["PYTHONPATH"].split(":")[1:] == ["/mine"] and variables["NCCL_DEBUG"] == "INFO"
