@@ -22,6 +22,7 @@ from tasks.gptoss.layout import MODEL_TYPE
 from tasks.hub import find_repo, require_target
 from tasks.machine import list_gpus
 from tasks.models import require_mxfp4
+from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import PretrainSpec, Recipe, Spec
@@ -162,7 +163,7 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
         return "memory: trained before"
     tokens = recipe.pack.row_tokens * recipe.train.rows_per_device
     needs = training_needs(base.shapes, base.config, recipe.train, _targets(recipe, base), tokens)
-    return "memory: " + require_training_memory(needs, recipe.train)
+    return "memory: " + require_training_memory(needs, recipe.train, ours_leaves=holds_gpu(store.root))
 
 
 def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:

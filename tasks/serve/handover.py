@@ -9,6 +9,7 @@ Only what runs by our identity files below `root` is ever stopped.
 Ring: edge.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from tasks.serve import services
 from tasks.serve.fingerprints import fingerprint_model
 from tasks.serve.settings import ServiceSettings
 from tasks.specs import ServeSpec
+
+logger = logging.getLogger(__name__)
 
 
 def release_gpu(root: Path) -> str | None:
@@ -41,6 +44,19 @@ def release_gpu(root: Path) -> str | None:
             f"stopped our vLLM (pid {running.pid}, it served {model}) to free the GPU; the gateway stays and says so, "
             "the serve step starts vLLM again"
         )
+
+
+def free_gpu(root: Path) -> None:
+    """Run release_gpu and log what it did: the trainer's hook."""
+    said = release_gpu(root)
+    if said:
+        logger.warning("%s", said)
+
+
+def holds_gpu(root: Path) -> bool:
+    """Say whether our vLLM holds a GPU that `release_gpu` would free."""
+    running = processes.find_alive(ServiceSettings(model="", home=root).identity_file("vllm"))
+    return running is not None and _holds_gpu(running)
 
 
 def _holds_gpu(running: processes.Identity) -> bool:

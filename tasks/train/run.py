@@ -7,6 +7,8 @@ Ring: edge. Imports no torch.
 
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tasks import files, machine
@@ -27,10 +29,16 @@ from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, run_trainer
 
 VERSION = 1
+RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at
 
 
 def train_adapter(
-    packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, store: ArtifactStore, on_progress: ProgressFn
+    packed: PackedDataset,
+    base: BaseCheckpoint,
+    spec: TrainSpec,
+    store: ArtifactStore,
+    on_progress: ProgressFn,
+    make_room: RoomFn = lambda: None,
 ) -> TrainedAdapter:
     """Train an adapter, resuming what an earlier try left; a second call returns the finished one.
 
@@ -41,6 +49,7 @@ def train_adapter(
         if claim.found:
             return claim.found
         require_warm(packed.num_train_rows, spec)
+        make_room()
         _require_room(base, packed, spec, claim.folder)
         result = run_trainer(
             "tasks.train.worker",
@@ -149,10 +158,11 @@ def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:
     return (spec.keep_checkpoints + 2) * 12 * num_trainable + (64 << 20)
 
 
-def require_training_memory(needs: dict[str, int], spec: TrainSpec) -> str:
+def require_training_memory(needs: dict[str, int], spec: TrainSpec, *, ours_leaves: bool = False) -> str:
     """Say what training needs and what is there. Raises CapacityError when it can't fit.
 
-    Each process of a run has a GPU of its own, so one has to hold `needs`; without a GPU the host does.
+    Each process of a run has a GPU of its own, so one has to hold `needs`; without a GPU the host does. What our own
+    vLLM holds counts as free when it leaves before the training (`ours_leaves`).
     """
     needed, said = sum(needs.values()), f"training needs about {say_needs(needs)}"
     gpus = machine.list_gpus()
@@ -166,6 +176,8 @@ def require_training_memory(needs: dict[str, int], spec: TrainSpec) -> str:
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
     used = gpus[: spec.num_processes]
+    if ours_leaves:
+        used = [replace(gpu, free_bytes=gpu.total_bytes) for gpu in used]
     tightest = min(used, key=lambda gpu: gpu.free_bytes)
     if len(used) < spec.num_processes:
         raise CapacityError(

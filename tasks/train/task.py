@@ -22,11 +22,13 @@ def train_adapter(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, 
     from tasks.metrics import read_metrics
     from tasks.pictures import loss_curve
     from tasks.prefect_ui import Progress, show_markdown, show_picture
+    from tasks.serve import handover
     from tasks.train import run
     from tasks.train.targets import targets_markdown
 
     show_markdown("targets", targets_markdown(run.plan_targets(base, spec.lora)), "What the adapter is put on")
-    adapter = run.train_adapter(packed, base, spec, open_store(storage), Progress("train-progress", "Optimizer steps"))
+    store, progress = open_store(storage), Progress("train-progress", "Optimizer steps")
+    adapter = run.train_adapter(packed, base, spec, store, progress, lambda: handover.free_gpu(store.root))
     marks = {
         "validation loss before": adapter.validation_loss_before,
         "validation loss after": adapter.validation_loss_after,

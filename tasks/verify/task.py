@@ -1,10 +1,10 @@
 """Prefect's view of verification."""
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import HealthReport, ServedModel
-from tasks.errors import is_worth_retrying
+from tasks.errors import AttestationError, is_worth_retrying
 from tasks.specs import VerifySpec
 
 
@@ -21,10 +21,18 @@ def verify_model(served: ServedModel, spec: VerifySpec, storage: str = "") -> He
     """Prove that the endpoint serves what was trained."""
     from blocks.opening import open_store
     from tasks.prefect_ui import show_markdown
+    from tasks.serve import handover
     from tasks.verify import run
     from tasks.verify.report import health_markdown
 
     def show(report: HealthReport, about: dict[str, object]) -> None:
         show_markdown("health-report", health_markdown(report, about), "Scores and a sample answer")
 
-    return run.verify_model(served, spec, open_store(storage), show)
+    store = open_store(storage)
+    try:
+        report = run.verify_model(served, spec, store, show)
+    except AttestationError:  # what failed must not stay in front of clients
+        get_run_logger().error("%s", handover.restore(store.root, served.model_folder))
+        raise
+    handover.remember_verified(store.root, served.model_folder)
+    return report
