@@ -17,8 +17,8 @@ test: setup      ## everything: format, lint, types, doctests and all tests, rea
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
 tests:           # the longest file first, the rest beside it
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not weave" \
-		--doctest-modules tests/flows/test_line.py tests tasks flows deployments
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
+		--ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave
