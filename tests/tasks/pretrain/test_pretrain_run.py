@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from flows.recipes import resolve_pretrain
-from tasks.artifacts import ArtifactStore
-from tasks.pretrain.run import pretrain_model
-from tasks.pretrain.worker import TiedRestTrainer, Vocabulary, build_model, expand
+from tasks.artifacts import ArtifactStore, digest_files, folder_digest
+from tasks.gptoss.tokenizer import shared_tokenizer
+from tasks.pretrain.run import SHIPPED, pretrain_model
+from tasks.pretrain.worker import TiedRestTrainer, Vocabulary, build_model, expand, pretrain
 from tasks.specs import PretrainSpec, change
 
 SMALL = {"num_steps": 6, "save_steps": 6, "shape": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 32}}
@@ -21,11 +22,18 @@ class NoSpecialTokens:
 
 @pytest.mark.slow
 def test_the_same_question_gives_the_same_bytes(tmp_path: Path):
-    spec = change(resolve_pretrain("tiny"), SMALL)
-    first = pretrain_model(spec, ArtifactStore(tmp_path / "a"), lambda record: None)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "tokenizers").rename(tmp_path / "b" / "tokenizers")  # 5 s to build
-    assert pretrain_model(spec, ArtifactStore(tmp_path / "b"), lambda record: None).model_digest == first.model_digest
+    """Once by the step, in a process of its own, and once by the worker's function alone."""
+    spec, store = change(resolve_pretrain("tiny"), SMALL), ArtifactStore(tmp_path / "home")
+    model = pretrain_model(spec, store, lambda record: None)
+    (tmp_path / "again").mkdir()
+    places = {"folder": str(tmp_path / "again"), "tokenizer_folder": str(shared_tokenizer(store.root))}
+    try:
+        pretrain({**places, "spec": spec.model_dump(mode="json"), "corpus": str(SHIPPED)})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert folder_digest(digest_files(tmp_path / "again" / "model")) == model.model_digest
+    assert not (model.path / "checkpoints").exists()
+    assert pretrain_model(spec, store, lambda record: None) == model
 
 
 def small_spec() -> PretrainSpec:
