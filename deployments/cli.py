@@ -53,10 +53,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _up(options: argparse.Namespace) -> int:
     from deployments import orchestration
+    from deployments.lost_runs import settle_lost_runs
 
     prefect = orchestration.find_prefect(os.environ)
     orchestration.start_server(prefect)
     fresh = orchestration.deploy(prefect)
+    settle_lost_runs(prefect, "local")
     worker = orchestration.start_worker(prefect)
     print(f"{'deployed' if fresh else 'deployed before'}, worker {worker}")
     print(f"{prefect.ui_url}\nexport PREFECT_API_URL={prefect.api_url}")

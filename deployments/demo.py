@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from deployments import orchestration
+from deployments.lost_runs import settle_lost_runs
 from tasks.artifacts import KINDS, ArtifactStore, HealthReport
 from tasks.errors import ServiceError
 
@@ -46,6 +47,7 @@ def run_demo(prefect: orchestration.Prefect, deployment: str = "finetune/tiny") 
     console.print("[bold]1/4[/bold] Prefect server, work pools, deployments, worker")
     orchestration.start_server(prefect)
     fresh = orchestration.deploy(prefect)
+    settle_lost_runs(prefect, "local")
     worker = orchestration.start_worker(prefect)
     console.print(f"    {prefect.ui_url}  ({'deployed' if fresh else 'deployed before'}, worker {worker})")
     console.print(f"[bold]2/4[/bold] prefect deployment run {deployment} --watch")

@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from deployments import orchestration as subject
+from deployments.lost_runs import settle_lost_runs
 from tasks import files, processes, procfs
 from tasks.errors import PortTakenError, ServiceError
 
@@ -236,7 +237,12 @@ def test_up_with_a_real_server(tmp_path: Path, free_port: int):
         assert subject.deploy(prefect) is False
         limits = {name: subject.call(prefect, f"/work_pools/{name}")["concurrency_limit"] for name in subject.POOLS}
         assert limits == {"local": 4, "gpu": None}  # what was there is left as it was
+        name = lose_a_run(prefect)
+        assert settle_lost_runs(prefect, "local") == [name]
+        assert settle_lost_runs(prefect, "local") == []
         assert subject.start_worker(prefect) == "started"
+        lose_a_run(prefect)
+        assert settle_lost_runs(prefect, "local") == []  # a worker is there: it may be its run
         assert subject.start_worker(subject.find_prefect({**given, "SHLVL": "9"})) == "runs"
         with_token = subject.find_prefect({**given, "HF_TOKEN": "hf_verysecret"})
         assert subject.start_worker(with_token) == "started anew, for HF_TOKEN changed"
@@ -250,6 +256,15 @@ def test_up_with_a_real_server(tmp_path: Path, free_port: int):
         assert subject.deploy(exported) is False
     finally:
         subject.stop(prefect)
+
+
+def lose_a_run(prefect: subject.Prefect) -> str:
+    """A run of finetune/tiny that is Running at the server, and nowhere else."""
+    deployment = subject.call(prefect, "/deployments/name/finetune/tiny")
+    run = subject.call(prefect, f"/deployments/{deployment['id']}/create_flow_run", {})
+    state = {"type": "RUNNING", "name": "Running"}
+    subject.call(prefect, f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    return run["name"]
 
 
 def test_stop_ends_worker_before_server_and_only_ours(tmp_path: Path):

@@ -116,7 +116,7 @@ TEXT = {"model": "tiny", "messages": [{"role": "user", "content": "é祭"}]}
         json.dumps(TEXT, ensure_ascii=False).encode("utf-16"),
         json.dumps(TEXT, ensure_ascii=False).encode("shift_jis", "replace"),
         b"\xef\xbb\xbf" + json.dumps(TEXT).encode(),
-        gzip.compress(json.dumps(TEXT).encode()),
+        gzip.compress(json.dumps(TEXT).encode(), mtime=0),
         b"", b"null", b"7", b'"text"', b"[]", b"{}{}", b'{"a": 1e400}', b'{"a": NaN}', b'{"a"', b"{" * 50_000,
         b'{"a":' * 19_000, b"[" * 90_000, b"9" * 90_000, b'{"model": ' + b"9" * 50_000 + b"}", b"\x00" * 100,
     ],
