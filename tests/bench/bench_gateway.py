@@ -105,9 +105,9 @@ def wait_for(port, limit_s=120):
     raise SystemExit(f"nothing answers on port {port} after {limit_s} s: see its log")
 
 
-def measure(proxy, seconds, rounds):
+def measure(proxy, seconds, rounds, warm_s):
     """Return per number of connections the median of the rounds, and the streams."""
-    in_process("whole", proxy.port, 16, 1)  # warm up
+    in_process("whole", proxy.port, 16, warm_s)
     result = {}
     for connections in CONNECTIONS:
         result[str(connections)] = median([load_once(proxy, "whole", connections, seconds) for _ in range(rounds)])
@@ -141,7 +141,7 @@ def run_all(options, folder):
             proxy = Proxy(name, command, upstream, folder)
             try:
                 before = proxy.rss_mb() if proxy.process else 0.0
-                results[name] = measure(proxy, options.seconds, options.rounds)
+                results[name] = measure(proxy, options.seconds, options.rounds, options.warm_s)
                 if proxy.process:
                     warm = proxy.rss_mb()
                     if name == "gateway" and options.soak_s:
@@ -164,6 +164,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-s", type=float, default=2.0, help="40 for LiteLLM, which imports while it serves")
     parser.add_argument("--soak-s", type=float, default=0.0, help="load the gateway so long before RSS is read again")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cpu")

@@ -52,7 +52,10 @@ class Mock(asyncio.Protocol):
                 self.transport.write(self.whole)
 
     def send_chunk(self, index):
-        delta = {"role": "assistant", "content": f"語{index}", "sent_ns": time.monotonic_ns()}
+        delta = {
+            "role": "assistant",
+            "content": f"語{index} sent_ns={time.monotonic_ns()};",
+        }  # LiteLLM drops new fields
         head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "mock"}
         event = head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
         data = b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
@@ -91,8 +94,8 @@ class Client(asyncio.Protocol):
             length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
             self.size = end + 4 + int(length) if length else 0
         if not self.size:
-            for part in data.split(b'"sent_ns": ')[1:] + data.split(b'"sent_ns":')[1:]:
-                if (digits := part.partition(b"}")[0].partition(b",")[0]).isdigit():
+            for part in data.split(b"sent_ns=")[1:]:
+                if (digits := part.partition(b";")[0]).isdigit():
                     self.first = self.first or time.perf_counter() - self.begin
                     self.delays.append((now_ns - int(digits)) / 1e6)
         if len(self.got) == self.size or (not self.size and self.got.endswith(b"0\r\n\r\n")):
