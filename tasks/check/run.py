@@ -191,11 +191,28 @@ def _check_serving(recipe: Recipe, store: ArtifactStore, host: Mapping[str, str]
             "`python3 deployments/environments.py vllm`, or point TATARA_VLLM_PYTHON at another"
         )
     check_ports(settings, SERVICES)
+    _check_keys(settings.spec.host, settings.variables)
     if recipe.train.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise SpecError(
             f"TrainSpec.quantization = {recipe.train.quantization} needs bitsandbytes: install the train extra"
         )
     return f"serve: ports {recipe.serve.vllm_port} and {recipe.serve.gateway_port}"
+
+
+def _check_keys(host: str, variables: Mapping[str, str]) -> None:
+    """A gateway that others reach starts only with keys, and verify is one of those who ask it."""
+    has_keys = bool(variables.get("GATEWAY_KEYS_FILE"))
+    is_open = variables.get("GATEWAY_ALLOW_UNAUTHENTICATED", "").lower() in ("1", "true", "yes", "on")
+    if has_keys and not variables.get("TATARA_GATEWAY_KEY"):
+        raise SpecError(
+            "GATEWAY_KEYS_FILE is set, so the gateway asks for a key, and TATARA_GATEWAY_KEY is not: make one with "
+            "`python -m deployments.gateway.keys add verify` and set it in the worker's environment"
+        )
+    if not has_keys and not is_open and not (host.startswith("127.") or host in ("localhost", "::1")):
+        raise SpecError(
+            f"ServeSpec.host = {host!r} can be reached from outside, and the gateway does not start there without "
+            "GATEWAY_KEYS_FILE: make a key, or set GATEWAY_ALLOW_UNAUTHENTICATED=true behind a proxy that asks"
+        )
 
 
 def _check_free_disk(store: ArtifactStore) -> str:

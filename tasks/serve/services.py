@@ -137,8 +137,11 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
         vllm_url=settings.vllm_url or chat_url(settings.spec),
         variables=settings.variables,
     )
+    keep = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_API_KEY", "PYTHONPATH")
+    if settings.variables.get("GATEWAY_TRACE_DIRECT", "").lower() in ("1", "true", "yes", "on"):
+        keep = (*keep, "WANDB_")  # its child sends to Weave
     variables = {
-        **without_secrets(settings.variables, keep=("GATEWAY_", "LITE_", "REDIS_", "VLLM_API_KEY", "PYTHONPATH")),
+        **without_secrets(settings.variables, keep=keep),
         **extra,
         **settings.ids,
     }

@@ -4,6 +4,7 @@ Ring: edge.  Units: seconds.
 """
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -12,10 +13,12 @@ from typing import Any
 
 from tasks.errors import ServiceError, TransientError
 
+GATEWAY_KEY = "TATARA_GATEWAY_KEY"
+
 
 def get_json(url: str, timeout_s: float) -> dict[str, Any]:  # Any: JSON values
     """GET a JSON document. Raises TransientError when nobody answers, ServiceError on a status >= 400."""
-    with _open(urllib.request.Request(url), timeout_s) as reply:  # noqa: S310 - our own endpoint
+    with _open(urllib.request.Request(url, headers=_login()), timeout_s) as reply:  # noqa: S310 - our own endpoint
         return json.load(reply)
 
 
@@ -43,8 +46,14 @@ def text_of(message: dict[str, Any]) -> str:  # Any: JSON values
     return message.get("content") or message.get("reasoning_content") or message.get("reasoning") or ""
 
 
+def _login() -> dict[str, str]:
+    """Return the header of the gateway key that this machine's flows use, when the gateway asks for one."""
+    key = os.environ.get(GATEWAY_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def _request(url: str, body: dict[str, Any]) -> urllib.request.Request:  # Any: JSON values
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **_login()}
     return urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)  # noqa: S310 - our own endpoint
 
 

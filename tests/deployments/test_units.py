@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from deployments.gateway.settings import Settings
+from deployments.gateway.trace_settings import TraceSettings
 from deployments.services import _SPEC_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,9 @@ def _variables(unit: configparser.RawConfigParser) -> dict[str, str]:
 def test_every_setting_of_the_gateway_is_handed_on():
     given = SERVICES["gateway"]["environment"]
     inside = {"LITE_GATEWAY_HOST", "LITE_GATEWAY_PORT"}  # the image's; the port is published under the outer name
-    assert {field.metadata["env"] for field in fields(Settings)} == given.keys() | inside
+    of_direct = {"WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT"}
+    known = {field.metadata["env"] for field in (*fields(Settings), *fields(TraceSettings))}
+    assert known | of_direct == given.keys() | inside
     forwarded = {name for name, value in given.items() if value is None}
     assert {"LITE_MODEL", "LITE_API_KEY", "GATEWAY_LOG_LEVEL", "LITE_PROMPT_MAX_LEN", "VLLM_API_KEY"} <= forwarded
     assert SERVICES["vllm"]["environment"]["VLLM_API_KEY"] is None

@@ -139,6 +139,21 @@ def test_taken_port_is_named(recipe: Recipe, store: ArtifactStore):
             subject.check_recipe(recipe, None, store, HUB)
 
 
+def test_a_gateway_that_would_not_start_or_not_answer_verify_is_said(
+    recipe: Recipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+):
+    public = change(recipe, {"serve": {"host": "0.0.0.0"}})
+    with pytest.raises(
+        errors.SpecError, match=r"host = '0\.0\.0\.0' can be reached from outside, .* GATEWAY_KEYS_FILE"
+    ):
+        subject.check_recipe(public, None, store, HUB)
+    monkeypatch.setenv("GATEWAY_KEYS_FILE", "/keys.jsonl")
+    with pytest.raises(errors.SpecError, match=r"GATEWAY_KEYS_FILE is set, .* and TATARA_GATEWAY_KEY is not: make one"):
+        subject.check_recipe(public, None, store, HUB)
+    monkeypatch.setenv("TATARA_GATEWAY_KEY", "tatara_x")
+    assert subject.check_recipe(public, None, store, HUB)
+
+
 def test_missing_vllm_is_named(recipe: Recipe, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TATARA_VLLM_PYTHON", "/not/there/python")
     with pytest.raises(errors.SpecError, match=r"vLLM's environment is not there \(/not/there/python\): make it with"):
