@@ -34,7 +34,6 @@ def main() -> int:
     """Run until SIGTERM or SIGINT; 2 when the settings are wrong or the port is taken."""
     try:
         settings = Settings.from_environment(os.environ)
-        settings.check_exposure()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listener = listen(settings.host, settings.port)
         app = create_app(settings)

@@ -42,6 +42,7 @@ class GatewayApp(FastAPI):
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Without settings they come from the environment; faults raise SpecError."""
     chosen = settings or Settings.from_environment(os.environ)
+    chosen.check_exposure()  # here too: uvicorn --factory does not pass through __main__
     gateway = Gateway(chosen)
 
     @asynccontextmanager

@@ -10,6 +10,7 @@ Ring: pure.  Units: bytes.
 
 import json
 
+_ENDS = (b"\n\n", b"\r\n\r\n")
 _LONGEST_HELD = 256 << 10  # an event longer than this holds more than token counts
 
 
@@ -24,9 +25,8 @@ class UsageFilter:
         if self._held:
             piece = self._held + piece
             self._held = b""
-        if not piece.endswith((b"\n\n", b"\r\n\r\n")):
-            end = max(piece.rfind(b"\n\n") + 2, piece.rfind(b"\r\n\r\n") + 4)
-            end = end if end >= 4 or piece.startswith(b"\n\n") else 0
+        if not piece.endswith(_ENDS):
+            end = max((at + len(mark) for mark in _ENDS if (at := piece.rfind(mark)) >= 0), default=0)
             if len(piece) - end <= _LONGEST_HELD:
                 self._held, piece = piece[end:], piece[:end]
         return _without_usage(piece) if b'"usage"' in piece else piece
@@ -39,8 +39,15 @@ class UsageFilter:
 
 def _without_usage(piece: bytes) -> bytes:
     line_end = b"\r\n\r\n" if b"\r\n\r\n" in piece else b"\n\n"
-    events = piece.split(line_end)
-    return line_end.join(event for event in events if b'"usage"' not in event or not _is_usage_only(event))
+    kept: list[bytes] = []
+    lead = b""  # line ends of an empty event before the counts, when the bytes were cut among them
+    for event in piece.split(line_end):
+        if b'"usage"' in event and _is_usage_only(event):
+            lead += event[: len(event) - len(event.lstrip(b"\r\n"))]
+        else:
+            kept.append(lead + event)
+            lead = b""
+    return line_end.join(kept) + lead
 
 
 def _is_usage_only(event: bytes) -> bool:

@@ -1,7 +1,7 @@
 import json
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deployments.gateway.usage_filter import UsageFilter
@@ -29,6 +29,8 @@ def run(data, cuts=()):
     return b"".join([*(kept.feed(data[i:j]) for i, j in pairwise(places)), kept.flush()])
 
 
+@example([b""], [], b"\n\n", [6])  # an empty event first, and a cut right after it
+@settings(max_examples=1000)
 @given(events, events, st.sampled_from([b"\n\n", b"\r\n\r\n"]), st.lists(st.integers(1, 400), max_size=8))
 def test_only_the_usage_event_goes_missing_however_the_bytes_are_cut(before, after, end, cuts):
     usage = b"data: " + json.dumps(USAGE).encode()
