@@ -61,10 +61,17 @@ def test_a_lost_answer_neither_loses_nor_doubles(queue, drain, weave, make_recor
 
 def test_a_server_that_stays_away_costs_nothing_and_the_next_drain_goes_on(queue, drain, weave, make_record):
     expected = fill(queue, [make_record(n) for n in range(20)])
-    for plan in ({"next": ["503"] * 4}, {"next": ["429"] * 4}, {"next": ["503-stored"], "next_query": ["503"]}):
+    for plan in ({"next": ["503"] * 4}, {"next": ["429"] * 4}, {"next": ["503-stored"], "next_query": ["503"] * 4}):
         weave.plan(**plan)
         with pytest.raises(TransientError):
             drain()
+    assert drain().num_waiting == 0
+    assert weave.rows() == expected
+
+
+def test_a_question_that_fails_once_is_asked_again(queue, drain, weave, make_record):
+    expected = fill(queue, [make_record(n) for n in range(20)])
+    weave.plan(next=["503-stored"], next_query=["503"])
     assert drain().num_waiting == 0
     assert weave.rows() == expected
 
