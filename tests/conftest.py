@@ -2,9 +2,14 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tasks.traces.queue import FileQueue
 
 _SECRETS = ("HF_TOKEN", "HF_REPO_NAME", "WANDB_API_KEY", "REDIS_URL", "PREFECT_API_URL", "MODEL_DIR", "VLLM_URL")
 os.environ.update(
@@ -41,3 +46,13 @@ def free_ports() -> list[int]:
 def free_port(free_ports: list[int]) -> int:
     """A port that nobody listened on a moment ago."""
     return free_ports[0]
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator["FileQueue"]:
+    """An empty trace queue."""
+    from tasks.traces.queue import FileQueue  # here: the other tests need not import it
+
+    made = FileQueue(tmp_path / "q.jsonl")
+    yield made
+    made.close()

@@ -139,7 +139,7 @@ class Reply:
             self._waiter = None
 
     def add(self, piece: bytes) -> bool:
-        """Take a piece of the body; say whether that is enough for now. For Connection."""
+        """Take a piece of the body; say whether the connection is to pause reading. For Connection."""
         self._pieces.append(piece)
         self._size += len(piece)
         return self._size > _HIGH_WATER_BYTES

@@ -8,56 +8,22 @@ raises: what can't be read is counted.
 Ring: pure.  Units: bytes.
 """
 
-import json
 from typing import Any
 
 from tasks.traces.record import Json
+from tasks.traces.sse import MAX_STREAM_BYTES, EventReader
 
-MAX_STREAM_BYTES = 64 << 20  # past this an answer is forwarded but no longer remembered
 _WHOLE_OBJECT = {"chat.completion.chunk": "chat.completion"}
 _SET_ONCE = frozenset({"role", "id", "type", "name"})  # every other text of a delta is a piece to append
 
 
-class StreamAssembler:
+class StreamAssembler(EventReader):
     """Collects the events of one SSE stream; `done` turns true with `data: [DONE]`."""
 
     def __init__(self, limit_bytes: int = MAX_STREAM_BYTES) -> None:
-        self.done = False
-        self.error: str | None = None
-        self.chunks = 0
-        self.malformed = 0
-        self._rest: list[bytes] = []  # the line that has no end yet, in pieces
-        self._data: list[bytes] = []
+        super().__init__(limit_bytes)
         self._top: Json = {}
         self._choices: dict[int, Json] = {}
-        self._room_bytes = limit_bytes
-        self._truncated = False
-
-    def feed(self, piece: bytes) -> None:
-        """Take the next bytes. Cost: about 5 us per event."""
-        if len(piece) > self._room_bytes:
-            piece, self._truncated = piece[: self._room_bytes], True
-        self._room_bytes -= len(piece)
-        first, *others = piece.split(b"\n")
-        self._rest.append(first)
-        for line in others:
-            self._take_line(b"".join(self._rest))
-            self._rest = [line]
-
-    def finish(self) -> None:
-        """Take what a stream left without its last line end."""
-        self._take_line(b"".join(self._rest))
-        self._take_line(b"")
-        self._rest = []
-
-    def stats(self) -> Json:
-        """Count what passed: events, unreadable ones, and whether the stream came to its end."""
-        return {
-            "chunks": self.chunks,
-            "malformed": self.malformed,
-            "done": self.done,
-            "truncated": self._truncated,
-        }
 
     def answer(self) -> Json | None:
         """Return the answer so far as one OpenAI object, or None when no event could be read."""
@@ -65,29 +31,12 @@ class StreamAssembler:
             return None
         return self._top | {"choices": [_joined(self._choices[index]) for index in sorted(self._choices)]}
 
-    def _take_line(self, line: bytes) -> None:
-        line = line.removesuffix(b"\r")
-        if line.startswith(b"data:"):
-            self._data.append(line[5:].removeprefix(b" "))
-        elif not line and self._data:
-            data, self._data = b"\n".join(self._data), []
-            self._take_event(data)
+    def take_end(self) -> None:
+        """See EventReader."""
+        self.done = True
 
-    def _take_event(self, data: bytes) -> None:
-        if data.strip() == b"[DONE]":
-            self.done = True
-            return
-        self.chunks += 1
-        try:
-            event = json.loads(data)
-        except (ValueError, RecursionError):
-            event = None
-        if not isinstance(event, dict):
-            self.malformed += 1
-            return
-        self._take_object(event)
-
-    def _take_object(self, event: Json) -> None:
+    def take_object(self, event: Json) -> None:
+        """Add one chunk to the answer."""
         if event.get("error"):
             error = event["error"]
             self.error = str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -39,6 +39,7 @@ from tasks.specs import Recipe, change
 from tasks.train.run import train_adapter
 from tasks.verify.client import post_json
 from tasks.verify.run import verify_model
+from tests.needs import lack
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = Path(os.environ.get("TATARA_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
@@ -72,9 +73,7 @@ def free_ports(count: int) -> list[int]:
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     """A small base, a recipe on it, and an uninterrupted run up to the merge in a store of its own."""
     if not VLLM_PYTHON.exists():
-        if os.environ.get("CI"):
-            pytest.fail(f"vLLM's environment is missing on CI: {VLLM_PYTHON}")
-        pytest.skip("vLLM's environment is missing: python3 deployments/environments.py vllm")
+        lack(f"vLLM's environment is missing ({VLLM_PYTHON}): python3 deployments/environments.py vllm")
     folder = tmp_path_factory.mktemp("line")
     base = make_base_folder(folder / "base")
     vllm_port, gateway_port, prefect_port = free_ports(3)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from tasks import files as subject
 from tasks.errors import CapacityError, CorruptError, MissingError
+from tests.needs import mount_tmpfs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,13 +29,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        why = "needs root" if done is None else done.stderr.strip()
-        if os.environ.get("CI") == "true" and os.geteuid() == 0:
-            pytest.fail(f"can't mount a tmpfs on CI: {why}")
-        pytest.skip(f"can't mount a tmpfs: {why}")
+    mount_tmpfs(folder, "1m")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

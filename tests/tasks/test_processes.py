@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,25 +17,11 @@ from tasks import processes as subject
 from tasks import procfs
 from tasks.errors import ServiceError, TransientError
 from tasks.processes import Identity, Program
+from tests.waiting import runs, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-
-
-def _runs(pid: int) -> bool:
-    """Look at the process ourselves; a zombie does not run."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _wait_for(condition: Any, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def _program(folder: Path, argv: list[str], env: dict[str, str] = ENV) -> Program:
@@ -54,7 +39,7 @@ def _ended(tmp_path: Path) -> Iterator[None]:
 def test_started_process_is_recognised_and_its_output_kept(tmp_path: Path):
     argv = [sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid(), os.environ['WORD'], flush=True)"]
     identity = subject.start_detached(_program(tmp_path, argv, {**ENV, "WORD": "祭り"}))
-    _wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
+    wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
     assert (tmp_path / "log").read_text() == "True 祭り\n"
     assert not identity.is_alive()
     identity = subject.start_detached(_program(tmp_path, SLEEP))
@@ -124,11 +109,11 @@ def test_child_of_a_killed_parent_is_found_and_not_started_twice(tmp_path: Path,
     assert subprocess.run(command, env=ENV, check=False).returncode == -signal.SIGKILL
     assert (tmp_path / "id.json").exists() is (dies == "later")
     found = subject.find_alive(tmp_path / "id.json")
-    assert found is not None and _runs(found.pid) and found.digest == "what it runs"
+    assert found is not None and runs(found.pid) and found.digest == "what it runs"
     with pytest.raises(TransientError, match=r"id of .* is run by .*: wait until it ends, or end it there"):
         subject.start_detached(_program(tmp_path, SLEEP))
     assert subject.stop(tmp_path / "id.json", grace_s=5)
-    assert not _runs(found.pid)
+    assert not runs(found.pid)
 
 
 def test_start_between_fork_and_exec_is_waited_for(tmp_path: Path):
@@ -165,29 +150,29 @@ def test_stop_ends_grandchildren_too(tmp_path: Path, trap: str):
     pids = tmp_path / "pids"
     argv = ["bash", "-c", f"{trap}sleep 60 & echo $! >> {pids}; (sleep 60 & echo $! >> {pids}; wait) & wait; sleep 60"]
     identity = subject.start_detached(_program(tmp_path, argv))
-    _wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     grandchildren = [int(pid) for pid in pids.read_text().split()]
-    assert all(map(_runs, grandchildren))
+    assert all(map(runs, grandchildren))
     subject.stop(tmp_path / "id.json", grace_s=0.4)
-    assert not any(map(_runs, [identity.pid, *grandchildren]))
+    assert not any(map(runs, [identity.pid, *grandchildren]))
 
 
 def test_orphans_of_a_dead_leader_are_ended(tmp_path: Path):
     pids = tmp_path / "pids"
     argv = ["bash", "-c", f"sleep 60 & echo $! > {pids}"]
     subject.start_detached(_program(tmp_path, argv))
-    _wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
+    wait_for(lambda: subject.find_alive(tmp_path / "id.json") is None)
     orphan = int(pids.read_text())
-    assert _runs(orphan)
+    assert runs(orphan)
     assert subject.stop(tmp_path / "id.json", grace_s=5)
-    assert not _runs(orphan)
+    assert not runs(orphan)
 
 
 def test_child_that_survives_its_leader_is_not_taken_for_it(tmp_path: Path):
     """A rank in a session of its own, as torchrun starts them: it is stopped, never followed."""
     rank = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"
     leader = subject.start_detached(_program(tmp_path, [sys.executable, "-c", rank]))
-    _wait_for(lambda: not leader.is_alive())
+    wait_for(lambda: not leader.is_alive())
     (tmp_path / "id.json").unlink()
     assert subject.find_alive(tmp_path / "id.json") is None
     assert len(subject.find_members(tmp_path / "id.json", None)) == 1

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,11 @@ from tasks import supervision as subject
 from tasks.artifacts import ArtifactStore, TrainedAdapter
 from tasks.processes import Program
 from tasks.supervision import Job, Tail
+from tests.waiting import runs, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-
-
-def _runs(pid: int) -> bool:
-    """Look at the process ourselves; a zombie does not run."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _wait_for(condition: Any, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def _job(folder: Path, code: str, **more: Any) -> Job:
@@ -68,7 +53,7 @@ def test_job_of_a_killed_parent_is_followed_and_not_started_again(tmp_path: Path
         f"supervise(Job(argv={job.argv!r}, env={ENV!r}, folder=Path({str(tmp_path)!r}), stall_timeout_s=20), print)"
     )
     first = subprocess.Popen([sys.executable, "-c", parent], env=ENV, stdout=subprocess.DEVNULL)
-    _wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists())
     first.kill()
     first.wait()
     identity = processes.find_alive(tmp_path / "process.json")
@@ -110,7 +95,7 @@ def test_job_with_another_command_is_stopped_and_started_anew(tmp_path: Path):
     old = processes.start_detached(program)
     seen: list[dict[str, Any]] = []
     subject.supervise(job, seen.append)
-    assert not _runs(old.pid)
+    assert not runs(old.pid)
     assert seen == [{"step": 0}]
 
 
@@ -119,7 +104,7 @@ def test_stalled_job_is_stopped(tmp_path: Path):
     with pytest.raises(TimeoutError, match=r"pid \d+ gave no sign of life for 1 s: it hangs"):
         subject.supervise(job, print)
     pid = json.loads((tmp_path / "process.json").read_text())["pid"]
-    assert not _runs(pid)
+    assert not runs(pid)
 
 
 def test_sign_of_life_keeps_a_slow_job(tmp_path: Path):
@@ -186,7 +171,7 @@ def test_trainers_that_nobody_watches_are_ended_and_others_left(tmp_path: Path):
         pids[name] = processes.start_detached(program).pid
     with files.lock_file(tmp_path / "adapter/.watched.lock"):  # as the claim of a flow run holds it
         assert subject.stop_unwatched(tmp_path, grace_s=5) == ["adapter/unwatche"]
-        assert _runs(pids["watched"]) and not _runs(pids["unwatched"])
+        assert runs(pids["watched"]) and not runs(pids["unwatched"])
     assert subject.stop_unwatched(tmp_path, grace_s=5) == ["adapter/watched"]
     assert subject.stop_unwatched(tmp_path) == []
 

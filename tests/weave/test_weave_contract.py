@@ -20,13 +20,6 @@ UPSTREAM = Path(__file__).parents[1] / "deployments" / "gateway" / "upstream_ser
 
 
 @pytest.fixture
-def queue(tmp_path):
-    made = FileQueue(tmp_path / "q.jsonl")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def sent(queue, weave):
     """Queue records, drain them into the server, and return what it then holds: {id: call}."""
 

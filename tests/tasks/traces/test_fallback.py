@@ -10,20 +10,12 @@ import pytest
 
 from tasks.errors import AccessError, CapacityError, TransientError
 from tasks.traces.fallback import FallbackSink
-from tasks.traces.queue import FileQueue
 from tasks.traces.run import drain_traces, queue_lag, sink_from_environment
 from tasks.traces.spec import DrainSpec, failure_markdown
 from tasks.traces.wandb_sink import DELIVERED, WandbOfflineSink
 from tasks.traces.weave_sink import WeaveSink
 
 SPEC = DrainSpec(batch_records=5, grace_s=0.0, request_timeout_s=2.0, attempts=2, fallback="wandb-offline")
-
-
-@pytest.fixture
-def queue(tmp_path):
-    made = FileQueue(tmp_path / "q.jsonl")
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from drains import Drains
 from tasks.errors import CapacityError
 from tasks.traces.queue import FileQueue
 from tasks.traces.redis_stream import RedisQueue, ship
+from tests.needs import redis_server
 
 KILLS = 24
 
@@ -146,11 +147,9 @@ def test_a_slow_weave_does_not_cost_a_drain_its_lock(start_drains, weave, make_r
 @pytest.fixture
 def start_redis(tmp_path, free):
     """Start redis-server again and again on the same data; all are killed at the end."""
-    from conftest import _wait_for_port, find_redis_server
+    from conftest import _wait_for_port
 
-    binary, port, started = find_redis_server(), free(), []
-    if binary is None:
-        pytest.skip("no redis-server")
+    binary, port, started = redis_server(), free(), []
 
     def start(*options):
         argv = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path), *options]
