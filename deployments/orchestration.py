@@ -35,6 +35,7 @@ POOLS = {"local": 4, "gpu": 1}  # name -> flow runs at once on one machine; drai
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT_S = 120.0  # a drain takes seconds, a training hours
 NUM_DEPLOYMENTS = 6  # of prefect.yaml, all tagged tatara
+_BUSY = frozenset({408, 429, 502, 503})  # those that Prefect's own client sends again
 _SHELL = re.compile(  # differs from terminal to terminal and decides nothing in a flow
     r"_|SHLVL|PWD|OLDPWD|TERM|TERM_.*|COLORTERM|COLUMNS|LINES|PS\d|LS_COLORS|WINDOWID|DISPLAY|WAYLAND_.*|XDG_.*|DBUS_.*"
     r"|SSH_.*|GPG_.*|TMUX.*|STY|VTE_.*|VSCODE_.*|MAKE.*|MFLAGS|INVOCATION_ID|JOURNAL_STREAM|PYTEST_.*|TATARA_PROCESS.*"
@@ -103,8 +104,14 @@ def _was_ours(home: Path, url: str) -> bool:
     return processes.find_alive(home / "server.json") is not None or not is_taken(urlsplit(url).port or 80)
 
 
-def call(prefect: Prefect, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:  # Any: JSON
-    """Send `body` to Prefect's API, or GET without one; None for 404. Raises URLError when it is away or refuses."""
+def call(
+    prefect: Prefect, path: str, body: dict[str, Any] | None = None, method: str = "POST", *, tries: int = 6
+) -> Any:  # Any: JSON
+    """Send `body` to Prefect's API, or GET without one; None for 404. Raises URLError when it is away or refuses.
+
+    A server that is busy says 503 (SQLite's lock, above all) and has then written nothing: asked again, as
+    Prefect's own client does.
+    """
     headers = {"Content-Type": "application/json"}
     if key := prefect.variables.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -114,19 +121,23 @@ def call(prefect: Prefect, path: str, body: dict[str, Any] | None = None, method
     request = urllib.request.Request(  # noqa: S310 - the user's server
         prefect.api_url + path, data=data, headers=headers, method="GET" if body is None else method
     )
-    try:
-        with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
-            return json.loads(reply.read() or b"null")
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            return None
-        raise
+    for number in range(tries):
+        try:
+            with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
+                return json.loads(reply.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            if error.code not in _BUSY or number == tries - 1:
+                raise
+        time.sleep(min(0.5 * 2**number, 4.0))
+    raise ValueError(f"tries must be 1 or more, not {tries}")
 
 
 def is_answering(prefect: Prefect) -> bool:
     """Say whether the API is healthy."""
     try:
-        return call(prefect, "/health") is not None
+        return call(prefect, "/health", tries=1) is not None
     except (OSError, ValueError):
         return False
 

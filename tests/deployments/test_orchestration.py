@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.error
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -193,6 +194,34 @@ def test_worker_that_dies_is_told_with_its_last_lines(tmp_path: Path, free_port:
     message = r"Prefect's worker died after it was started; the end of .*worker\.log:\n(.|\n)*NONSENSE"
     with pytest.raises(ServiceError, match=message):
         subject.start_worker(prefect)
+
+
+def test_busy_server_is_asked_again_and_a_refusal_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    answers = [503, 429, 200, 500]
+
+    class Busy(_Other):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(answers.pop(0))
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(subject.time, "sleep", lambda _: None)
+    prefect = subject.find_prefect({"TATARA_HOME": str(tmp_path), "PREFECT_SERVER_API_PORT": str(server.server_port)})
+    try:
+        assert subject.call(prefect, "/flow_runs/filter", {}) == {}
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            subject.call(prefect, "/flow_runs/filter", {})
+        answers[:] = [503] * 9
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            subject.call(prefect, "/flow_runs/filter", {}, tries=3)
+        assert len(answers) == 6
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
