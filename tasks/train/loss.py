@@ -1,20 +1,49 @@
-"""Next-token loss over the learnt positions only, for machines without Triton.
+"""Next-token loss over the learnt positions only, without the logits of a batch.
 
-TRL's fused head scores just the learnt positions on a GPU; on a CPU it scores every position,
-several passes each, and 201,088 logits a token make that nearly the whole step. Here the head is
-frozen, so one pass gives the loss and the gradient of the hidden states, and a block of logits
-is all that ever exists.
+TRL's fused head makes the logits again in the backward pass, computes entropy and accuracy beside
+them, and on a CPU scores every position: with 201,088 logits a token that is much of a step. Here
+the head is frozen, so one pass gives the loss and the gradient of the hidden states, and a block
+of logits is all that ever exists.
 Source: the fused linear cross-entropy of Liger, arXiv:2410.10989, section 3.2.
 
 Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, K block.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
-_BLOCK = 128
+from tasks.gptoss.fused import fused
+
+_BLOCK, _BLOCK_GPU = 128, 2048  # rows of logits that exist at once
+
+
+def _score(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed loss and its gradient, in place of the logits where they are float32."""
+    logits_KV = logits_KV.float()
+    rows_K = torch.arange(len(logits_KV), device=logits_KV.device)
+    wanted_K = logits_KV[rows_K, target_K]
+    top_K1 = logits_KV.amax(-1, keepdim=True)
+    logits_KV.sub_(top_K1).exp_()
+    total_K1 = logits_KV.sum(-1, keepdim=True)
+    loss = (total_K1.log() + top_K1).sum() - wanted_K.sum()
+    logits_KV.div_(total_K1)
+    logits_KV[rows_K, target_K] -= 1
+    return loss, logits_KV
+
+
+@fused
+def _score_in_one(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as one kernel over the logits, which are read twice and never stored in float32."""
+    wide_KV = logits_KV.float()
+    total_K1 = wide_KV.logsumexp(-1, keepdim=True)
+    wanted_K1 = wide_KV.gather(1, target_K[:, None])
+    is_target_KV = torch.arange(wide_KV.shape[1], device=wide_KV.device) == target_K[:, None]
+    slope_KV = (wide_KV - total_K1).exp() - is_target_KV.float()
+    return (total_K1 - wanted_K1).sum(), slope_KV.to(logits_KV.dtype)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -25,18 +54,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the summed loss, float32. Cost: two GEMMs of M x H x V; K x V floats live at once."""
         grad_MH = torch.empty_like(hidden_MH)
         loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden_MH), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            logits_KV = (hidden_MH[block] @ weight_VH.T).float()
-            rows_K = torch.arange(len(logits_KV), device=logits_KV.device)
-            wanted_K = logits_KV[rows_K, target_M[block]]
-            top_K1 = logits_KV.amax(-1, keepdim=True)
-            logits_KV.sub_(top_K1).exp_()
-            total_K1 = logits_KV.sum(-1, keepdim=True)
-            loss += (total_K1.log() + top_K1).sum() - wanted_K.sum()
-            logits_KV.div_(total_K1)
-            logits_KV[rows_K, target_M[block]] -= 1
-            grad_MH[block] = logits_KV.to(weight_VH.dtype) @ weight_VH
+        score, size = (_score_in_one, _BLOCK_GPU) if hidden_MH.is_cuda else (_score, _BLOCK)
+        for start in range(0, len(hidden_MH), size):
+            block = slice(start, start + size)
+            block_loss, slope_KV = score(hidden_MH[block] @ weight_VH.T, target_M[block])
+            loss += block_loss
+            torch.mm(slope_KV.to(weight_VH.dtype), weight_VH, out=grad_MH[block])
         ctx.save_for_backward(grad_MH)
         return loss
 
@@ -47,23 +70,44 @@ class FrozenHeadLoss(torch.autograd.Function):
         return grad_MH * grads[0], None, None
 
 
-class CpuSFTTrainer(SFTTrainer):
-    """SFTTrainer whose loss skips the positions that are not learnt, on any device."""
+def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attributes nn.Module doesn't know
+    """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before.
+
+    A patched forward, and not a call around the model: DDP and FSDP must see the pass.
+    """
+    causal.whole_forward = causal.forward
+    causal.forward = MethodType(_loss_forward, causal)
+
+
+def _loss_forward(
+    self: Any,  # Any: as above
+    input_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs: Any,
+) -> Any:
+    if labels is None:
+        return self.whole_forward(input_ids=input_ids, **kwargs)
+    hidden_BTH = self.base_model(
+        input_ids=input_ids, position_ids=kwargs.get("position_ids"), use_cache=False
+    ).last_hidden_state
+    wanted_BT = labels[:, 1:]
+    learnt_BT = wanted_BT != -100
+    head = self.get_output_embeddings()
+    loss = FrozenHeadLoss.apply(hidden_BTH[:, :-1][learnt_BT], head.weight, wanted_BT[learnt_BT])
+    count = learnt_BT.sum() if num_items_in_batch is None else num_items_in_batch
+    return CausalLMOutput(loss=loss / torch.as_tensor(count).clamp(min=1))
+
+
+class FusedHeadTrainer(SFTTrainer):
+    """SFTTrainer for a model after `fuse_head`: the loss of the learnt positions only, and no metrics of logits."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the mean loss per learnt token of the (accumulated) batch."""
-        causal = self.accelerator.unwrap_model(model).get_base_model()
-        hidden_BTH = causal.base_model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).last_hidden_state
-        wanted_BT = inputs["labels"][:, 1:]
-        learnt_BT = wanted_BT != -100
-        head = causal.get_output_embeddings()
-        loss = FrozenHeadLoss.apply(hidden_BTH[:, :-1][learnt_BT], head.weight, wanted_BT[learnt_BT])
-        count = learnt_BT.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(count).clamp(min=1)
+        wanted = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
+        loss = model(**wanted, num_items_in_batch=num_items_in_batch).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of ranks
         return loss

@@ -1,0 +1,147 @@
+"""Put our kernels below transformers' gpt-oss and PEFT's adapters, for training.
+
+The modules, their parameters and PEFT's wrappers stay what they are, so an adapter is saved and
+loaded by PEFT as ever; only what they compute in a forward pass is replaced, module by module:
+
+    GptOssExperts, ParamWrapper   factored LoRA on grouped GEMMs       tasks/gptoss/experts.py
+    GptOssAttention               flash attention with sinks           tasks/gptoss/attention.py
+    GptOssRMSNorm, rotation       one kernel each                      here
+
+Ring: edge (touches a live model).  Shapes: B batch, T tokens, N = B * T, A heads, D head size, H hidden.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from tasks.gptoss.attention import attend_with_sinks, find_documents
+from tasks.gptoss.experts import ExpertWeights, Pair, lora_pair, run_experts
+from tasks.gptoss.fused import fused
+
+
+def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes nn.Module doesn't know
+    """Return the GptOssModel inside `model`, None for another family."""
+    return next((module for module in model.modules() if type(module).__name__ == "GptOssModel"), None)
+
+
+def factor_experts(model: nn.Module, *, recompute: bool = False) -> None:
+    """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
+
+    `recompute` saves memory for a sixth more work in the experts (see `run_experts`).
+    """
+    for layer in find_decoder(model).layers:
+        outer = layer.mlp.experts
+        outer.forward = MethodType(_experts_forward, outer)
+        outer.recompute_gate = recompute
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let each RMSNorm be one kernel and keep its input only."""
+    for module in model.modules():
+        if type(module).__name__ == "GptOssRMSNorm":
+            module.forward = MethodType(_norm_forward, module)
+
+
+def flash_attention(model: nn.Module) -> None:
+    """Let attention run over packed documents without a mask. Calls must bring position_ids (B, T), no mask, no cache.
+
+    transformers builds no mask then: the decoder gets a placeholder, and the documents instead.
+    """
+    decoder = find_decoder(model)
+    decoder.register_forward_pre_hook(_with_documents, with_kwargs=True)
+    for layer in decoder.layers:
+        layer.self_attn.forward = MethodType(_attention_forward, layer.self_attn)
+
+
+def _with_documents(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's hook signature
+    if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
+        raise ValueError("packed flash attention takes position_ids and no attention_mask: pack rows without padding")
+    masks = dict.fromkeys(decoder.config.layer_types)
+    return args, {**kwargs, "attention_mask": masks, "documents": find_documents(kwargs["position_ids"])}
+
+
+def _attention_forward(
+    self: Any,  # Any: GptOssAttention
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    *args: Any,
+    documents: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    del args, kwargs
+    heads = (-1, self.head_dim)
+    q_NAD, k_NGD, v_NGD = (
+        project(hidden_states).flatten(0, 1).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    cos_ND, sin_ND = (part.flatten(0, 1) for part in position_embeddings)
+    q_NAD, k_NGD = _rotate(q_NAD, cos_ND, sin_ND), _rotate(k_NGD, cos_ND, sin_ND)
+    out_NAD = attend_with_sinks(
+        q_NAD, k_NGD, v_NGD, self.sinks, documents, window=self.sliding_window, scale=self.scaling
+    )
+    return self.o_proj(out_NAD.flatten(1).view(*hidden_states.shape[:2], -1)), None
+
+
+@fused
+def _rotate(x_NAD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
+    first, second = x_NAD.float().chunk(2, dim=-1)
+    cos, sin = cos_ND[:, None].float(), sin_ND[:, None].float()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_NAD.dtype)
+
+
+def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:  # Any: GptOssRMSNorm
+    return _norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+@fused
+def _norm(x: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.float()
+    return (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x.dtype)
+
+
+def _experts_forward(
+    self: Any,  # Any: GptOssExperts, or the outermost ParamWrapper around it
+    hidden_states: torch.Tensor,
+    router_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+) -> torch.Tensor:
+    pairs: dict[str, Pair] = {}
+    module = self
+    while isinstance(module, ParamWrapper):
+        pairs |= _active_pair(module)
+        module = module.base_layer
+    base = ExpertWeights(
+        gate_up_EHG=module.gate_up_proj,
+        gate_up_bias_EG=module.gate_up_proj_bias,
+        down_EFH=module.down_proj,
+        down_bias_EH=module.down_proj_bias,
+        alpha=module.alpha,
+        limit=module.limit,
+    )
+    return run_experts(
+        hidden_states.to(base.gate_up_EHG.dtype),
+        router_indices,
+        routing_weights,
+        base,
+        pairs.get("gate_up_proj"),
+        pairs.get("down_proj"),
+        recompute=self.recompute_gate,
+    )
+
+
+def _active_pair(wrapper: ParamWrapper) -> dict[str, Pair]:
+    """Return {parameter: pair}; nothing when adapters are switched off. PEFT allows one adapter on parameters."""
+    if wrapper.disable_adapters or wrapper.merged:
+        return {}
+    (name,) = wrapper.active_adapters
+    parameter = wrapper.get_param()
+    pair = lora_pair(
+        wrapper.lora_A[name].weight,
+        wrapper.lora_B[name].weight,
+        len(parameter),
+        wrapper.scaling[name],
+        parameter.dtype,
+    )
+    return {wrapper.parameter_name: pair}

@@ -1,0 +1,118 @@
+"""One training step of the gpt-oss-20b architecture, taken apart: for work on the kernels, no baseline.
+
+    python tests/bench/step_20b.py ROWS CHECKPOINTING [TARGETS] [LAYERS]     e.g. 4 none all 24
+
+Random weights made on the GPU, plain AdamW, no Trainer; prints tokens/s, peak memory and the dearest GPU kernels.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROW_TOKENS = int(os.environ.get("ROW_TOKENS", "4096"))
+
+
+def build(num_layers: int):  # noqa: ANN201
+    """Random bf16 weights in the true shapes."""
+    import torch
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        num_hidden_layers=num_layers,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        head_dim=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        sliding_window=128,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = GptOssForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.config.use_cache = False
+    return model
+
+
+def main() -> None:
+    """Time steps, then profile one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+    from tasks.train.loss import fuse_head
+
+    rows, checkpointing = int(sys.argv[1]), sys.argv[2]
+    targets = sys.argv[3] if len(sys.argv) > 3 else "all"
+    num_layers = int(sys.argv[4]) if len(sys.argv) > 4 else 24
+    model = build(num_layers)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    if targets == "seed":
+        names = [f"{layer}.mlp.experts.down_proj" for layer in (7, 15, 23)]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if targets == "attention" else []
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=names)
+    peft = get_peft_model(model, config)
+    factor_experts(model, recompute=checkpointing == "selective")
+    fuse_norms(model)
+    flash_attention(model)
+    fuse_head(model)
+    if checkpointing == "full":
+        peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    peft.enable_input_require_grads()
+    peft.train()
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    positions = torch.arange(ROW_TOKENS, device="cuda").repeat(rows)[None]
+
+    def step() -> float:
+        ids = torch.randint(0, 201088, (1, rows * ROW_TOKENS), device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = peft(input_ids=ids, position_ids=positions, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    seconds = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    median = sorted(seconds[2:])[len(seconds[2:]) // 2]
+    report = {
+        "rows": rows,
+        "row_tokens": ROW_TOKENS,
+        "checkpointing": checkpointing,
+        "targets": targets,
+        "layers": num_layers,
+        "first_s": round(seconds[0], 1),
+        "step_s": round(median, 4),
+        "tokens_per_s": round(rows * ROW_TOKENS / median),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        "loss": round(loss, 3),
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+    if os.environ.get("PROFILE"):
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as result:
+            step()
+            torch.cuda.synchronize()
+        table = result.key_averages().table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70)
+        kept = [line[:72] + line[-75:] for line in table.splitlines()]
+        sys.stdout.write("\n".join(kept) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Our kernels on a GPU in bf16 against plain float32 arithmetic; CPU twins in tests/tasks/gptoss."""
+
+import pytest
+import torch
+
+from tasks.gptoss.attention import attend_with_sinks, find_documents
+from tasks.gptoss.experts import ExpertWeights, lora_pair, run_experts
+from tasks.train.loss import FrozenHeadLoss
+
+pytestmark = pytest.mark.gpu
+
+
+def gap(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """|ours - exact| / |exact|."""
+    return ((ours.float() - exact).norm() / exact.norm()).item()
+
+
+def plain_attention(q, k, v, sinks, position_ids, window, scale):  # noqa: ANN001, ANN201
+    copies = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+    document = (position_ids[0] == 0).cumsum(0)
+    place = torch.arange(len(q), device=q.device)
+    back = place[:, None] - place[None]
+    seen = (document[:, None] == document[None]) & (back >= 0) & (back < (window or len(q)))
+    logits = torch.einsum("nad,mad->anm", q, k) * scale
+    logits = logits.masked_fill(~seen, float("-inf"))
+    column = sinks[:, None, None].expand(-1, len(q), 1)
+    return torch.einsum("anm,mad->nad", torch.cat([logits, column], -1).softmax(-1)[..., :-1], v)
+
+
+@pytest.mark.parametrize("window", [None, 128, 127])
+def test_attention_with_sinks(window: int | None):
+    torch.manual_seed(0)
+    lengths = [1, 700, 129, 128, 300]
+    position_ids = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+    total = sum(lengths)
+    wide = [torch.randn(total, heads, 64, device="cuda") for heads in (64, 8, 8)]
+    wide = [part.bfloat16().float().requires_grad_() for part in wide]
+    sinks = torch.randn(64, device="cuda").requires_grad_()
+    exact = plain_attention(*wide, sinks, position_ids, window, 0.125)
+    dout = torch.randn_like(exact).bfloat16().float()
+    exact_grads = torch.autograd.grad(exact, (*wide, sinks), dout)
+    narrow = [part.detach().bfloat16().requires_grad_() for part in wide]
+    ours = attend_with_sinks(*narrow, sinks, find_documents(position_ids), window=window, scale=0.125)
+    grads = torch.autograd.grad(ours, (*narrow, sinks), dout.bfloat16())
+    assert gap(ours, exact) < 5e-3
+    for name, mine, true in zip("qkvs", grads, exact_grads, strict=True):
+        assert gap(mine, true) < 1e-2, name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_experts(recompute: bool):
+    torch.manual_seed(0)
+    num, hidden, inner, tokens, chosen, rank = 8, 256, 192, 500, 2, 4
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).bfloat16().float()
+
+    base = {
+        "gate_up_EHG": draw(num, hidden, 2 * inner, scale=hidden**-0.5),
+        "gate_up_bias_EG": draw(num, 2 * inner),
+        "down_EFH": draw(num, inner, hidden, scale=inner**-0.5),
+        "down_bias_EH": draw(num, hidden),
+    }
+    index = torch.stack([torch.randperm(num - 2, device="cuda")[:chosen] + 1 for _ in range(tokens)])  # 0 and 7: none
+    leaves = [
+        draw(tokens, hidden),
+        draw(tokens, chosen).softmax(-1).bfloat16().float(),
+        draw(num * rank, hidden, scale=hidden**-0.5),
+        draw(2 * inner, num * rank),
+        draw(num * rank, inner, scale=inner**-0.5),
+        draw(hidden, num * rank),
+    ]
+    dy = draw(tokens, hidden)
+
+    def run(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        mine = [leaf.to(dtype if place < 2 else torch.float32).requires_grad_() for place, leaf in enumerate(leaves)]
+        x, weight, a1, b1, a2, b2 = mine
+        frozen = ExpertWeights(**{name: part.to(dtype) for name, part in base.items()}, alpha=1.702, limit=7.0)
+        pairs = [lora_pair(a, b, num, 0.5, dtype) for a, b in ((a1, b1), (a2, b2))]
+        y = run_experts(x, index, weight, frozen, *pairs, recompute=recompute)
+        return y, torch.autograd.grad(y, mine, dy.to(dtype))
+
+    def plain() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        mine = [leaf.clone().requires_grad_() for leaf in leaves]
+        x, weight, a1, b1, a2, b2 = mine
+        y = 0
+        for slot in range(chosen):
+            e = index[:, slot]
+            changed = []
+            for w, a, b in ((base["gate_up_EHG"], a1, b1), (base["down_EFH"], a2, b2)):
+                delta = torch.einsum("ore,eri->eio",
+                                     b.view(-1, rank, num), a.view(num, rank, -1))
+                changed.append(w + 0.5 * delta)
+            h = torch.einsum("nh,nhg->ng", x, changed[0][e]) + base["gate_up_bias_EG"][e]
+            gate, up = h[:, ::2].clamp(max=7.0), h[:, 1::2].clamp(-7.0, 7.0)
+            g = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            out = torch.einsum("nf,nfh->nh", g, changed[1][e]) + base["down_bias_EH"][e]
+            y = y + out * weight[:, slot, None]
+        return y, torch.autograd.grad(y, mine, dy)
+
+    exact, exact_grads = plain()
+    ours, grads = run(torch.bfloat16)
+    assert gap(ours, exact) < 1e-2
+    for name, mine, true in zip(("x", "weight", "a1", "b1", "a2", "b2"), grads, exact_grads, strict=True):
+        assert gap(mine, true) < 2e-2, name
+    idle = grads[2].view(num, rank, hidden)[[0, num - 1]]
+    assert not idle.any()
+
+
+def test_head_loss():
+    torch.manual_seed(0)
+    hidden = torch.randn(3000, 256, device="cuda").bfloat16()
+    weight = (torch.randn(20000, 256, device="cuda") / 16).bfloat16()
+    target = torch.randint(20000, (3000,), device="cuda")
+    mine, true = hidden.clone().requires_grad_(), hidden.float().requires_grad_()
+    ours = FrozenHeadLoss.apply(mine, weight, target)
+    exact = torch.nn.functional.cross_entropy(true @ weight.float().T, target, reduction="sum")
+    ours.backward()
+    exact.backward()
+    assert abs(ours.item() / exact.item() - 1) < 1e-3
+    assert gap(mine.grad, true.grad) < 1e-2
