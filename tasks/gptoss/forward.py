@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from tasks.gptoss.attention import attend_with_sinks, find_documents
-from tasks.gptoss.experts import ExpertWeights, Pair, lora_pair, run_experts
+from tasks.gptoss.experts import NUM_PLAIN, Product, keep_extended, lora_pair, run_experts
 from tasks.gptoss.fused import fused
 
 
@@ -27,15 +27,31 @@ def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes
     return next((module for module in model.modules() if type(module).__name__ == "GptOssModel"), None)
 
 
-def factor_experts(model: nn.Module, *, recompute: bool = False) -> None:
+def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extend: bool = True) -> None:
     """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
 
-    `recompute` saves memory for a sixth more work in the experts (see `run_experts`).
+    Args:
+        model: a PeftModel of gpt-oss, or gpt-oss alone.
+        num_recomputed: in so many layers, the first ones, save memory for a third more work in the experts.
+        extend: hold the weights in the layout that the GEMMs want; not where something else owns them (FSDP).
     """
-    for layer in find_decoder(model).layers:
+    for number, layer in enumerate(find_decoder(model).layers):
         outer = layer.mlp.experts
         outer.forward = MethodType(_experts_forward, outer)
-        outer.recompute_gate = recompute
+        outer.recompute_gate = number < num_recomputed
+        if extend:
+            _extend_weights(outer)
+
+
+@torch.no_grad()
+def _extend_weights(module: Any) -> None:  # Any: GptOssExperts, or a ParamWrapper around it
+    ranks: dict[str, int] = {}
+    while isinstance(module, ParamWrapper):
+        ranks[module.parameter_name] = max(module.r.values())
+        module = module.base_layer
+    for name in ("gate_up_proj", "down_proj"):
+        bias = getattr(module, f"{name}_bias")
+        setattr(module, f"{name}_extended", keep_extended(getattr(module, name), bias, ranks.get(name, 0)))
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -107,32 +123,35 @@ def _experts_forward(
     router_indices: torch.Tensor,
     routing_weights: torch.Tensor,
 ) -> torch.Tensor:
-    pairs: dict[str, Pair] = {}
+    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     module = self
     while isinstance(module, ParamWrapper):
-        pairs |= _active_pair(module)
+        adapters |= _active_adapter(module)
         module = module.base_layer
-    base = ExpertWeights(
-        gate_up_EHG=module.gate_up_proj,
-        gate_up_bias_EG=module.gate_up_proj_bias,
-        down_EFH=module.down_proj,
-        down_bias_EH=module.down_proj_bias,
-        alpha=module.alpha,
-        limit=module.limit,
-    )
+    gate_up, down = (_product(module, name, adapters.get(name)) for name in ("gate_up_proj", "down_proj"))
     return run_experts(
-        hidden_states.to(base.gate_up_EHG.dtype),
+        hidden_states.to(gate_up.w_EIO.dtype),
         router_indices,
         routing_weights,
-        base,
-        pairs.get("gate_up_proj"),
-        pairs.get("down_proj"),
+        gate_up,
+        down,
+        alpha=module.alpha,
+        limit=module.limit,
         recompute=self.recompute_gate,
     )
 
 
-def _active_pair(wrapper: ParamWrapper) -> dict[str, Pair]:
-    """Return {parameter: pair}; nothing when adapters are switched off. PEFT allows one adapter on parameters."""
+def _product(module: Any, name: str, adapter: tuple[torch.Tensor, torch.Tensor] | None) -> Product:
+    extended = getattr(module, f"{name}_extended", None)
+    a_EIR, b_ERO = adapter or (None, None)
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias")
+    if adapter is None and extended is not None and extended.shape[1] > weight.shape[1] + NUM_PLAIN:
+        extended = None  # its adapter is switched off just now
+    return Product(w_EIO=weight, bias_EO=bias, a_EIR=a_EIR, b_ERO=b_ERO, extended_EXO=extended)
+
+
+def _active_adapter(wrapper: ParamWrapper) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return {parameter: (A, B)}; nothing while adapters are switched off. PEFT allows one adapter on parameters."""
     if wrapper.disable_adapters or wrapper.merged:
         return {}
     (name,) = wrapper.active_adapters

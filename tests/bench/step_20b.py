@@ -59,7 +59,7 @@ def main() -> None:
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if targets == "attention" else []
     config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=names)
     peft = get_peft_model(model, config)
-    factor_experts(model, recompute=checkpointing == "selective")
+    factor_experts(model, num_recomputed=num_layers * (checkpointing == "selective"))
     fuse_norms(model)
     flash_attention(model)
     fuse_head(model)

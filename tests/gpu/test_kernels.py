@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tasks.gptoss.attention import attend_with_sinks, find_documents
-from tasks.gptoss.experts import ExpertWeights, lora_pair, run_experts
+from tasks.gptoss.experts import Product, keep_extended, lora_pair, run_experts
 from tasks.train.loss import FrozenHeadLoss
 
 pytestmark = pytest.mark.gpu
@@ -48,8 +48,8 @@ def test_attention_with_sinks(window: int | None):
         assert gap(mine, true) < 1e-2, name
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_experts(recompute: bool):
+@pytest.mark.parametrize(("recompute", "extend"), [(False, True), (True, True), (True, False)])
+def test_experts(recompute: bool, extend: bool):
     torch.manual_seed(0)
     num, hidden, inner, tokens, chosen, rank = 8, 256, 192, 500, 2, 4
 
@@ -57,10 +57,10 @@ def test_experts(recompute: bool):
         return (torch.randn(*shape, device="cuda") * scale).bfloat16().float()
 
     base = {
-        "gate_up_EHG": draw(num, hidden, 2 * inner, scale=hidden**-0.5),
-        "gate_up_bias_EG": draw(num, 2 * inner),
-        "down_EFH": draw(num, inner, hidden, scale=inner**-0.5),
-        "down_bias_EH": draw(num, hidden),
+        "gate_up": draw(num, hidden, 2 * inner, scale=hidden**-0.5),
+        "gate_up_bias": draw(num, 2 * inner),
+        "down": draw(num, inner, hidden, scale=inner**-0.5),
+        "down_bias": draw(num, hidden),
     }
     index = torch.stack([torch.randperm(num - 2, device="cuda")[:chosen] + 1 for _ in range(tokens)])  # 0 and 7: none
     leaves = [
@@ -76,9 +76,13 @@ def test_experts(recompute: bool):
     def run(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         mine = [leaf.to(dtype if place < 2 else torch.float32).requires_grad_() for place, leaf in enumerate(leaves)]
         x, weight, a1, b1, a2, b2 = mine
-        frozen = ExpertWeights(**{name: part.to(dtype) for name, part in base.items()}, alpha=1.702, limit=7.0)
-        pairs = [lora_pair(a, b, num, 0.5, dtype) for a, b in ((a1, b1), (a2, b2))]
-        y = run_experts(x, index, weight, frozen, *pairs, recompute=recompute)
+        products = []
+        for name, a, b in (("gate_up", a1, b1), ("down", a2, b2)):
+            w, bias = torch.nn.Parameter(base[name].to(dtype)), base[f"{name}_bias"].to(dtype)
+            kept = keep_extended(w, bias, rank) if extend else None
+            pair = lora_pair(a, b, num, 0.5, dtype)
+            products.append(Product(w_EIO=w.detach(), bias_EO=bias, a_EIR=pair[0], b_ERO=pair[1], extended_EXO=kept))
+        y = run_experts(x, index, weight, *products, alpha=1.702, limit=7.0, recompute=recompute)
         return y, torch.autograd.grad(y, mine, dy.to(dtype))
 
     def plain() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -88,14 +92,14 @@ def test_experts(recompute: bool):
         for slot in range(chosen):
             e = index[:, slot]
             changed = []
-            for w, a, b in ((base["gate_up_EHG"], a1, b1), (base["down_EFH"], a2, b2)):
+            for w, a, b in ((base["gate_up"], a1, b1), (base["down"], a2, b2)):
                 delta = torch.einsum("ore,eri->eio",
                                      b.view(-1, rank, num), a.view(num, rank, -1))
                 changed.append(w + 0.5 * delta)
-            h = torch.einsum("nh,nhg->ng", x, changed[0][e]) + base["gate_up_bias_EG"][e]
+            h = torch.einsum("nh,nhg->ng", x, changed[0][e]) + base["gate_up_bias"][e]
             gate, up = h[:, ::2].clamp(max=7.0), h[:, 1::2].clamp(-7.0, 7.0)
             g = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            out = torch.einsum("nf,nfh->nh", g, changed[1][e]) + base["down_bias_EH"][e]
+            out = torch.einsum("nf,nfh->nh", g, changed[1][e]) + base["down_bias"][e]
             y = y + out * weight[:, slot, None]
         return y, torch.autograd.grad(y, mine, dy)
 
