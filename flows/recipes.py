@@ -50,7 +50,6 @@ def tiny() -> Recipe:
             max_steps=56,
             rows_per_device=2,
             dtype="float32",
-            gradient_checkpointing=False,
             save_steps=20,
         ),
         merge=MergeSpec(),

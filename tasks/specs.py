@@ -128,8 +128,19 @@ class TrainSpec(Spec):
     seed: int = Field(default=0, ge=0)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantization: Literal["none", "nf4", "int8"] = Field(default="none", description="nf4: QLoRA, int8: LLM.int8().")
-    attention: Literal["auto", "eager", "flex_attention", "sdpa"] = "auto"
-    gradient_checkpointing: bool = True
+    attention: Literal["auto", "eager", "flash", "flex_attention", "sdpa"] = "auto"
+    kernels: Literal["auto", "fused", "stock"] = Field(
+        default="auto",
+        description="fused: our expert LoRA, norms and head below gpt-oss; stock: transformers and PEFT.",
+    )
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        default="auto", description="What is recomputed in the backward pass; auto: as little as fits the GPU."
+    )
+    fit_micro_batch: bool = Field(
+        default=True,
+        description="On a GPU: choose the rows of a pass that fit; rows_per_device * gradient_accumulation stays.",
+    )
+    deterministic: bool = Field(default=False, description="Same bits at each run on a GPU too, for some speed.")
     save_steps: Positive = 50
     keep_checkpoints: int = Field(default=2, ge=2, description="The oldest goes before the newest is whole: 2 or more.")
     eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")

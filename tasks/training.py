@@ -32,16 +32,18 @@ FAILURE = "failure.json"
 logger = logging.getLogger(__name__)
 
 
-def fix_seeds(seed: int) -> None:
+def fix_seeds(seed: int, *, deterministic: bool = False) -> None:
     """Seed every generator that a model's construction draws from; on a CPU, let no sum depend on the threads' order.
 
     The grouped experts of transformers add up tokens by threads: without this two equal runs differ
-    in the last bits, and a resumed run from the one that was never killed.
+    in the last bits, and a resumed run from the one that was never killed. On a GPU that costs speed: when asked.
     """
-    if not torch.cuda.is_available():
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without; read at its first call
+    if deterministic or not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-        deterministic: Any = torch.utils.deterministic  # Any: the stubs lack its property
-        deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+        settings: Any = torch.utils.deterministic  # Any: the stubs lack its property
+        settings.fill_uninitialized_memory = False  # a debugging aid that costs time
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

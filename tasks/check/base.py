@@ -16,7 +16,7 @@ from tasks import files
 from tasks.artifacts import Artifact, ArtifactStore, BaseCheckpoint
 from tasks.errors import MissingError
 from tasks.fetch.run import check_model_folder, download_bytes, local_folder
-from tasks.gptoss.layout import config_values, parameter_shapes
+from tasks.gptoss.layout import MODEL_TYPE, config_values, parameter_shapes
 from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.hub import hub_errors, pin_commit
 from tasks.pretrain.run import pretrain_key, pretrained_origin
@@ -60,7 +60,7 @@ def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfA
         return BaseFacts(
             origin=pretrained_origin(pretrain_key(pretraining)),
             shapes=parameter_shapes(shape),
-            config=config_values(shape),
+            config={"model_type": MODEL_TYPE, **config_values(shape)},
         )
     if local is not None:
         config = files.read_json(check_model_folder(local) / "config.json")

@@ -26,8 +26,9 @@ from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import PretrainSpec, Recipe, Spec
-from tasks.train.needs import choose_attention, say_needs, training_needs
-from tasks.train.run import checkpoint_bytes, require_training_memory
+from tasks.train.needs import choose_attention, say_needs
+from tasks.train.plan import Workload, plan_step
+from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -123,7 +124,7 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
             f"ServeSpec.max_model_len = {longest} but a row holds {recipe.pack.row_tokens} tokens, and verify asks the "
             "server to score whole rows and to add one token: raise max_model_len or lower PackSpec.row_tokens"
         )
-    choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train.attention, on_gpu=bool(list_gpus()))
+    choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(list_gpus()))
     if stored := facts[0].config.get("quantization_config"):
         require_mxfp4(stored)
     return f"adapter: {len(targets)} weights, {sum(target.num_trainable for target in targets):,} trainable"
@@ -161,9 +162,16 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
     base = facts[0]
     if find_made(store, TrainedAdapter, recipe.train, base.origin):
         return "memory: trained before"
-    tokens = recipe.pack.row_tokens * recipe.train.rows_per_device
-    needs = training_needs(base.shapes, base.config, recipe.train, _targets(recipe, base), tokens)
-    return "memory: " + require_training_memory(needs, recipe.train, ours_leaves=holds_gpu(store.root))
+    work = Workload(
+        shapes=base.shapes,
+        config=base.config,
+        spec=recipe.train,
+        targets=_targets(recipe, base),
+        row_tokens=recipe.pack.row_tokens,
+    )
+    ours_leaves = holds_gpu(store.root)
+    plan = plan_step(work, gpu_room(recipe.train, ours_leaves=ours_leaves))
+    return "memory: " + require_training_memory(work, plan, ours_leaves=ours_leaves)
 
 
 def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:

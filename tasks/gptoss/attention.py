@@ -33,6 +33,8 @@ def find_documents(position_ids: torch.Tensor) -> Documents:
     Documents(ends=tensor([0, 3, 5], dtype=torch.int32), longest=3)
     """
     positions_N = position_ids.reshape(-1)
+    if positions_N[0] != 0:
+        raise ValueError(f"a batch begins with position {int(positions_N[0])}, expected 0: documents must not be cut")
     starts = (positions_N == 0).nonzero()[:, 0].int()
     total = torch.tensor([len(positions_N)], dtype=torch.int32, device=starts.device)
     ends = torch.cat([starts, total])
@@ -52,7 +54,11 @@ def attend_with_sinks(
     """Return causal attention (N, A, D) within each document.
 
     Args:
+        q_NAD: rotated queries.
+        k_NGD: rotated keys.
+        v_NGD: values.
         sinks_A: one logit per head.
+        documents: where each document begins.
         window: tokens that a token sees, itself included; None: all before it.
         scale: factor of the logits.
     On a GPU bf16 or fp16 (compute capability 8.0 or newer); on a CPU float32, for tests: it builds a mask.
@@ -84,9 +90,7 @@ class _SinkAttention(torch.autograd.Function):
         q_NAD, k_NGD, v_NGD, sinks_A, out_NAD, lse_AN, *state = ctx.saved_tensors
         engine, documents, window, scale = ctx.rest
         dout_NAD = grads[0].contiguous()
-        dq, dk, dv = engine.backward(
-            dout_NAD, q_NAD, k_NGD, v_NGD, out_NAD, lse_AN, state, documents, window, scale
-        )
+        dq, dk, dv = engine.backward(dout_NAD, q_NAD, k_NGD, v_NGD, out_NAD, lse_AN, state, documents, window, scale)
         dsinks_A = None
         if ctx.needs_input_grad[3]:
             share_NA = (sinks_A.float() - lse_AN.t()).exp()
@@ -95,9 +99,7 @@ class _SinkAttention(torch.autograd.Function):
 
 
 @fused
-def _shrink(
-    out_NAD: torch.Tensor, lse_AN: torch.Tensor, sinks_A: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _shrink(out_NAD: torch.Tensor, lse_AN: torch.Tensor, sinks_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with_sink_AN = torch.logaddexp(lse_AN, sinks_A.float()[:, None])
     share_NA1 = (lse_AN - with_sink_AN).exp().t()[:, :, None]
     return (out_NAD.float() * share_NA1).to(out_NAD.dtype), with_sink_AN

@@ -84,6 +84,9 @@ def lora_pair(
     Args:
         a_RI: (E*R, I), row e*R + k is rank k of expert e.
         b_OR: (O, R*E), column k*E + e is rank k of expert e.
+        num_experts: E.
+        scale: alpha / R, or alpha / sqrt(R).
+        dtype: that of the weights.
     Differentiable: gradients reach `a_RI` and `b_OR`.
     """
     if a_RI.shape[0] != b_OR.shape[1] or a_RI.shape[0] % num_experts:
@@ -164,20 +167,20 @@ class _Experts(torch.autograd.Function):
 
         dy_SH = grads[0][token_S]
         dg_SX = grouped_mm(dy_SH, down.extend().transpose(1, 2), offs=ends_E)
-        da1 = db1 = da2 = db2 = detour = None
+        da1 = db1 = da2 = db2 = du2 = detour = None
         if a2 is not None:
             du2 = dg_SX[:, num_inner : num_inner + down.rank]
             detour = grouped_mm(du2, a2.transpose(1, 2), offs=ends_E)
         g_SF, dh_SG, dot_S = gate_backward(h_SG, dg_SX, detour, w_S, alpha, limit)
         dw_NK = (dot_S + dg_SX[:, num_inner + down.rank])[place_NK].to(weight_NK.dtype)
-        if a2 is not None:
+        if du2 is not None:
             da2 = grouped_mm(g_SF.t(), _times(du2, w_S), offs=ends_E)
             db2 = grouped_mm(_times(u2, w_S).t(), dy_SH, offs=ends_E)
         del h_SG, g_SF, dy_SH, dg_SX, detour
 
         dx_SX = grouped_mm(dh_SG, gate_up.extend().transpose(1, 2), offs=ends_E)
         detour = None
-        if a1 is not None:
+        if u1 is not None:
             du1 = dx_SX[:, num_hidden : num_hidden + gate_up.rank]
             detour = grouped_mm(du1, a1.transpose(1, 2), offs=ends_E)
             da1 = grouped_mm(x_NH[token_S].t(), du1, offs=ends_E)

@@ -124,7 +124,7 @@ def _experts_forward(
     routing_weights: torch.Tensor,
 ) -> torch.Tensor:
     adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    module = self
+    module: Any = self  # Any: as above, one wrapper deeper each time
     while isinstance(module, ParamWrapper):
         adapters |= _active_adapter(module)
         module = module.base_layer
@@ -156,9 +156,11 @@ def _active_adapter(wrapper: ParamWrapper) -> dict[str, tuple[torch.Tensor, torc
         return {}
     (name,) = wrapper.active_adapters
     parameter = wrapper.get_param()
+    a: Any = wrapper.lora_A[name]  # Any: a Linear in a ModuleDict
+    b: Any = wrapper.lora_B[name]  # Any: as above
     pair = lora_pair(
-        wrapper.lora_A[name].weight,
-        wrapper.lora_B[name].weight,
+        a.weight,
+        b.weight,
         len(parameter),
         wrapper.scaling[name],
         parameter.dtype,

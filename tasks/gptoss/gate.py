@@ -38,9 +38,12 @@ def gate_backward(
     """Return g (S, F) again, d loss / d h (S, G) and the row sums of g * d (S, float32).
 
     Args:
+        h_SG: what the gate was applied to.
         dg: gradient of w-weighted g before the weight, (S, at least F): only the first F columns are read.
         detour_SF: added to it.
         w_S: each row's weight; d loss / d g = w * (dg + detour).
+        alpha: of the gate.
+        limit: of the gate.
     """
     num_rows, width = len(h_SG), h_SG.shape[1] // 2
     if h_SG.is_cuda:

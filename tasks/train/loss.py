@@ -17,8 +17,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.gptoss.fused import fused
+from tasks.train.needs import HEAD_ROWS
 
-_BLOCK, _BLOCK_GPU = 128, 2048  # rows of logits that exist at once
+_BLOCK = 128  # rows of logits that exist at once on a CPU
 
 
 def _score(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +55,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the summed loss, float32. Cost: two GEMMs of M x H x V; K x V floats live at once."""
         grad_MH = torch.empty_like(hidden_MH)
         loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        score, size = (_score_in_one, _BLOCK_GPU) if hidden_MH.is_cuda else (_score, _BLOCK)
+        score, size = (_score_in_one, HEAD_ROWS) if hidden_MH.is_cuda else (_score, _BLOCK)
         for start in range(0, len(hidden_MH), size):
             block = slice(start, start + size)
             block_loss, slope_KV = score(hidden_MH[block] @ weight_VH.T, target_M[block])

@@ -3,7 +3,7 @@
     shapes + config.json + TrainSpec -> training_needs() -> {part: bytes}
 
 Held against measured peaks (tests/tasks/train/test_needs.py): within a tenth for gpt-oss-20b on an
-H200. It is meant to refuse what can't fit and to name the numbers, not to fill the last gigabyte.
+H200. It refuses what can't fit and lets plan.py choose what does.
 
 Ring: pure.  Units: bytes.  Shapes: L layers, T tokens of a forward pass, H hidden, F inner, K experts per token.
 """
@@ -18,48 +18,95 @@ from tasks.specs import TrainSpec
 from tasks.train.targets import Shapes, Target
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
+_FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
+HEAD_ROWS = 2048  # rows of logits that exist at once on a GPU (tasks/train/loss.py)
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 _STORED = {"nf4": 0.52, "int8": 1.0}  # bytes of a quantised weight, scales included
 Config = Mapping[str, Any]  # Any: config.json
 
 
 def training_needs(
-    shapes: Shapes, config: Config, spec: TrainSpec, targets: list[Target], tokens: int
+    shapes: Shapes,
+    config: Config,
+    spec: TrainSpec,
+    targets: list[Target],
+    tokens: int,
+    checkpointing: str,
+    num_recomputed: int = 0,
 ) -> dict[str, int]:
     """Return what one GPU (or the host, without one) holds at the peak of a step, by part.
 
     Args:
         shapes: parameter name -> shape of the base as loaded.
         config: its config.json.
-        spec: dtype, quantisation, checkpointing.
+        spec: dtype, quantisation, kernels.
         targets: what gets an adapter (`find_targets`).
-        tokens: tokens of one forward pass, `row_tokens * rows_per_device`.
+        tokens: tokens of one pass, `row_tokens * rows_per_device`.
+        checkpointing: none, selective or full.
+        num_recomputed: selective: layers whose gate is recomputed.
     """
     element = 4 if spec.dtype == "float32" else 2
-    return {
+    needs = {
         "weights": sum(round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()),
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
-        "experts with their change": _formed_bytes(targets, spec, element),
-        "activations": _activation_bytes(config, spec, element, tokens),
+    }
+    if uses_fused_kernels(config, spec):
+        unused = first_trained_layer(targets)
+        kept, inside = _fused_activations(config, element, tokens, checkpointing, num_recomputed, unused)
+        logits = 2 * element * min(tokens, HEAD_ROWS) * config.get("vocab_size", 0)
+        return {**needs, "activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
+    is_full = checkpointing == "full"
+    return {
+        **needs,
+        "experts with their change": _formed_bytes(targets, element, is_full=is_full),
+        "activations": _activation_bytes(config, spec, element, tokens, is_full=is_full),
         "workspace": _WORKSPACE,
     }
 
 
-def choose_attention(model_type: str, wanted: str, *, on_gpu: bool) -> str:
-    """Return transformers' attention for training: gpt-oss has sinks, which only eager and (on CUDA) flex handle.
+def uses_fused_kernels(config: Config, spec: TrainSpec) -> bool:
+    """Say whether our kernels run below this model: gpt-oss, unless the recipe says stock.
 
-    Raises: SpecError for an attention that would drop the sinks without a word.
-
-    >>> choose_attention("gpt_oss", "auto", on_gpu=False), choose_attention("qwen2", "auto", on_gpu=True)
-    ('eager', 'sdpa')
+    >>> from tasks.specs import LoraSpec
+    >>> uses_fused_kernels({"model_type": "qwen2"}, TrainSpec(lora=LoraSpec(target_modules=("q_proj",))))
+    False
     """
+    return spec.kernels != "stock" and config.get("model_type") == MODEL_TYPE
+
+
+def choose_attention(model_type: str, spec: TrainSpec, *, on_gpu: bool) -> str:
+    """Return the attention for training: gpt-oss has sinks, which only eager, flex (on CUDA) and our flash handle.
+
+    `flash` is tasks/gptoss/attention.py; every other name is transformers'.
+    Raises: SpecError for an attention that would drop the sinks without a word, or that has no kernel here.
+
+    >>> from tasks.specs import LoraSpec
+    >>> lora = LoraSpec(target_modules=("q_proj",))
+    >>> [choose_attention("gpt_oss", TrainSpec(lora=lora), on_gpu=gpu) for gpu in (False, True)]
+    ['eager', 'flash']
+    >>> choose_attention("qwen2", TrainSpec(lora=lora), on_gpu=True)
+    'sdpa'
+    """
+    wanted = spec.attention
     if model_type != MODEL_TYPE:
+        if wanted == "flash":
+            raise SpecError(
+                f"TrainSpec.attention 'flash' is for gpt-oss, but the base is {model_type}: use sdpa or auto"
+            )
         return "sdpa" if wanted == "auto" else wanted
+    has_flash = spec.kernels != "stock" and (not on_gpu or spec.dtype == "bfloat16")
+    if wanted == "flash" and not has_flash:
+        raise SpecError(
+            f"TrainSpec.attention 'flash' needs dtype bfloat16 on a GPU and kernels other than stock, but they are "
+            f"{spec.dtype} and {spec.kernels}: change them, or use flex_attention"
+        )
     if wanted == "sdpa":
-        raise SpecError("TrainSpec.attention 'sdpa' drops the sinks of gpt-oss: use flex_attention, eager or auto")
+        raise SpecError("TrainSpec.attention 'sdpa' drops the sinks of gpt-oss: use flash, eager or auto")
     if wanted == "flex_attention" and not on_gpu:
         raise SpecError("TrainSpec.attention 'flex_attention' needs CUDA for the sinks of gpt-oss: use eager or auto")
-    return wanted if wanted != "auto" else "flex_attention" if on_gpu else "eager"
+    if wanted != "auto":
+        return wanted
+    return "eager" if not on_gpu else "flash" if has_flash else "flex_attention"
 
 
 def say_needs(needs: Mapping[str, int]) -> str:
@@ -78,7 +125,41 @@ def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: in
     return _STORED[spec.quantization] if is_linear and spec.quantization != "none" else element
 
 
-def _formed_bytes(targets: list[Target], spec: TrainSpec, element: int) -> int:
+def first_trained_layer(targets: list[Target]) -> int:
+    """Return the number of the lowest layer with an adapter: the backward pass ends there.
+
+    >>> first_trained_layer([Target(name=f"model.layers.{n}.x.weight", shape=(1, 1), num_trainable=2) for n in (9, 7)])
+    7
+    """
+    layers = [target.name.partition(".layers.")[2].partition(".")[0] for target in targets]
+    return min((int(layer) for layer in layers if layer.isdigit()), default=0)
+
+
+def _fused_activations(
+    config: Config, element: int, tokens: int, checkpointing: str, num_recomputed: int, unused: int
+) -> tuple[int, int]:
+    """Return what a pass keeps for its backward half, and what the widest moment of one layer adds.
+
+    The backward pass ends at the lowest adapter: the `unused` layers below it keep nothing.
+
+    Kept of a layer: both norms' inputs and the experts' input (H each), q, k, v, the attention's output and its
+    log-sum-exp, and for each of K experts the gate's argument (2 F), which `selective` makes again.
+    """
+    num_layers, hidden, inner = (config.get(n, 0) for n in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    heads, keys, chosen = (
+        config.get(n, 0) for n in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
+    )
+    head_dim = config.get("head_dim") or hidden // max(1, heads)
+    plain = tokens * (element * (3 * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
+    gate = tokens * chosen * 2 * inner * element
+    inside = tokens * chosen * (hidden + 7 * inner) * element
+    if checkpointing == "full":
+        return num_layers * tokens * hidden * element, inside + plain + gate
+    with_gate = num_layers - max(unused, num_recomputed)
+    return (num_layers - unused) * plain + with_gate * gate, inside
+
+
+def _formed_bytes(targets: list[Target], element: int, *, is_full: bool) -> int:
     """PEFT forms W + BA of an expert tensor and a full gradient for it: one layer's with checkpointing, else all."""
     by_layer: dict[str, int] = {}
     for target in targets:
@@ -86,10 +167,10 @@ def _formed_bytes(targets: list[Target], spec: TrainSpec, element: int) -> int:
             layer = target.name.partition(".layers.")[2].partition(".")[0]
             by_layer[layer] = by_layer.get(layer, 0) + prod(target.shape) * element
     largest = max(by_layer.values(), default=0)
-    return 2 * largest if spec.gradient_checkpointing else largest + sum(by_layer.values())
+    return 2 * largest if is_full else largest + sum(by_layer.values())
 
 
-def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int) -> int:
+def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int, *, is_full: bool) -> int:
     """Inputs of each layer and the inside of one (checkpointing), or the insides of all."""
     num_layers, hidden = config.get("num_hidden_layers", 0), config.get("hidden_size", 0)
     heads = config.get("num_attention_heads", 0)
@@ -101,4 +182,4 @@ def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int
     if spec.attention == "eager":
         inside += heads * tokens * tokens * (element + 4)
     inputs = num_layers * tokens * hidden * element
-    return inputs + inside if spec.gradient_checkpointing else num_layers * inside
+    return inputs + inside if is_full else num_layers * inside

@@ -5,11 +5,13 @@
 Ring: edge. Imports no torch.
 """
 
+import logging
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tasks import files, machine
 from tasks.artifacts import (
@@ -22,13 +24,14 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import CapacityError, MissingError, SpecError
+from tasks.errors import CapacityError, MissingError, OutOfMemoryError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
-from tasks.train.needs import say_needs, training_needs
+from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, run_trainer
 
-VERSION = 1
+VERSION = 2
+logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at
 
 
@@ -50,21 +53,9 @@ def train_adapter(
             return claim.found
         require_warm(packed.num_train_rows, spec)
         make_room()
-        _require_room(base, packed, spec, claim.folder)
-        result = run_trainer(
-            "tasks.train.worker",
-            claim.folder,
-            {
-                "folder": str(claim.folder),
-                "spec": spec.model_dump(mode="json"),
-                "base_folder": base.model_folder,
-                "packed_folder": packed.folder,
-                "row_tokens": packed.row_tokens,
-            },
-            num_processes=spec.num_processes,
-            stall_timeout_s=spec.stall_timeout_s,
-            on_progress=on_progress,
-        )
+        work = _workload(base, packed, spec)
+        files.require_disk(claim.folder, checkpoint_bytes(work.num_trainable, spec), "training")
+        result, plans = _run_planned(work, packed, base, claim.folder, on_progress)
         adapter_folder = claim.folder / "adapter"
         artifact = TrainedAdapter(
             key=key,
@@ -76,7 +67,7 @@ def train_adapter(
             base_digest=base.model_digest,
             **result,
         )
-        claim.commit(artifact, spec=spec)
+        claim.commit(artifact, spec=spec, about={"plans": plans})
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
         return artifact
 
@@ -143,14 +134,58 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
     return find_targets(base_shapes(Path(base.model_folder)), lora)
 
 
-def _require_room(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec, folder: Path) -> None:
-    """A checkpoint holds the adapter and two moments in fp32."""
+def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> Workload:
     shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
     targets = find_targets(shapes, spec.lora)
-    num_trainable = sum(target.num_trainable for target in targets)
-    files.require_disk(folder, checkpoint_bytes(num_trainable, spec), "training")
-    tokens = packed.row_tokens * spec.rows_per_device
-    require_training_memory(training_needs(shapes, config, spec, targets, tokens), spec)
+    return Workload(shapes=shapes, config=config, spec=spec, targets=targets, row_tokens=packed.row_tokens)
+
+
+def _run_planned(
+    work: Workload, packed: PackedDataset, base: BaseCheckpoint, folder: Path, on_progress: ProgressFn
+) -> tuple[dict[str, Any], list[str]]:  # Any: JSON values
+    """Run the trainer under the plan that fits; after an out of memory under a smaller one, from its last step on.
+
+    Returns: the trainer's result, and every plan in words.
+    """
+    kept = folder / "plans.json"  # those of earlier tries too: what ran out of memory once is not tried again
+    plans = [StepPlan(**plan) for plan in files.read_json(kept)] if kept.exists() else []
+    if not plans:
+        plans = [plan_step(work, gpu_room(work.spec))]
+        require_training_memory(work, plans[0])
+        files.write_json(kept, [asdict(plans[0])])
+    while True:
+        logger.info("step: %s", say_plan(work, plans[-1]))
+        try:
+            result = run_trainer(
+                "tasks.train.worker",
+                folder,
+                {
+                    "folder": str(folder),
+                    "spec": work.spec.model_dump(mode="json"),
+                    "plan": asdict(plans[-1]),
+                    "base_folder": base.model_folder,
+                    "packed_folder": packed.folder,
+                    "row_tokens": packed.row_tokens,
+                },
+                num_processes=work.spec.num_processes,
+                stall_timeout_s=work.spec.stall_timeout_s,
+                on_progress=on_progress,
+            )
+        except OutOfMemoryError as error:
+            smaller = smaller_plan(work, plans[-1]) if work.spec.fit_micro_batch else None
+            if smaller is None:
+                raise
+            logger.warning("%s; the rows of a step stay, and it goes on with smaller passes", error)
+            plans.append(smaller)
+            files.write_json(kept, [asdict(plan) for plan in plans])
+        else:
+            return result, [say_plan(work, plan) for plan in plans]
+
+
+def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:
+    """Return what the tightest GPU of a run has free; None without a GPU."""
+    used = machine.list_gpus()[: spec.num_processes]
+    return min((gpu.total_bytes if ours_leaves else gpu.free_bytes for gpu in used), default=None)
 
 
 def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:
@@ -158,13 +193,13 @@ def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:
     return (spec.keep_checkpoints + 2) * 12 * num_trainable + (64 << 20)
 
 
-def require_training_memory(needs: dict[str, int], spec: TrainSpec, *, ours_leaves: bool = False) -> str:
+def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool = False) -> str:
     """Say what training needs and what is there. Raises CapacityError when it can't fit.
 
-    Each process of a run has a GPU of its own, so one has to hold `needs`; without a GPU the host does. What our own
+    Each process of a run has a GPU of its own, so one has to hold it; without a GPU the host does. What our own
     vLLM holds counts as free when it leaves before the training (`ours_leaves`).
     """
-    needed, said = sum(needs.values()), f"training needs about {say_needs(needs)}"
+    spec, needed, said = work.spec, sum(work.needs(plan).values()), f"training takes {say_plan(work, plan)}"
     gpus = machine.list_gpus()
     way_out = "lower TrainSpec.rows_per_device or PackSpec.row_tokens, choose nf4, or a smaller base"
     if not gpus:

@@ -28,11 +28,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from tasks import files
 from tasks.errors import TrainingError
 from tasks.gptoss.documents import separate_documents
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tasks.gptoss.layout import MODEL_TYPE
 from tasks.metrics import read_metrics
 from tasks.models import dequantized
 from tasks.specs import TrainSpec
-from tasks.train.loss import CpuSFTTrainer
-from tasks.train.needs import choose_attention
+from tasks.train.loss import FusedHeadTrainer, fuse_head
+from tasks.train.needs import choose_attention, uses_fused_kernels
+from tasks.train.plan import StepPlan
 from tasks.training import (
     RESULT,
     Recorder,
@@ -48,9 +51,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     """Train, or go on from the newest whole checkpoint; leave `adapter/` and result.json."""
     folder, spec = Path(job["folder"]), TrainSpec.model_validate(job["spec"])
     transformers_logging.disable_progress_bar()
-    fix_seeds(spec.seed)
+    fix_seeds(spec.seed, deterministic=spec.deterministic)
     model = load_base(Path(job["base_folder"]), spec)
-    separate_documents(model)
     trainer = make_trainer(model, job, spec)
     checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
     before = evaluate_once(trainer, folder / "evaluation_before.json")
@@ -78,8 +80,9 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(folder)
     on_gpu = torch.cuda.is_available()
-    attention = choose_attention(config.model_type, spec.attention, on_gpu=on_gpu)
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": attention}
+    attention = choose_attention(config.model_type, spec, on_gpu=on_gpu)
+    stock = "eager" if attention == "flash" else attention  # ours is put in its place by `speed_up`
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": stock}
     if spec.quantization != "none":
         kwargs["quantization_config"] = bits_and_bytes(spec)
     elif getattr(config, "quantization_config", None):
@@ -88,7 +91,7 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
-    say(f"base: {model.num_parameters():,} parameters, attention {model.config._attn_implementation}")
+    say(f"base: {model.num_parameters():,} parameters, attention {attention}")
     return model
 
 
@@ -110,10 +113,12 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     rows = {name: Dataset.from_parquet(str(packed / f"{name}.parquet")) for name in ("train", "validation")}
     tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
     tokens_per_step = job["row_tokens"] * spec.rows_per_device * spec.gradient_accumulation * spec.num_processes
-    trainer_class = SFTTrainer if torch.cuda.is_available() else CpuSFTTrainer
+    plan = StepPlan(**job["plan"])
+    is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
+    trainer_class = FusedHeadTrainer if is_fused or not torch.cuda.is_available() else SFTTrainer
     trainer = trainer_class(
         model=model,
-        args=trainer_arguments(folder, spec),
+        args=trainer_arguments(folder, spec, plan),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
@@ -122,7 +127,20 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     )
     trainer.remove_callback(PrinterCallback)
     widen_adapter(trainer.model)
+    if trainer_class is FusedHeadTrainer:
+        fuse_head(model)
+    speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
     return trainer
+
+
+def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a PeftModel
+    """Put our kernels below a gpt-oss that PEFT has wrapped; packed documents stay apart with every attention."""
+    factor_experts(model, num_recomputed=plan.num_recomputed)
+    fuse_norms(model)
+    if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
+        flash_attention(model)
+    else:
+        separate_documents(model)
 
 
 def widen_adapter(model: Any) -> None:  # Any: a PeftModel; Trainer types it as optional
@@ -149,7 +167,7 @@ def lora_config(spec: TrainSpec) -> LoraConfig:
     )
 
 
-def trainer_arguments(folder: Path, spec: TrainSpec) -> SFTConfig:
+def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfig:
     """Return TRL's settings; rows are packed already, so padding_free only keeps documents apart."""
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {  # Any: SFTConfig takes many types
@@ -159,10 +177,10 @@ def trainer_arguments(folder: Path, spec: TrainSpec) -> SFTConfig:
         "warmup_steps": spec.warmup_steps,
         "num_train_epochs": spec.num_epochs,
         "max_steps": spec.max_steps,
-        "per_device_train_batch_size": spec.rows_per_device,
-        "per_device_eval_batch_size": spec.rows_per_device,
-        "gradient_accumulation_steps": spec.gradient_accumulation,
-        "gradient_checkpointing": spec.gradient_checkpointing,
+        "per_device_train_batch_size": plan.rows_per_device,
+        "per_device_eval_batch_size": plan.rows_per_device,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "gradient_checkpointing": plan.checkpointing == "full",
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
         "optim": "adamw_torch_fused",
@@ -185,7 +203,7 @@ def trainer_arguments(folder: Path, spec: TrainSpec) -> SFTConfig:
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False if spec.num_processes > 1 else None,
     }
-    if spec.gradient_checkpointing:
+    if plan.checkpointing == "full":
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return SFTConfig(**settings)
 

@@ -1,10 +1,11 @@
 """The gpt-oss-20b recipe on one GPU: our own worker, true shapes, random weights.
 
-    python tests/bench/bench_train_20b.py [num_layers]     prints one JSON line; $OUT/train_20b.json when OUT is set
+    python tests/bench/bench_train_20b.py [CASE ...]     one JSON line a case; also $OUT/train_20b.json
 
 Runs tasks.train.worker exactly as the flow does (TRL, PEFT, checkpoints, evaluation) on a folder of
-random bf16 weights in the shapes of openai/gpt-oss-20b, with packed rows of random tokens. Needs a CUDA
-device with 80 GB, torch, transformers, peft, trl and datasets; no Prefect, no network.
+random bf16 weights in the shapes of openai/gpt-oss-20b, with packed rows of random tokens, one document a
+row: the most that attention can cost. Needs a CUDA device with 80 GB, torch, transformers, peft, trl and
+datasets; no Prefect, no network. `stock` cases are TRL and PEFT as they are, with their best settings.
 """
 
 import json
@@ -16,13 +17,54 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-ROW_TOKENS, NUM_ROWS, STEPS = 4096, 40, 8
+STEPS = 8
+SEEDS = [f"{layer}.mlp.experts.down_proj" for layer in (7, 15, 23)]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def write_base(folder: Path, num_layers: int) -> float:
+def case(
+    rows: int,
+    checkpointing: str,
+    *,
+    parameters: list[str] = EXPERTS,
+    modules: list[str] | None = None,
+    row_tokens: int = 4096,
+    rows_per_step: int = 4,
+    num_recomputed: int = 0,
+    **changes: str,
+) -> dict[str, Any]:  # Any: JSON values
+    """One run: what the recipe changes, and the plan of its step."""
+    lora = {"rank": 8, "alpha": 16, "target_parameters": parameters, "target_modules": modules or []}
+    return {
+        "changes": {"lora": lora, **changes},
+        "row_tokens": row_tokens,
+        "plan": {
+            "rows_per_device": rows,
+            "gradient_accumulation": rows_per_step // rows,
+            "checkpointing": checkpointing,
+            "num_recomputed": num_recomputed,
+        },
+    }
+
+
+CASES = {
+    "all-experts": case(4, "none"),
+    "all-experts-full": case(4, "full"),
+    "all-experts-1-row-selective": case(1, "selective", num_recomputed=24),
+    "all-experts-and-attention-full": case(4, "full", modules=ATTENTION),
+    "seeds": case(4, "none", parameters=SEEDS),
+    "all-experts-60k": case(1, "full", row_tokens=60_000, rows_per_step=1),
+    "seeds-stock": case(1, "full", parameters=SEEDS, kernels="stock"),
+    "all-experts-stock": case(4, "full", kernels="stock"),
+}
+
+
+def write_base(folder: Path) -> float:
     """Save random weights; return the seconds it took."""
     import torch
     from tokenizers import Tokenizer, models
@@ -30,7 +72,7 @@ def write_base(folder: Path, num_layers: int) -> float:
 
     start = time.perf_counter()
     config = GptOssConfig(
-        num_hidden_layers=num_layers,
+        num_hidden_layers=24,
         num_local_experts=32,
         num_experts_per_tok=4,
         vocab_size=201088,
@@ -57,82 +99,91 @@ def write_base(folder: Path, num_layers: int) -> float:
     return time.perf_counter() - start
 
 
-def write_rows(folder: Path) -> None:
-    """Write packed rows of four random documents each."""
+def write_rows(folder: Path, row_tokens: int, num_rows: int) -> None:
+    """Write packed rows of one random document each."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     draw = np.random.default_rng(0)
-    for name, count in (("train", NUM_ROWS), ("validation", 2)):
-        ids = [draw.integers(1000, 200000, ROW_TOKENS).tolist() for _ in range(count)]
-        lengths = [[ROW_TOKENS // 4] * 4] * count
+    for name, count in (("train", num_rows), ("validation", 2)):
+        ids = [draw.integers(1000, 200000, row_tokens).tolist() for _ in range(count)]
+        lengths = [[row_tokens]] * count
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"input_ids": ids, "labels": ids, "seq_lengths": lengths}), folder / f"{name}.parquet")
 
 
-def main() -> None:
-    """Make the inputs, run the worker, report."""
-    if not Path("/dev/nvidia0").exists():
-        sys.stdout.write('{"name": "train-gptoss20b-lora-h100-recipe", "skipped": "no CUDA device"}\n')
-        return
-    num_layers = int(sys.argv[1]) if len(sys.argv) > 1 else 24
-    work = Path(tempfile.mkdtemp(prefix="bench-20b-", dir=os.environ.get("BENCH_DIR")))
-    # The parent must leave the GPU before the worker takes it: inputs are made in a child.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_train_20b import write_base; "
-    code += f"from pathlib import Path; print(write_base(Path({str(work / 'base')!r}), {num_layers}))"
-    saved = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
-    write_rows(work / "packed")
-    layers = [layer for layer in (7, 15, 23) if layer < num_layers]
-    spec = {
-        "lora": {"rank": 8, "alpha": 16, "target_parameters": [f"{n}.mlp.experts.down_proj" for n in layers]},
-        "learning_rate": 2e-4,
-        "max_steps": STEPS,
-        "rows_per_device": 1,
-        "gradient_accumulation": 4,
-        "save_steps": STEPS,
-    }
-    job = {
-        "folder": str(work / "run"),
-        "spec": spec,
-        "base_folder": str(work / "base"),
-        "packed_folder": str(work / "packed"),
-        "row_tokens": ROW_TOKENS,
-    }
-    (work / "run").mkdir()
-    (work / "run/job.json").write_text(json.dumps(job))
-    start = time.perf_counter()
-    argv = [sys.executable, "-m", "tasks.train.worker", str(work / "run/job.json")]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout[-3000:] + done.stderr[-6000:])
-    records = [json.loads(line) for line in (work / "run/metrics.jsonl").read_text().splitlines()]
-    speeds = [record["tokens_per_s"] for record in records[2:]]
-    result = json.loads((work / "run/result.json").read_text())
+def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
+    """Run the worker on one case; return what it measured."""
     import torch
 
-    report = {
-        "name": "train-gptoss20b-lora-h100-recipe",
-        "command": "python tests/bench/bench_train_20b.py",
+    wanted = CASES[name]
+    plan, row_tokens = wanted["plan"], wanted["row_tokens"]
+    rows_per_step = plan["rows_per_device"] * plan["gradient_accumulation"]
+    packed, run = work / f"packed-{row_tokens}", work / name
+    if not packed.exists():
+        write_rows(packed, row_tokens, rows_per_step * STEPS)
+    run.mkdir()
+    spec = {"learning_rate": 2e-4, "max_steps": STEPS, "save_steps": STEPS, "gradient_accumulation": rows_per_step}
+    job = {
+        "folder": str(run),
+        "spec": {**spec, **wanted["changes"]},
+        "plan": plan,
+        "base_folder": str(work / "base"),
+        "packed_folder": str(packed),
+        "row_tokens": row_tokens,
+    }
+    (run / "job.json").write_text(json.dumps(job))
+    start = time.perf_counter()
+    argv = [sys.executable, "-m", "tasks.train.worker", str(run / "job.json")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"name": name, "error": (done.stdout[-500:] + done.stderr)[-2500:]}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [record["tokens_per_s"] for record in records[3:]]
+    result = json.loads((run / "result.json").read_text())
+    return {
+        "name": name,
         "machine": torch.cuda.get_device_name(0),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "num_layers": num_layers,
-        "row_tokens": ROW_TOKENS,
-        "tokens_per_step": 4 * ROW_TOKENS,
+        **wanted,
+        **plan,
         "num_trainable": result["num_trainable"],
         "tokens_per_s": round(statistics.median(speeds)),
         "spread_pct": round(100 * (max(speeds) - min(speeds)) / statistics.median(speeds), 1),
         "peak_gpu_gb": round(max(record["peak_gpu_bytes"] for record in records) / 1e9, 1),
         "first_loss": round(result["first_loss"], 4),
         "last_loss": round(result["last_loss"], 4),
-        "save_base_s": round(float(saved.stdout.split()[-1]), 1),
         "worker_s": round(time.perf_counter() - start, 1),
     }
-    text = json.dumps(report)
-    sys.stdout.write(text + "\n")
+
+
+def main() -> None:
+    """Make the base, run the cases, report."""
+    if not Path("/dev/nvidia0").exists():
+        sys.stdout.write('{"name": "train-gptoss20b", "skipped": "no CUDA device"}\n')
+        return
+    work = Path(os.environ.get("BENCH_DIR") or tempfile.mkdtemp(prefix="bench-20b-"))
+    if not (work / "base").exists():
+        # The parent must leave the GPU before the worker takes it: the base is made in a child.
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_train_20b import write_base; "
+        code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    names = sys.argv[1:] or list(CASES)
+    cases = []
+    for name in names:
+        cases.append(run_case(name, work))
+        sys.stdout.write(json.dumps(cases[-1]) + "\n")
+        sys.stdout.flush()
+    import torch
+
+    report = {
+        "command": " ".join(["python tests/bench/bench_train_20b.py", *names]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cases": cases,
+    }
     if "OUT" in os.environ:
-        (Path(os.environ["OUT"]) / "train_20b.json").write_text(text + "\n")
+        (Path(os.environ["OUT"]) / "train_20b.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

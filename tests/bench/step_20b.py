@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 ROW_TOKENS = int(os.environ.get("ROW_TOKENS", "4096"))
 
 
-def build(num_layers: int):  # noqa: ANN201
+def build(num_layers: int):
     """Random bf16 weights in the true shapes."""
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM

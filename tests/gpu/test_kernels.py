@@ -15,7 +15,7 @@ def gap(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours.float() - exact).norm() / exact.norm()).item()
 
 
-def plain_attention(q, k, v, sinks, position_ids, window, scale):  # noqa: ANN001, ANN201
+def plain_attention(q, k, v, sinks, position_ids, window, scale):
     copies = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     document = (position_ids[0] == 0).cumsum(0)
@@ -93,8 +93,7 @@ def test_experts(recompute: bool, extend: bool):
             e = index[:, slot]
             changed = []
             for w, a, b in ((base["gate_up"], a1, b1), (base["down"], a2, b2)):
-                delta = torch.einsum("ore,eri->eio",
-                                     b.view(-1, rank, num), a.view(num, rank, -1))
+                delta = torch.einsum("ore,eri->eio", b.view(-1, rank, num), a.view(num, rank, -1))
                 changed.append(w + 0.5 * delta)
             h = torch.einsum("nh,nhg->ng", x, changed[0][e]) + base["gate_up_bias"][e]
             gate, up = h[:, ::2].clamp(max=7.0), h[:, 1::2].clamp(-7.0, 7.0)

@@ -35,7 +35,6 @@ SPEC = TrainSpec(
     max_steps=24,
     rows_per_device=2,
     dtype="float32",
-    gradient_checkpointing=False,
     save_steps=4,
 )
 

@@ -1,0 +1,131 @@
+"""How a step is cut into passes: rows of one pass, and what is recomputed in it, so that it fits and is fast.
+
+    needs + room -> plan_step() -> StepPlan;  after an out of memory: smaller_plan()
+
+The rows of an optimizer step never change, only how many of them pass at once: the run stays the same
+run, up to rounding.
+
+Ring: pure.  Units: bytes, tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tasks.specs import TrainSpec
+from tasks.train.needs import Config, say_needs, training_needs, uses_fused_kernels
+from tasks.train.targets import Shapes, Target
+
+_RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows
+_PASS_TOKENS = 850  # what starting a pass costs, in tokens: 31 ms of 36.5 ms per 1,000 tokens (H200, gpt-oss-20b)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One optimizer step: `gradient_accumulation` passes of `rows_per_device` rows."""
+
+    rows_per_device: int
+    gradient_accumulation: int
+    checkpointing: str  # none, selective or full
+    num_recomputed: int = 0  # selective: layers whose gate is recomputed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained on what: everything that memory and time depend on, beside the plan."""
+
+    shapes: Shapes
+    config: Config
+    spec: TrainSpec
+    targets: list[Target]
+    row_tokens: int
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters."""
+        return sum(target.num_trainable for target in self.targets)
+
+    def needs(self, plan: StepPlan) -> dict[str, int]:
+        """Return what one GPU holds at the peak of a step under `plan`, by part."""
+        tokens = self.row_tokens * plan.rows_per_device
+        return training_needs(
+            self.shapes, self.config, self.spec, self.targets, tokens, plan.checkpointing, plan.num_recomputed
+        )
+
+    def cost(self, plan: StepPlan) -> float:
+        """Return the time of a step in arbitrary units: forward, backward without weight gradients, recomputation."""
+        num_layers = max(1, self.config.get("num_hidden_layers", 1))
+        again = {"none": 0.0, "full": 1.0, "selective": 0.4 * plan.num_recomputed / num_layers}[plan.checkpointing]
+        tokens = plan.rows_per_device * self.row_tokens
+        return plan.gradient_accumulation * (tokens * (2 + again) / 2 + _PASS_TOKENS)
+
+
+def plan_step(work: Workload, room_bytes: int | None) -> StepPlan:
+    """Return the fastest plan whose needs fit `room_bytes`, or the smallest one when none does.
+
+    Without a GPU (`room_bytes` None) nothing is chosen: the spec's own rows, nothing recomputed unless it says so.
+    """
+    plans = list(_candidates(work, choose=room_bytes is not None))
+    if room_bytes is None:
+        return plans[0]
+    fitting = [plan for plan in plans if sum(work.needs(plan).values()) + _RESERVE_BYTES <= room_bytes]
+    if fitting:
+        return min(fitting, key=work.cost)
+    return min(plans, key=lambda plan: sum(work.needs(plan).values()))
+
+
+def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
+    """Return what to try after `plan` ran out of memory: half the rows of a pass, then more recomputation."""
+    if plan.rows_per_device > 1:
+        rows = next(n for n in range(plan.rows_per_device // 2, 0, -1) if plan.rows_per_device % n == 0)
+        return replace(
+            plan,
+            rows_per_device=rows,
+            gradient_accumulation=plan.gradient_accumulation * plan.rows_per_device // rows,
+        )
+    needed = sum(work.needs(plan).values())
+    lighter = [
+        replace(plan, checkpointing=mode, num_recomputed=layers)
+        for mode, layers in _modes(work)
+        if sum(work.needs(replace(plan, checkpointing=mode, num_recomputed=layers)).values()) < needed
+    ]
+    return min(lighter, key=work.cost, default=None)
+
+
+def say_plan(work: Workload, plan: StepPlan) -> str:
+    """Write the plan in a line, with what it needs."""
+    recomputed = {"none": "nothing", "full": "every layer"}.get(
+        plan.checkpointing, f"the gate of {plan.num_recomputed} layers"
+    )
+    return (
+        f"{plan.gradient_accumulation} passes of {plan.rows_per_device} x {work.row_tokens} tokens a step, "
+        f"{recomputed} recomputed: about {say_needs(work.needs(plan))}"
+    )
+
+
+def _candidates(work: Workload, *, choose: bool) -> Iterator[StepPlan]:
+    spec = work.spec
+    total = spec.rows_per_device * spec.gradient_accumulation
+    rows = [spec.rows_per_device]
+    if choose and spec.fit_micro_batch:
+        rows = [count for count in range(total, 0, -1) if total % count == 0]
+    modes = list(_modes(work))
+    for count in rows:
+        for mode, layers in modes if choose else modes[:1]:
+            yield StepPlan(
+                rows_per_device=count,
+                gradient_accumulation=total // count,
+                checkpointing=mode,
+                num_recomputed=layers,
+            )
+
+
+def _modes(work: Workload) -> Iterator[tuple[str, int]]:
+    """Yield the ways to recompute that the spec allows, the fastest first."""
+    wanted, num_layers = work.spec.checkpointing, work.config.get("num_hidden_layers", 0)
+    if wanted in ("auto", "none"):
+        yield "none", 0
+    if wanted in ("auto", "selective") and uses_fused_kernels(work.config, work.spec):
+        quarters = [round(num_layers * share / 4) for share in (1, 2, 3, 4)]
+        yield from (("selective", layers) for layers in (quarters if wanted == "auto" else quarters[-1:]))
+    if wanted in ("auto", "full"):
+        yield "full", 0

@@ -1,0 +1,112 @@
+"""Our kernels below transformers' gpt-oss and PEFT's adapters: the same model, and PEFT's own files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from tasks.gptoss.documents import separate_documents
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tests.tiny import make_model
+
+IDS = torch.arange(60)[None] * 4 % 256
+POSITIONS = torch.tensor([[*range(25), *range(35)]])
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+CONFIGS = {
+    "experts and attention": {"target_parameters": list(EXPERTS), "target_modules": ["q_proj", "o_proj"]},
+    "one layer, down only": {"target_parameters": ["1.mlp.experts.down_proj"], "target_modules": []},
+    "rslora": {"target_parameters": list(EXPERTS), "target_modules": [], "use_rslora": True},
+}
+
+
+def adapted(settings: dict[str, Any], seed: int = 1) -> PeftModel:
+    """A tiny gpt-oss with an adapter whose both halves are not zero."""
+    model = make_model(0)
+    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, **settings))
+    torch.manual_seed(seed)
+    for name, weight in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return peft
+
+
+def with_kernels(model: PeftModel, *, flash: bool = True, **options: Any) -> PeftModel:
+    factor_experts(model, **options)
+    fuse_norms(model)
+    flash_attention(model) if flash else separate_documents(model)
+    return model
+
+
+def stock(model: PeftModel) -> PeftModel:
+    separate_documents(model)
+    return model
+
+
+def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits = model(input_ids=IDS, position_ids=POSITIONS).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:]).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"flash": False}, {"num_recomputed": 1}, {"extend": False}],
+    ids=["all", "eager", "recompute", "plain"],
+)
+def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):
+    expected, expected_grads = run(stock(adapted(settings)))
+    logits, grads = run(with_kernels(adapted(settings), **options))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys() and grads
+    for name, gradient in grads.items():
+        scale = expected_grads[name].abs().max()
+        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+
+
+def test_switched_off_adapters_leave_the_base():
+    model = with_kernels(adapted(CONFIGS["rslora"]))
+    base = make_model(0)
+    separate_documents(base)
+    with model.disable_adapter():
+        ours = model(input_ids=IDS, position_ids=POSITIONS).logits
+    torch.testing.assert_close(ours, base(input_ids=IDS, position_ids=POSITIONS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_saved_under_our_kernels_is_pefts_and_back(tmp_path: Path):
+    settings = CONFIGS["experts and attention"]
+    ours = with_kernels(adapted(settings))
+    expected = run(ours)[0]
+    ours.save_pretrained(tmp_path / "ours")
+    stock(adapted(settings)).save_pretrained(tmp_path / "peft")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft")]
+    assert files[0].keys() == files[1].keys()
+    for name, tensor in files[0].items():
+        torch.testing.assert_close(tensor, files[1][name], rtol=0, atol=0)
+    by_peft = stock(PeftModel.from_pretrained(make_model(0), str(tmp_path / "ours")))
+    torch.testing.assert_close(run_logits(by_peft), expected, rtol=1e-5, atol=1e-5)
+    by_us = with_kernels(PeftModel.from_pretrained(make_model(0), str(tmp_path / "peft"), is_trainable=True))
+    torch.testing.assert_close(run(by_us)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def run_logits(model: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, position_ids=POSITIONS).logits
+
+
+def test_a_step_of_the_optimizer_is_seen_by_the_next_pass():
+    """B is copied behind the weights at each pass: a stale copy would train nothing."""
+    model, reference = with_kernels(adapted(CONFIGS["rslora"])), stock(adapted(CONFIGS["rslora"]))
+    for each in (model, reference):
+        run(each)
+        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5).step()
+    torch.testing.assert_close(run_logits(model), run_logits(reference), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_is_refused_since_it_would_be_ignored():
+    model = with_kernels(adapted(CONFIGS["rslora"]))
+    with pytest.raises(ValueError, match="position_ids and no attention_mask"):
+        model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
