@@ -56,6 +56,7 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     trainer = make_trainer(model, job, spec)
     checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
     before = evaluate_once(trainer, folder / "evaluation_before.json")
+    fix_seeds(spec.seed, deterministic=spec.deterministic)  # the rows' order must not depend on who evaluated, and how
     run_to_end(trainer, checkpoint)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
@@ -213,6 +214,9 @@ def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
     if not path.exists():
         loss = trainer.evaluate()["eval_loss"]
         say(f"validation loss before training {loss:.4f}")
+        # Evaluating marks the model as prepared, and training would then not wrap it: ranks without DDP drift apart.
+        trainer.accelerator.free_memory()
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
         if not trainer.is_world_process_zero():
             return loss
         files.write_json(path, {"eval_loss": loss})
