@@ -16,6 +16,12 @@ def truncate_metrics(path: Path, step: int) -> None:
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def append_metrics(path: Path, record: dict[str, Any]) -> None:  # Any: JSON values
+    """Append one record in one write."""
+    with path.open("a") as handle:
+        handle.write(json.dumps(record) + "\n")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:  # Any: JSON values
     """Return the records of metrics.jsonl; a torn last line is left out."""
     if not path.exists():

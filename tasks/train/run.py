@@ -5,9 +5,11 @@
 Ring: edge. Imports no torch.
 """
 
+import logging
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +26,14 @@ from tasks.artifacts import (
 )
 from tasks.errors import CapacityError, MissingError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
+from tasks.train.flops import flops_per_token
 from tasks.train.needs import say_needs, training_needs
+from tasks.train.placement import fit_processes
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
-from tasks.trainer_job import ProgressFn, run_trainer
+from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 1
+logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at
 
 
@@ -50,21 +55,26 @@ def train_adapter(
             return claim.found
         require_warm(packed.num_train_rows, spec)
         make_room()
-        _require_room(base, packed, spec, claim.folder)
-        result = run_trainer(
-            "tasks.train.worker",
-            claim.folder,
-            {
-                "folder": str(claim.folder),
-                "spec": spec.model_dump(mode="json"),
-                "base_folder": base.model_folder,
-                "packed_folder": packed.folder,
-                "row_tokens": packed.row_tokens,
-            },
-            num_processes=spec.num_processes,
+        placed = fit_processes(spec, available_processes(spec))  # the key stays that of the planned number
+        if placed.num_processes != spec.num_processes:
+            logger.info("%d processes instead of %d, same batch", placed.num_processes, spec.num_processes)
+        _require_room(base, packed, placed, claim.folder)
+        job = {
+            "folder": str(claim.folder),
+            "spec": placed.model_dump(mode="json"),
+            "base_folder": base.model_folder,
+            "packed_folder": packed.folder,
+            "row_tokens": packed.row_tokens,
+            "flops_per_token": _flops_per_token(base, packed, spec),
+        }
+        terms = Terms(
+            num_processes=placed.num_processes,
             stall_timeout_s=spec.stall_timeout_s,
-            on_progress=on_progress,
+            heartbeat_timeout_s=spec.heartbeat_timeout_s,
+            stop_grace_s=spec.stop_grace_s,
+            variables=wandb_variables(os.environ, key, store.root) if spec.report_to == "wandb" else {},
         )
+        result = run_trainer("tasks.train.worker", claim.folder, job, terms, on_progress)
         adapter_folder = claim.folder / "adapter"
         artifact = TrainedAdapter(
             key=key,
@@ -79,6 +89,27 @@ def train_adapter(
         claim.commit(artifact, spec=spec)
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
         return artifact
+
+
+def available_processes(spec: TrainSpec) -> int:
+    """Return how many training processes this machine takes: one a GPU; without a GPU as many as are planned.
+
+    TATARA_TRAIN_PROCESSES lowers it, on a machine whose other GPUs are somebody else's.
+    """
+    limit = int(os.environ.get("TATARA_TRAIN_PROCESSES") or spec.num_processes)
+    return min(limit, len(machine.list_gpus()) or limit)
+
+
+def wandb_variables(variables: Mapping[str, str], key: str, root: Path) -> dict[str, str]:
+    """Return what the trainer's W&B needs of our environment: its own variables, one run per adapter, and a place.
+
+    Without WANDB_API_KEY the run is kept offline. A resumed run goes on with the run that it began.
+    """
+    own = {name: value for name, value in variables.items() if name.startswith("WANDB_")}
+    offline = {} if own.get("WANDB_API_KEY") else {"WANDB_MODE": "offline"}
+
+    run = {"WANDB_RUN_ID": key[:16], "WANDB_RESUME": "allow", "WANDB_DIR": str(root)}
+    return {"WANDB_PROJECT": "tatara", **own, **offline, **run}
 
 
 def planned_steps(num_rows: int, spec: TrainSpec) -> int:
@@ -151,6 +182,15 @@ def _require_room(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec, 
     files.require_disk(folder, checkpoint_bytes(num_trainable, spec), "training")
     tokens = packed.row_tokens * spec.rows_per_device
     require_training_memory(training_needs(shapes, config, spec, targets, tokens), spec)
+
+
+def _flops_per_token(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> float:
+    return flops_per_token(
+        files.read_json(Path(base.model_folder) / "config.json"),
+        plan_targets(base, spec.lora),
+        packed.num_train_tokens / packed.num_train_documents,
+        packed.num_learnt_tokens / packed.num_train_tokens,
+    )
 
 
 def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:
