@@ -1,0 +1,69 @@
+"""A run that goes on with another number of processes learns the same rows in each step: equal but for rounding."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks.artifacts import ArtifactStore
+from tasks.errors import SpecError, TrainingError
+from tasks.metrics import read_metrics
+from tasks.train.placement import fit_processes
+from tasks.train.run import train_adapter
+from tests.tasks.train.runs import SPEC
+from tests.tasks.train.test_train_run import make_inputs
+
+PLANNED = SPEC.model_copy(
+    update={"num_processes": 2, "gradient_accumulation": 2, "max_steps": 16, "learning_rate": 2e-3}
+)
+MAX_DIFFERENCE = 1e-4  # of a loss, relative; float32 on a CPU, rows of a step added up in another order
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TATARA_TRAIN_PROCESSES", "1")
+    store = ArtifactStore(tmp_path / "whole")
+    packed, base = make_inputs(store, tmp_path)
+    whole = train_adapter(packed, base, PLANNED, store, lambda record: None)
+    store = ArtifactStore(tmp_path / "home")
+    for processes, until in (("1", 6), ("2", 11)):
+        monkeypatch.setenv("TATARA_TRAIN_PROCESSES", processes)
+
+        def kill(record: dict[str, float], until: int = until) -> None:
+            if record["step"] == until:
+                (identity,) = (store.root / "adapter").glob("*/process.json")
+                os.kill(json.loads(identity.read_text())["pid"], signal.SIGKILL)
+
+        with pytest.raises(TrainingError, match="died without a result"):
+            train_adapter(packed, base, PLANNED, store, kill)
+    monkeypatch.setenv("TATARA_TRAIN_PROCESSES", "1")
+    again = train_adapter(packed, base, PLANNED, store, lambda record: None)
+    assert again.key == whole.key
+    log = (again.path / "output.log").read_text()
+    assert "resuming from checkpoint-4" in log and "resuming from checkpoint-8" in log
+    mine, theirs = (read_metrics(adapter.path / "metrics.jsonl") for adapter in (again, whole))
+    assert [record["tokens"] for record in mine] == [record["tokens"] for record in theirs]
+    assert [record["loss"] for record in mine] == pytest.approx([r["loss"] for r in theirs], rel=MAX_DIFFERENCE)
+    tensors, others = (load_file(str(Path(a.adapter_folder) / "adapter_model.safetensors")) for a in (again, whole))
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("available", "processes", "accumulation"), [(1, 1, 12), (2, 2, 6), (3, 3, 4), (5, 4, 3), (8, 6, 2), (99, 12, 1)]
+)
+def test_the_rows_of_a_step_stay(available: int, processes: int, accumulation: int):
+    planned = SPEC.model_copy(update={"num_processes": 4, "gradient_accumulation": 3})
+    fitted = fit_processes(planned, available)
+    assert (fitted.num_processes, fitted.gradient_accumulation) == (processes, accumulation)
+    assert fitted.model_copy(update={"num_processes": 4, "gradient_accumulation": 3}) == planned
+
+
+def test_no_process_is_refused():
+    with pytest.raises(SpecError, match="0 processes can't train"):
+        fit_processes(SPEC, 0)
