@@ -1,6 +1,5 @@
 """A run that goes on with another number of processes learns the same rows in each step: equal but for rounding."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tasks import processes
 from tasks.artifacts import ArtifactStore
 from tasks.errors import SpecError, TrainingError
 from tasks.metrics import read_metrics
@@ -31,13 +31,14 @@ def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.M
     packed, base = make_inputs(store, tmp_path)
     whole = train_adapter(packed, base, PLANNED, store, lambda record: None)
     store = ArtifactStore(tmp_path / "home")
-    for processes, until in (("1", 6), ("2", 11)):
-        monkeypatch.setenv("TATARA_TRAIN_PROCESSES", processes)
+    for number, until in (("1", 6), ("2", 11)):
+        monkeypatch.setenv("TATARA_TRAIN_PROCESSES", number)
 
         def kill(record: dict[str, float], until: int = until) -> None:
             if record["step"] == until:
                 (identity,) = (store.root / "adapter").glob("*/process.json")
-                os.kill(json.loads(identity.read_text())["pid"], signal.SIGKILL)
+                for pid in processes.find_members(identity, processes.find_alive(identity)):  # launcher and ranks
+                    os.kill(pid, signal.SIGKILL)
 
         with pytest.raises(TrainingError, match="died without a result"):
             train_adapter(packed, base, PLANNED, store, kill)
