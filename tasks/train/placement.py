@@ -4,7 +4,8 @@
 
 The planned spec stays the artifact's key, so a run goes on from its checkpoint on a machine with more or fewer GPUs.
 Each step learns the same rows; only the order in which their gradients are added differs (rounding), and dropout draws
-other numbers.
+other numbers. Trap: the last step of an epoch that its rows do not fill. accelerate gives each process as many rows, so
+with more processes a few of the epoch's first rows come again there.
 
 Ring: pure.
 """

@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tasks import processes
@@ -20,7 +19,9 @@ from tests.tasks.train.test_train_run import make_inputs
 PLANNED = SPEC.model_copy(
     update={"num_processes": 2, "gradient_accumulation": 2, "max_steps": 16, "learning_rate": 2e-3}
 )
+STEPS_PER_EPOCH = 3  # 17 rows, 8 a step: the last step of an epoch has one row left
 MAX_DIFFERENCE = 1e-4  # of a loss, relative; float32 on a CPU, rows of a step added up in another order
+MAX_DIFFERENCE_AT_AN_EPOCHS_END = 5e-3  # accelerate gives each process as many rows, so some of the first come again
 
 
 @pytest.mark.slow
@@ -49,10 +50,13 @@ def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.M
     assert "resuming from checkpoint-4" in log and "resuming from checkpoint-8" in log
     mine, theirs = (read_metrics(adapter.path / "metrics.jsonl") for adapter in (again, whole))
     assert [record["tokens"] for record in mine] == [record["tokens"] for record in theirs]
-    assert [record["loss"] for record in mine] == pytest.approx([r["loss"] for r in theirs], rel=MAX_DIFFERENCE)
+    for number, (record, other) in enumerate(zip(mine, theirs, strict=True), start=1):
+        fills_up = number % STEPS_PER_EPOCH == 0
+        bound = MAX_DIFFERENCE_AT_AN_EPOCHS_END if fills_up else MAX_DIFFERENCE
+        assert record["loss"] == pytest.approx(other["loss"], rel=bound), f"step {number}"
     tensors, others = (load_file(str(Path(a.adapter_folder) / "adapter_model.safetensors")) for a in (again, whole))
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, others[name], rtol=2e-2, atol=2e-4)
+        assert (tensor - others[name]).norm() < 0.05 * others[name].norm(), name
 
 
 @pytest.mark.parametrize(
