@@ -29,7 +29,12 @@ from tasks.errors import CorruptError, MissingError
 from tasks.specs import Spec
 
 CHECKPOINTS = "checkpoints"  # removed once the artifact is whole: no part of it
-_NOT_LISTED = {"manifest.json", "output.log", "process.json"}  # a trainer may still write its last line
+_NOT_LISTED = {
+    "manifest.json",
+    "output.log",
+    "process.json",
+    "heartbeat.json",
+}  # a trainer may still write them
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
@@ -119,6 +124,7 @@ class TrainedAdapter(Artifact):
     last_loss: float
     validation_loss_before: float
     validation_loss_after: float
+    best_step: int = 0  # whose weights it holds, with TrainSpec.keep_best; 0: those of the last step
 
 
 class MergedModel(Artifact):
@@ -203,7 +209,7 @@ def make_key(verb: str, version: int, spec: Spec, pins: dict[str, str], parents:
         pins: what a moving name resolved to (file digest, commit), so that an edited file is a new key.
         parents: artifacts that went in.
     """
-    question = [verb, version, spec.model_dump(mode="json"), pins, [parent.ref for parent in parents]]
+    question = [verb, version, spec.key_values(), pins, [parent.ref for parent in parents]]
     return sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -22,6 +22,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from tasks.metrics import say_record
+
 P = ParamSpec("P")
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
@@ -77,12 +79,12 @@ class Progress:
         percent = int(100 * record["step"] / max(1, record["num_steps"]))
         if percent > self._percent:
             self._percent = percent
-            self._show(float(percent))
+            self._show(float(percent), f"{self.description}: {say_record(record)}")
 
     @_never_fatal
-    def _show(self, percent: float) -> None:
+    def _show(self, percent: float, description: str) -> None:
         if self._artifact is None:
-            created: Any = create_progress_artifact(percent, key=self.key, description=self.description)
+            created: Any = create_progress_artifact(percent, key=self.key, description=description)
             self._artifact = created  # Any above: the function is typed as maybe a coroutine
         else:
-            update_progress_artifact(self._artifact, progress=percent)
+            update_progress_artifact(self._artifact, progress=percent, description=description)

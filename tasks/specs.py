@@ -13,7 +13,7 @@ import math
 import re
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
@@ -28,6 +28,16 @@ class Spec(BaseModel):
     """Base of all knobs: frozen, and a misspelt field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    later: ClassVar[frozenset[str]] = frozenset()  # fields that came after the first keys were made
+    beside: ClassVar[frozenset[str]] = frozenset()  # fields that decide nothing about an artifact's bytes
+
+    def key_values(self) -> dict[str, Any]:  # Any: JSON values
+        """Return the part of an artifact's key that the knobs are.
+
+        A `later` field is left out while it has its default, so that what was made before it came is still found.
+        """
+        neutral = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude={*neutral, *self.beside})
 
 
 class BaseModelSpec(Spec):
@@ -140,13 +150,42 @@ class TrainSpec(Spec):
         default=True,
         description="On a GPU: choose the rows of a pass that fit; rows_per_device * gradient_accumulation stays.",
     )
-    deterministic: bool = Field(default=False, description="Same bits at each run on a GPU too, for some speed.")
     save_steps: Positive = 50
     keep_checkpoints: int = Field(default=2, ge=2, description="The oldest goes before the newest is whole: 2 or more.")
     eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")
     log_steps: Positive = 1
     num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")
-    stall_timeout_s: float = Field(default=1800.0, gt=0, description="No sign of life for so long: the run hangs.")
+    stall_timeout_s: float = Field(default=1800.0, gt=0, description="No progress for so long: the run hangs.")
+    heartbeat_timeout_s: float = Field(default=300.0, gt=0, description="A silent heartbeat for so long: it hangs.")
+    stop_grace_s: float = Field(
+        default=25.0, gt=0, description="Time for a last checkpoint when told to stop; Prefect's worker waits 30 s."
+    )
+    keep_best: bool = Field(default=False, description="Keep the weights of the lowest validation loss, not the last.")
+    early_stopping_patience: int = Field(
+        default=0, ge=0, description="Stop after so many evaluations in a row without a new best; 0: never."
+    )
+    early_stopping_min_delta: float = Field(default=0.0, ge=0, description="A new best is lower by more than this.")
+    explosion_factor: float = Field(
+        default=3.0, ge=0, description="A loss above this times the running median explodes; 0: never looked at."
+    )
+    explosion_steps: Positive = Field(default=5, description="Exploding losses in a row that end the run.")
+    deterministic: bool = Field(default=False, description="Only operations whose result is the same each time.")
+    report_to: Literal["none", "wandb"] = Field(
+        default="none", description="wandb: online with WANDB_API_KEY, else an offline run below TATARA_HOME/wandb."
+    )
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"keep_best", "early_stopping_patience", "early_stopping_min_delta", "deterministic"}
+    )
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {"heartbeat_timeout_s", "stop_grace_s", "explosion_factor", "explosion_steps", "report_to"}
+    )
+
+    @model_validator(mode="after")
+    def _is_evaluated(self) -> Self:
+        if (self.keep_best or self.early_stopping_patience) and not self.eval_steps:
+            raise ValueError("keep_best and early_stopping_patience need evaluations: set eval_steps to 1 or more")
+        return self
 
     @field_validator("max_steps")
     @classmethod

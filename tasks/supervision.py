@@ -5,6 +5,7 @@
 Ring: edge.  Units: seconds.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import processes
+from tasks.lifeline import HEARTBEAT
+from tasks.liveness import HangError, Liveness
 from tasks.processes import (
     Identity,
     Program,
@@ -59,12 +62,13 @@ class Tail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A supervised child: its folder holds process.json, output.log and metrics.jsonl."""
+    """A supervised child: its folder holds process.json, output.log, metrics.jsonl and maybe heartbeat.json."""
 
     argv: list[str]
     env: dict[str, str]
     folder: Path
     stall_timeout_s: float
+    heartbeat_timeout_s: float = 300.0
     grace_s: float = 30.0
 
     @property
@@ -86,10 +90,14 @@ class Job:
 def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  # Any: JSON values
     """Run `job` to its end, or go on with the one that a dead parent left running.
 
-    Each output line is logged, each metrics line goes to `on_metrics`. When this process is
-    cancelled or fails, the child is stopped first: SIGTERM, `grace_s`, SIGKILL. Raises TimeoutError
-    when neither output nor metrics move for `stall_timeout_s`. Whether it succeeded is for the
-    caller to read from what the child left behind: an exit code dies with the parent.
+    Each output line is logged, each metrics line goes to `on_metrics`. When this process is told to
+    end (a cancel in the UI comes as SIGTERM) or fails, the child is stopped first: SIGTERM, `grace_s`,
+    SIGKILL. A cancellation from inside this process is no person's wish: it comes when the lease of a
+    concurrency limit could not be renewed because the server was away. The child goes on then, and the
+    next try follows it.
+    Raises TimeoutError when it hangs: nothing moves for `stall_timeout_s`, or its heartbeat stands still
+    for `heartbeat_timeout_s`. Whether it succeeded is for the caller to read from what the child left
+    behind: an exit code dies with the parent.
     """
     identity = _find(job)
     output, metrics = Tail(job.log, from_end=True), Tail(job.metrics, from_end=True)
@@ -98,6 +106,7 @@ def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  
         write_identity(job.identity_file, identity)  # its starter may have been killed before it could
     else:
         stop(job.identity_file, job.grace_s)  # ranks that outlived a killed launcher
+        (job.folder / HEARTBEAT).unlink(missing_ok=True)  # of a dead one
         program = Program(
             argv=tuple(job.argv),
             variables=job.env,
@@ -108,6 +117,9 @@ def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  
         identity = start_detached(program)
     try:
         _follow(job, identity, output, metrics, on_metrics)
+    except asyncio.CancelledError:
+        logger.warning("cancelled from inside: pid %d goes on, and the next run of this follows it", identity.pid)
+        raise
     except BaseException:
         stop(job.identity_file, job.grace_s)
         raise
@@ -144,16 +156,31 @@ def _find(job: Job) -> Identity | None:
 def _follow(
     job: Job, identity: Identity, output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]
 ) -> None:
-    last_sign = time.monotonic()
+    liveness = Liveness(
+        stall_timeout_s=job.stall_timeout_s, heartbeat_timeout_s=job.heartbeat_timeout_s, now=time.monotonic()
+    )
     while True:
         alive = identity.is_alive()
+        now = time.monotonic()
         if _report(output, metrics, on_metrics):
-            last_sign = time.monotonic()
+            liveness.see_progress(now)
         if not alive:
             return
-        if time.monotonic() - last_sign > job.stall_timeout_s:
-            raise TimeoutError(f"pid {identity.pid} gave no sign of life for {job.stall_timeout_s:.0f} s: it hangs")
+        liveness.see_beat(_read_beat(job.folder / HEARTBEAT), now)
+        try:
+            if line := liveness.judge(now):
+                logger.warning("%s", line)
+        except HangError as hang:
+            raise TimeoutError(f"pid {identity.pid}: {hang}") from None
         time.sleep(_POLL_S)
+
+
+def _read_beat(path: Path) -> dict[str, Any]:  # Any: JSON values
+    """Return the heartbeat; nothing when there is none, or when a look met it half written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _report(output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]) -> bool:

@@ -7,7 +7,8 @@ Ring: edge. Imports no torch: this is the parent's side.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,25 @@ from tasks.supervision import Job, supervise
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 
 
+_KILL_AFTER_S = 2.0  # the trainer kills itself when its grace is over; this is for one that can't any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a trainer runs: on how many processes, how patiently it is watched, what its environment adds."""
+
+    num_processes: int = 1
+    stall_timeout_s: float = 1800.0
+    heartbeat_timeout_s: float = 300.0
+    stop_grace_s: float = 25.0
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)  # W&B's key may be one
+
+
 def run_trainer(
     module: str,
     folder: Path,
     job: dict[str, Any],  # Any: JSON values
-    *,
-    num_processes: int,
-    stall_timeout_s: float,
+    terms: Terms,
     on_progress: ProgressFn,
 ) -> dict[str, Any]:  # Any: JSON values
     """Run `module` on `job` in `folder` until its result is there; return the result.
@@ -39,11 +52,18 @@ def run_trainer(
         return files.read_json(result)
     files.write_json(folder / "job.json", job)
     argv = [sys.executable, "-m", module, str(folder / "job.json")]
-    if num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    if terms.num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={terms.num_processes}"]
         argv = [sys.executable, *launcher, "-m", module, str(folder / "job.json")]
     failure.unlink(missing_ok=True)
-    child = Job(argv=argv, env=_environment(), folder=folder, stall_timeout_s=stall_timeout_s)
+    child = Job(
+        argv=argv,
+        env={**_environment(), **terms.variables},
+        folder=folder,
+        stall_timeout_s=terms.stall_timeout_s,
+        heartbeat_timeout_s=terms.heartbeat_timeout_s,
+        grace_s=terms.stop_grace_s + _KILL_AFTER_S,
+    )
     try:
         supervise(child, on_progress)
     except TimeoutError as error:

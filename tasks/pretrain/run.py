@@ -15,7 +15,7 @@ from tasks.errors import DataError, MissingError, SpecError
 from tasks.gptoss.layout import parameter_shapes
 from tasks.gptoss.tokenizer import NUM_IDS, shared_tokenizer
 from tasks.specs import PretrainSpec
-from tasks.trainer_job import ProgressFn, run_trainer
+from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 1
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture" / "corpus.txt"
@@ -41,9 +41,8 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
                 "corpus": str(corpus.resolve()),
                 "tokenizer_folder": str(tokenizer_folder),
             },
-            num_processes=1,
-            stall_timeout_s=1800.0,
-            on_progress=on_progress,
+            Terms(),
+            on_progress,
         )
         model_folder = claim.folder / "model"
         artifact = PretrainedModel(

@@ -25,18 +25,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from tasks import files
+from tasks.checkpoints import checkpoint_step, latest_checkpoint
 from tasks.gptoss.layout import config_values
 from tasks.metrics import read_metrics
+from tasks.recorder import Measures, Recorder, say
 from tasks.specs import PretrainSpec
-from tasks.training import (
-    RESULT,
-    Recorder,
-    checkpoint_step,
-    fix_seeds,
-    latest_checkpoint,
-    run_worker,
-    say,
-)
+from tasks.training import RESULT, Keeper, fix_seeds, require_end, run_worker
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -108,6 +102,7 @@ def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint_step(checkpoint) < spec.num_steps:  # Trainer would train one more step of a finished run
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        require_end(trainer.state, spec.num_steps)
     else:
         trainer._load_from_checkpoint(str(checkpoint))
     model = expand(trained, vocabulary, spec, tokenizer)
@@ -167,7 +162,10 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=Windows(vocabulary.classes(ids_N), spec),
-        callbacks=[Recorder(folder, spec.row_tokens * spec.rows_per_step)],
+        callbacks=[
+            Recorder(folder, Measures(row_tokens=spec.row_tokens, rows_per_step=spec.rows_per_step)),
+            Keeper(),
+        ],
         num_rest=vocabulary.num_rest,
     )
     trainer.remove_callback(PrinterCallback)

@@ -7,8 +7,9 @@ Ring: edge. Imports no torch.
 
 import logging
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from tasks.artifacts import (
 )
 from tasks.errors import CapacityError, MissingError, OutOfMemoryError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
+from tasks.train.flops import flops_per_token
+from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
-from tasks.trainer_job import ProgressFn, run_trainer
+from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 2
+TRAINER = "tasks.train.worker"
 logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at
 
@@ -53,9 +57,27 @@ def train_adapter(
             return claim.found
         require_warm(packed.num_train_rows, spec)
         make_room()
-        work = _workload(base, packed, spec)
+        placed = fit_processes(spec, available_processes(spec))  # the key stays that of the planned number
+        if placed.num_processes != spec.num_processes:
+            logger.info("%d processes instead of %d, same batch", placed.num_processes, spec.num_processes)
+        work = _workload(base, packed, placed)
         files.require_disk(claim.folder, checkpoint_bytes(work.num_trainable, spec), "training")
-        result, plans = _run_planned(work, packed, base, claim.folder, on_progress)
+        job = {
+            "folder": str(claim.folder),
+            "spec": placed.model_dump(mode="json"),
+            "base_folder": base.model_folder,
+            "packed_folder": packed.folder,
+            "row_tokens": packed.row_tokens,
+            "flops_per_token": _flops_per_token(work, packed),
+        }
+        terms = Terms(
+            num_processes=placed.num_processes,
+            stall_timeout_s=spec.stall_timeout_s,
+            heartbeat_timeout_s=spec.heartbeat_timeout_s,
+            stop_grace_s=spec.stop_grace_s,
+            variables=wandb_variables(os.environ, key, store.root) if spec.report_to == "wandb" else {},
+        )
+        result, plans = _run_planned(work, job, terms, on_progress)
         adapter_folder = claim.folder / "adapter"
         artifact = TrainedAdapter(
             key=key,
@@ -70,6 +92,27 @@ def train_adapter(
         claim.commit(artifact, spec=spec, about={"plans": plans})
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
         return artifact
+
+
+def available_processes(spec: TrainSpec) -> int:
+    """Return how many training processes this machine takes: one a GPU; without a GPU as many as are planned.
+
+    TATARA_TRAIN_PROCESSES lowers it, on a machine whose other GPUs are somebody else's.
+    """
+    limit = int(os.environ.get("TATARA_TRAIN_PROCESSES") or spec.num_processes)
+    return min(limit, len(machine.list_gpus()) or limit)
+
+
+def wandb_variables(variables: Mapping[str, str], key: str, root: Path) -> dict[str, str]:
+    """Return what the trainer's W&B needs of our environment: its own variables, one run per adapter, and a place.
+
+    Without WANDB_API_KEY the run is kept offline. A resumed run goes on with the run that it began.
+    """
+    own = {name: value for name, value in variables.items() if name.startswith("WANDB_")}
+    offline = {} if own.get("WANDB_API_KEY") else {"WANDB_MODE": "offline"}
+
+    run = {"WANDB_RUN_ID": key[:16], "WANDB_RESUME": "allow", "WANDB_DIR": str(root)}
+    return {"WANDB_PROJECT": "tatara", **own, **offline, **run}
 
 
 def planned_steps(num_rows: int, spec: TrainSpec) -> int:
@@ -141,12 +184,13 @@ def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> W
 
 
 def _run_planned(
-    work: Workload, packed: PackedDataset, base: BaseCheckpoint, folder: Path, on_progress: ProgressFn
+    work: Workload, job: dict[str, Any], terms: Terms, on_progress: ProgressFn
 ) -> tuple[dict[str, Any], list[str]]:  # Any: JSON values
     """Run the trainer under the plan that fits; after an out of memory under a smaller one, from its last step on.
 
     Returns: the trainer's result, and every plan in words.
     """
+    folder = Path(job["folder"])
     kept = folder / "plans.json"  # those of earlier tries too: what ran out of memory once is not tried again
     plans = [StepPlan(**plan) for plan in files.read_json(kept)] if kept.exists() else []
     if not plans:
@@ -156,21 +200,7 @@ def _run_planned(
     while True:
         logger.info("step: %s", say_plan(work, plans[-1]))
         try:
-            result = run_trainer(
-                "tasks.train.worker",
-                folder,
-                {
-                    "folder": str(folder),
-                    "spec": work.spec.model_dump(mode="json"),
-                    "plan": asdict(plans[-1]),
-                    "base_folder": base.model_folder,
-                    "packed_folder": packed.folder,
-                    "row_tokens": packed.row_tokens,
-                },
-                num_processes=work.spec.num_processes,
-                stall_timeout_s=work.spec.stall_timeout_s,
-                on_progress=on_progress,
-            )
+            result = run_trainer(TRAINER, folder, {**job, "plan": asdict(plans[-1])}, terms, on_progress)
         except OutOfMemoryError as error:
             smaller = smaller_plan(work, plans[-1]) if work.spec.fit_micro_batch else None
             if smaller is None:
@@ -186,6 +216,15 @@ def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:
     """Return what the tightest GPU of a run has free; None without a GPU."""
     used = machine.list_gpus()[: spec.num_processes]
     return min((gpu.total_bytes if ours_leaves else gpu.free_bytes for gpu in used), default=None)
+
+
+def _flops_per_token(work: Workload, packed: PackedDataset) -> float:
+    return flops_per_token(
+        work.config,
+        work.targets,
+        packed.num_train_tokens / packed.num_train_documents,
+        packed.num_learnt_tokens / packed.num_train_tokens,
+    )
 
 
 def checkpoint_bytes(num_trainable: int, spec: TrainSpec) -> int:

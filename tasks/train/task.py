@@ -33,7 +33,8 @@ def train_adapter(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, 
         "validation loss before": adapter.validation_loss_before,
         "validation loss after": adapter.validation_loss_after,
     }
-    picture = loss_curve(read_metrics(adapter.path / "metrics.jsonl"), f"Adapter {adapter.short}", marks)
+    records, evaluations = (read_metrics(adapter.path / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    picture = loss_curve(records, f"Adapter {adapter.short}", marks, evaluations)
     show_picture("loss-curve", picture, "Training loss by step, validation loss before and after")
     return adapter
 

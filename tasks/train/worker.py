@@ -20,31 +20,28 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks import files
+from tasks.checkpoints import latest_checkpoint
 from tasks.errors import TrainingError
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.metrics import read_metrics
 from tasks.models import dequantized
+from tasks.recorder import say
 from tasks.specs import TrainSpec
+from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, fuse_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
 from tasks.train.plan import StepPlan
-from tasks.training import (
-    RESULT,
-    Recorder,
-    checkpoint_step,
-    fix_seeds,
-    latest_checkpoint,
-    run_worker,
-    say,
-)
+from tasks.train.validation import evaluations, is_over
+from tasks.train.watch import watch
+from tasks.training import RESULT, fix_seeds, require_end, run_worker
 
 
 def train(job: dict[str, Any]) -> None:  # Any: JSON values
@@ -54,10 +51,12 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     fix_seeds(spec.seed, deterministic=spec.deterministic)
     model = load_base(Path(job["base_folder"]), spec)
     trainer = make_trainer(model, job, spec)
+    watch(trainer, job, spec)
     checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
     before = evaluate_once(trainer, folder / "evaluation_before.json")
     fix_seeds(spec.seed, deterministic=spec.deterministic)  # the rows' order must not depend on who evaluated, and how
-    run_to_end(trainer, checkpoint)
+    run_to_end(trainer, checkpoint, spec)
+    best_step = load_best(trainer, spec)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         save_adapter(trainer, folder)
@@ -69,6 +68,7 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
             "last_loss": metrics[-1]["loss"],
             "validation_loss_before": before,
             "validation_loss_after": after,
+            "best_step": best_step,
         }
         say(f"validation loss {before:.4f} -> {after:.4f}")
         files.write_json(folder / RESULT, result)
@@ -113,7 +113,6 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     folder, packed = Path(job["folder"]), Path(job["packed_folder"])
     rows = {name: Dataset.from_parquet(str(packed / f"{name}.parquet")) for name in ("train", "validation")}
     tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
-    tokens_per_step = job["row_tokens"] * spec.rows_per_device * spec.gradient_accumulation * spec.num_processes
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
     trainer_class = FusedHeadTrainer if is_fused or not torch.cuda.is_available() else SFTTrainer
@@ -124,7 +123,6 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
         peft_config=lora_config(spec),
-        callbacks=[Recorder(folder, tokens_per_step)],
     )
     trainer.remove_callback(PrinterCallback)
     widen_adapter(trainer.model)
@@ -200,7 +198,8 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
         "max_length": None,
         "router_aux_loss_coef": 0.0,  # the router is frozen: balancing it would only disturb the adapter
         "dataloader_pin_memory": on_gpu,
-        "report_to": "none",
+        "report_to": spec.report_to,
+        "run_name": folder.name,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False if spec.num_processes > 1 else None,
     }
@@ -223,15 +222,29 @@ def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
     return files.read_json(path)["eval_loss"]
 
 
-def run_to_end(trainer: SFTTrainer, checkpoint: Path | None) -> None:
-    """Train, or resume, or only load a run that is finished: Trainer would add one more step to it."""
+def run_to_end(trainer: SFTTrainer, checkpoint: Path | None, spec: TrainSpec) -> None:
+    """Train, or resume, or only load a run that is finished: Trainer would add one more step to it.
+
+    Raises: Stopped when it returned before its end.
+    """
+    planned = planned_steps(trainer)
+    if trainer.is_world_process_zero():
+        restore_best(Path(trainer.args.output_dir or "."), checkpoint)
+    trainer.accelerator.wait_for_everyone()
     if checkpoint is not None:
         say(f"resuming from {checkpoint.name}")
-    if checkpoint_step(checkpoint) >= planned_steps(trainer):
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state.global_step = checkpoint_step(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= planned or is_stopped_early(state, spec):
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    require_end(trainer.state, planned, is_over=is_stopped_early(trainer.state, spec))
+
+
+def is_stopped_early(state: TrainerState, spec: TrainSpec) -> bool:
+    """Say whether the evaluations so far end the run."""
+    return is_over(evaluations(state.log_history), spec.early_stopping_patience, spec.early_stopping_min_delta)
 
 
 def planned_steps(trainer: SFTTrainer) -> int:
@@ -269,4 +282,4 @@ def check_moved(tensors: dict[str, torch.Tensor]) -> None:
 
 if __name__ == "__main__":
     _job = files.read_json(Path(sys.argv[1]))
-    run_worker(Path(_job["folder"]), lambda: train(_job))
+    run_worker(Path(_job["folder"]), lambda: train(_job), stop_grace_s=_job["spec"].get("stop_grace_s", 25.0))

@@ -101,7 +101,7 @@ def test_job_with_another_command_is_stopped_and_started_anew(tmp_path: Path):
 
 def test_stalled_job_is_stopped(tmp_path: Path):
     job = _job(tmp_path, "import time; print('begin', flush=True); time.sleep(60)", stall_timeout_s=0.6, grace_s=2)
-    with pytest.raises(TimeoutError, match=r"pid \d+ gave no sign of life for 1 s: it hangs"):
+    with pytest.raises(TimeoutError, match=r"pid \d+: no progress for 1 s: it hangs"):
         subject.supervise(job, print)
     pid = json.loads((tmp_path / "process.json").read_text())["pid"]
     assert not runs(pid)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tasks import processes
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter, digest_files
+from tasks.checkpoints import checkpoint_step, is_complete, latest_checkpoint, mark_complete
 from tasks.errors import SpecError, TrainingError
 from tasks.fetch.run import fetch_dataset
 from tasks.merge.run import merge_adapter
@@ -20,7 +21,6 @@ from tasks.metrics import read_metrics
 from tasks.pack.run import pack_dataset
 from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, TrainSpec
 from tasks.train.run import train_adapter
-from tasks.training import checkpoint_step, is_complete, latest_checkpoint, mark_complete
 from tests.tiny import make_base, write_chats
 
 LORA = LoraSpec(
@@ -159,7 +159,7 @@ def test_checkpoints_go_when_the_adapter_is_whole(trained: tuple[ArtifactStore, 
 
 def test_a_checkpoint_is_whole_only_with_all_its_files(tmp_path: Path):
     checkpoint = tmp_path / "checkpoint-2"
-    for name in ("adapter_model.safetensors", "optimizer.pt"):
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         checkpoint.mkdir(exist_ok=True)
         (checkpoint / name).write_text(name)
     assert not is_complete(checkpoint)

@@ -1,0 +1,99 @@
+"""How much arithmetic a token costs, and how much a device could do: their ratio is the MFU.
+
+    config.json + targets -> flops_per_token()      device name -> peak_flops()
+
+Counted is what the mathematics needs: of a mixture of experts only the active ones; of a frozen weight forward and the
+gradient of its input, not the gradient of the weight; nothing below the lowest adapted layer runs backward;
+recomputation (checkpointing) is not counted.
+Source: Kaplan et al., arXiv:2001.08361, appendix B; MFU as in PaLM, arXiv:2204.02311, appendix B.
+
+Ring: pure.  Units: floating point operations, an addition and a multiplication are two.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.train.targets import Target
+
+_PEAKS = (  # dense bf16 without sparsity, from the makers' data sheets; the first that fits counts
+    ("GB200|B200", 2.25e15),
+    ("GH200|H200|H100.*(SXM|HBM3|80GB)", 989e12),
+    ("H100", 756e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G|A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("T4", 65e12),
+)
+_NEEDED = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "intermediate_size")
+
+
+def peak_flops(device: str) -> float:
+    """Return a device's dense bf16 peak by its name; 0 when it is not known.
+
+    >>> peak_flops("NVIDIA H200"), peak_flops("a processor")
+    (989000000000000.0, 0.0)
+    """
+    return next((peak for pattern, peak in _PEAKS if re.search(rf"(?<![A-Z0-9])(?:{pattern})\b", device)), 0.0)
+
+
+def flops_per_token(
+    config: Mapping[str, Any],  # Any: config.json
+    targets: Sequence[Target],
+    document_tokens: float,
+    learnt_share: float = 1.0,
+) -> float:
+    """Return the operations that training one token needs; 0 for a config that does not tell.
+
+    Args:
+        config: the base's config.json.
+        targets: what gets an adapter (`find_targets`).
+        document_tokens: mean length of the documents; a token sees half of its own on average.
+        learnt_share: share of tokens whose loss is computed: only they need the head.
+    """
+    if not all(config.get(name) for name in _NEEDED):
+        return 0.0
+    num_layers = config["num_hidden_layers"]
+    lowest = min((_layer(target.name) for target in targets), default=num_layers)
+    matrices = 2 * _layer_weights(config)
+    total = learnt_share * 2 * 2 * config["hidden_size"] * config["vocab_size"]  # head: forward, gradient of its input
+    for layer in range(num_layers):
+        attention = _attention(config, layer, document_tokens)
+        total += matrices + attention
+        if layer >= lowest:
+            total += matrices + 2 * attention
+    active = config.get("num_experts_per_tok") or config.get("experts_per_token") or 1
+    experts = config.get("num_local_experts") or 1
+    for target in targets:
+        share = active / experts if len(target.shape) == 3 else 1.0
+        total += 6 * target.num_trainable * share
+    return total
+
+
+def _layer_weights(config: Mapping[str, Any]) -> float:  # Any: config.json
+    """Weights of one layer that a token meets."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    key_values = config.get("num_key_value_heads") or heads
+    attention = 2 * hidden * head_dim * (heads + key_values)
+    active = config.get("num_experts_per_tok") or config.get("experts_per_token") or 1
+    router = hidden * (config.get("num_local_experts") or 0)
+    return attention + active * 3 * hidden * config["intermediate_size"] + router
+
+
+def _attention(config: Mapping[str, Any], layer: int, document_tokens: float) -> float:  # Any: config.json
+    """Scores and their sum over values, forward, of one token that sees half of its document or the window."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kinds = config.get("layer_types") or []
+    seen = document_tokens / 2
+    if layer < len(kinds) and kinds[layer] == "sliding_attention":
+        seen = min(seen, float(config.get("sliding_window") or seen))
+    return 4 * heads * head_dim * seen
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else 0

@@ -1,0 +1,68 @@
+"""The disk runs full while a training goes on: it ends with numbers, and goes on from its last checkpoint."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tasks.checkpoints import checkpoint_step, is_disk_full, latest_checkpoint
+from tests.needs import mount_tmpfs
+from tests.tasks.train import runs as subject
+from tests.tasks.train.runs import SPEC, adapter_digest, losses, start, wait_for_step
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount_tmpfs(folder, "200m")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(disk: Path, left_bytes: int) -> None:
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(b"\1" * (free - left_bytes))
+
+
+@pytest.mark.slow
+def test_no_checkpoint_is_begun_that_the_disk_can_not_take(tmp_path: Path, disk: Path):
+    inputs = subject.make_inputs(tmp_path)
+    whole, folder = tmp_path / "whole", disk / "run"
+    subject.run(inputs, whole, SPEC)
+    process = start(inputs, folder, SPEC)
+    wait_for_step(folder, 9, process)
+    fill(disk, 30 << 20)
+    process.join(60)
+    told: dict[str, Any] = json.loads((folder / "failure.json").read_text())
+    kept = checkpoint_step(latest_checkpoint(folder / "checkpoints"))
+    assert told["error"] == "CapacityError" and kept >= 8
+    assert f"the checkpoint of step {kept + 4} needs about 0.07 GB below {folder}/checkpoints" in told["message"]
+    assert f"only 0.03 GB are free: checkpoint-{kept} is kept; free some space and run again" in told["message"]
+    (disk / "ballast").unlink()
+    subject.run(inputs, folder, SPEC)
+    assert f"resuming from checkpoint-{kept}" in (folder / "output.log").read_text()
+    assert losses(folder) == losses(whole)
+    assert adapter_digest(folder) == adapter_digest(whole)
+
+
+@pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
+def test_a_disk_that_runs_full_while_it_is_written_is_recognised(disk: Path, writer: str):
+    fill(disk, 1 << 20)
+    tensor = torch.zeros(1 << 20)
+    with pytest.raises(Exception) as raised:
+        if writer == "python":
+            (disk / "file").write_bytes(b"\1" * (4 << 20))
+        elif writer == "torch":
+            torch.save(tensor, disk / "file")
+        else:
+            save_file({"tensor": tensor}, str(disk / "file"))
+    assert is_disk_full(raised.value)
+    assert not is_disk_full(ValueError("another fault"))
