@@ -122,6 +122,11 @@ def servers(text: str) -> tuple[Weighted, ...]:
     return tuple(found)
 
 
+def _lite(text: str) -> str:
+    """Take a URL; a folder or Hub id as it is: whether it is there is looked at when it is started."""
+    return base_url(text) if "://" in text else text
+
+
 def is_loopback(host: str) -> bool:
     """Say whether only this machine reaches what listens there.
 
@@ -173,8 +178,20 @@ class Settings:
         "GATEWAY_ALLOW_UNAUTHENTICATED", False, _flag, "serve others than this machine without keys"
     )
     lite_max_chars: int = _setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
-    lite_model: str = _setting("LITE_MODEL", "", base_url, "a second OpenAI-compatible server for short prompts")
-    lite_model_name: str = _setting("LITE_MODEL_NAME", "", _text, "model to ask there; unset: its first")
+    lite_model: str = _setting(
+        "LITE_MODEL",
+        "",
+        _lite,
+        "for short prompts: a folder or Hub id (owner/name, owner/name@revision), loaded in a process of the gateway's "
+        "own, or the URL of a second OpenAI-compatible server",
+    )
+    lite_model_name: str = _setting(
+        "LITE_MODEL_NAME", "", _text, "model to ask there; unset: the server's first, or the folder's name"
+    )
+    lite_processes: int = _setting("LITE_PROCESSES", 1, _whole(1, 64), "processes that load it; each holds a copy")
+    lite_waiting: int = _setting(
+        "LITE_MAX_WAITING", 4, _COUNT, "requests that wait for each of them; beyond it vLLM is asked"
+    )
     lite_api_key: str = _setting("LITE_API_KEY", "", _text, "sent to the lite server as Bearer", secret=True)
     lite_canned: bool = _setting(
         "LITE_CANNED", False, _flag, "short prompts get the maintenance message even while vLLM is up"
@@ -244,6 +261,11 @@ class Settings:
         if faults:
             raise SpecError(f"{'; '.join(faults)}; correct or unset {'it' if len(faults) == 1 else 'them'}")
         return cls(**values)
+
+    @property
+    def runs_lite(self) -> bool:
+        """Whether the lite model runs in processes of the gateway's own."""
+        return bool(self.lite_model) and "://" not in self.lite_model
 
     def check_exposure(self) -> None:
         """Raise SpecError when others than this machine could ask without a key."""
