@@ -36,7 +36,7 @@ _IP4 = re.compile(r"(?<![A-Za-z0-9_.])(?:[0-9]{1,3}+\.){3}[0-9]{1,3}+(?![A-Za-z0
 _IP6 = re.compile(r"(?<![A-Za-z0-9_:.])[0-9A-Fa-f:.]{3,45}+(?![A-Za-z0-9_:])")
 _TOKENWISE = frozenset({"logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids"})
 _DIGITS = re.compile(r"[0-9０-９](?:[^0-9０-９]{0,3}+[0-9０-９]){8}")  # the shortest number has nine
-_SHORTEST, _LONG_NAME = 6, 18  # of a text; of a field's name: longer than those of APIs
+_SHORTEST = 6  # text or name of a field
 _MAX_ROUNDS = 4  # a replacement may uncover another match; each round costs one pass
 _MAX_DEPTH = 200
 _SHORT, _MAX_NAMES = 24, 4096  # texts and names that are remembered
@@ -118,7 +118,7 @@ class Redactor:
             is_secret = "secrets" in self.kinds and is_secret_name(name)
             if is_secret and _is_secret_field(name, item, value):
                 return True
-            if len(name) >= _LONG_NAME and self._is_suspect(name):
+            if len(name) >= _SHORTEST and self._is_suspect(name):
                 return True
             if not is_secret and len(self._plain_names) < _MAX_NAMES:
                 self._plain_names.add(name)

@@ -236,7 +236,7 @@ values = st.recursive(
 )
 
 
-names = st.sampled_from(["content", "token", "password", "a", f"{KEYS[0]}password", KEYS[2]])  # shorter ones are not looked into
+names = texts | st.sampled_from(["content", "token", "password", f"{KEYS[0]}password", "10.0.0.1", "a@b.co"])
 bodies = st.recursive(
     st.booleans() | st.integers() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
