@@ -207,15 +207,17 @@ def main():
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cpu")
     options = parser.parse_args()
     place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
+    known = json.loads(place.read_text()) if place.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="bench-gateway-"))
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         head = {"name": "gateway", "machine": options.machine, "commit": commit.stdout.strip(), "traces": "on"}
         if options.soak:
-            report = json.loads(place.read_text()) if place.exists() else {}
+            report = known
             report["soak"] = {"commit": head["commit"]} | soak(options.soak, folder)
         else:
             report = head | {"seconds": options.seconds, "rounds": options.rounds, "stacks": run_all(options, folder)}
+            report |= {name: known[name] for name in ("soak",) if name in known}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     place.write_text(json.dumps(report, indent=1) + "\n")
