@@ -68,12 +68,13 @@ def complete(gateway, **more):
     return status, headers, json.loads(body)
 
 
+@pytest.mark.slow
 def test_the_gateway_answers_before_its_model_is_loaded_and_never_loads_torch(
     tmp_path, upstream, model, wait_until, unused_port
 ):
     began = time.monotonic()
     gateway = Gateway(tmp_path, upstream.port, LITE_MODEL=model, LITE_PROCESSES=2).start()
-    assert time.monotonic() - began < 1.5 or os.getloadavg()[0] > 2
+    assert time.monotonic() - began < 1.5 or os.getloadavg()[0] > 2  # a busy machine proves nothing
     try:
         health = gateway.get("/health")
         assert (health["lite"], [each["state"] for each in health["lite_processes"]]) == (False, ["loading"] * 2)
@@ -201,6 +202,7 @@ def test_a_client_that_hangs_up_ends_the_generation(lite, wait_until, stream):
     assert (trace["route"], trace["http_status"]) == ("lite", 499)
 
 
+@pytest.mark.slow
 def test_whoever_finds_it_full_goes_to_vllm(tmp_path, upstream, model, wait_until):
     gateway = Gateway(tmp_path, upstream.port, LITE_MODEL=model, LITE_MAX_WAITING=0, LITE_MODEL_NAME="small").start()
     try:
@@ -214,6 +216,7 @@ def test_whoever_finds_it_full_goes_to_vllm(tmp_path, upstream, model, wait_unti
         gateway.stop()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_started_again_and_none_outlives_the_gateway(tmp_path, upstream, model, wait_until):
     gateway = Gateway(tmp_path, upstream.port, LITE_MODEL=model).start()
     try:
@@ -241,6 +244,7 @@ def test_a_process_that_dies_is_started_again_and_none_outlives_the_gateway(tmp_
         gateway.stop()
 
 
+@pytest.mark.slow
 def test_a_model_that_can_not_be_loaded_costs_the_gateway_nothing(tmp_path, upstream, wait_until):
     broken = tmp_path / "broken"
     broken.mkdir()
