@@ -14,7 +14,7 @@ def make_record(number, **changes):
         "trace_id": uuid7(start_us, number),
         "started_at": iso_from_us(start_us),
         "first_token_at": iso_from_us(start_us + 1500),
-        "ended_at": iso_from_us(start_us + 2501),
+        "ended_at": iso_from_us(start_us + 2500),
         "endpoint": "/v1/chat/completions",
         "route": "vllm",
         "reason": "no-lite-model",
