@@ -15,7 +15,7 @@ async def body_for(upstream: Upstream, ask: Ask, settings: Settings) -> tuple[by
 
     Raises ConnectFailedError when the lite server's models have to be asked for and it is away.
     """
-    if upstream.name == "lite":
+    if upstream.is_lite:
         name = settings.lite_model_name or await upstream.pick_model()
         if name:
             body = ask.body | {"model": name}
@@ -27,6 +27,6 @@ async def body_for(upstream: Upstream, ask: Ask, settings: Settings) -> tuple[by
 def lines_for(upstream: Upstream, head: Head, request_id: str, *, with_keys: bool) -> bytes:
     """Return the header lines. The client's own key goes to vLLM only, and never when it is one of the gateway's."""
     lines = b"x-request-id: %b\r\n%b" % (request_id.encode(), head.passed_on)
-    if with_keys or upstream.has_key or upstream.name == "lite" or not head.authorization:
+    if with_keys or upstream.has_key or upstream.is_lite or not head.authorization:
         return lines
     return lines + b"authorization: %b\r\n" % head.authorization

@@ -173,6 +173,8 @@ class Exchange:
     async def _try_routes(self, send: Send) -> None:
         ask, settings = self.ask, self.gateway.settings
         for choice in self.gateway.plan(ask.path, why_not_short(ask, settings.lite_max_chars)):
+            if choice.reason == "lite-down":
+                choice = Choice(route=choice.route, reason=self.gateway.fleet.why_not_lite())
             self.recording.choice = choice
             if choice.route == "maintenance":
                 await self._send_maintenance(send)

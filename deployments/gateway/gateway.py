@@ -29,6 +29,7 @@ from tasks.errors import TataraError
 
 if TYPE_CHECKING:
     from deployments.gateway.exchange import Exchange
+    from deployments.gateway.lite_processes import LiteProcesses
 
 _LAST_TRACES_S = 2.0
 _SLOW_TICK_S = 1.0
@@ -48,7 +49,8 @@ class Gateway:
         self.gate = Gate(settings.max_concurrent, settings.max_waiting, settings.wait_s)
         self.running: set[Exchange] = set()
         self.is_draining = False
-        self.fleet = Fleet(settings)
+        self.lite = _own_lite(settings) if settings.runs_lite else None
+        self.fleet = Fleet(settings, self.lite.upstreams if self.lite else ())
         self.ids = _id_headers(settings)
         self._plans: dict[tuple[str, str | None], Sequence[Choice]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,6 +79,8 @@ class Gateway:
         self.recorder.start()
         watchers = [upstream.watch() for upstream in self.fleet.all]
         self._tasks = [asyncio.create_task(work) for work in (*watchers, self._watch_forever())]
+        if self.lite:
+            self._tasks += self.lite.start()
 
     async def stop(self) -> None:
         """Wait for the last traces, then let go of everything."""
@@ -87,6 +91,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.fleet.close()
+        if self.lite:
+            await self.lite.stop()
         self._save_budgets()
         await self.recorder.stop()
 
@@ -129,6 +135,12 @@ class Gateway:
 
 
 _TOKENS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+
+
+def _own_lite(settings: Settings) -> "LiteProcesses":
+    from deployments.gateway.lite_processes import LiteProcesses  # only who has one pays for it
+
+    return LiteProcesses(settings)
 
 
 def _id_headers(settings: Settings) -> list[tuple[bytes, bytes]]:

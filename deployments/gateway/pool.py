@@ -26,10 +26,11 @@ class ConnectFailedError(Exception):
 
 
 class Pool:
-    """The connections to one origin."""
+    """The connections to one origin: `http://...`, `https://...`, or `unix:/path/of/a/socket`."""
 
     def __init__(self, base: str, connect_timeout_s: float) -> None:
         parts = urlsplit(base)
+        self._socket = parts.path if parts.scheme == "unix" else None
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
@@ -71,11 +72,15 @@ class Pool:
         return None
 
     async def _connect(self, loop: asyncio.AbstractEventLoop) -> Connection:
+        def make() -> Connection:
+            return Connection(self._idle.append, loop)
+
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._idle.append, loop), self._host, self._port, ssl=self._ssl
-                )
+                if self._socket is not None:
+                    _, connection = await loop.create_unix_connection(make, self._socket)
+                else:
+                    _, connection = await loop.create_connection(make, self._host, self._port, ssl=self._ssl)
         except (OSError, TimeoutError, ssl.CertificateError) as error:
             raise ConnectFailedError(type(error).__name__) from error
         return connection

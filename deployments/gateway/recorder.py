@@ -1,6 +1,6 @@
 """One trace per request, written before the client sees the end of its answer.
 
-    Recording.finish() -> TraceRecord -> one O_APPEND write to the trace file -> (Redis, when set)
+    Recording.finish() -> a record's fields -> one O_APPEND write to the trace file -> (Redis, when set)
 
 A trace is in the file before the last byte of its answer is sent, so a SIGKILL of the gateway loses
 no trace of a request that was answered; what a power cut may cost is GATEWAY_TRACE_FSYNC_MS. The
@@ -16,7 +16,6 @@ import logging
 import os
 import random
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +25,16 @@ from deployments.gateway.trace_settings import TraceSettings
 from tasks.errors import SpecError, TataraError
 from tasks.traces.backlog import Backlog, BacklogState
 from tasks.traces.holding import HoldingWriter
-from tasks.traces.record import Status, TraceRecord, is_sampled, iso_from_us, usage_of, uuid7, without_secrets
+from tasks.traces.record import (
+    VERSION,
+    Status,
+    is_sampled,
+    iso_from_us,
+    line_of,
+    usage_of,
+    uuid7,
+    without_secrets,
+)
 from tasks.traces.redaction import Redactor, read_patterns
 from tasks.traces.segments import SegmentWriter, sync_and_close
 
@@ -96,31 +104,34 @@ class Recording:
             self._recorder.num_sampled_out += 1
             return
         self._recorder.write(
-            TraceRecord(
-                trace_id=self.trace_id,
-                started_at=iso_from_us(self.started_us),
-                first_token_at=iso_from_us(self.first_us) if self.first_us else None,
-                ended_at=iso_from_us(self._now_us()),
-                endpoint=self.endpoint,
-                route=self.choice.route,
-                reason=self.choice.reason,
-                model=_model_of(response, self.request),
-                status=status,
-                http_status=http_status,
-                streamed=stream is not None,
-                request=without_secrets(self.request) if self.request is not None else None,
-                response=response,
-                usage=usage_of(response),
-                error=error,
-                stream=stream,
-                key_name=self.key_name,
-                upstream=self.upstream,
-                model_digest=self.model_digest,
-                adapter_digest=self.adapter_digest,
-                run_id=self.run_id,
-                sampled=sampled,
-                sample_rate=rate,
-            )
+            {  # the fields of a TraceRecord: making one costs more than all the rest of this
+                "trace_id": self.trace_id,
+                "started_at": iso_from_us(self.started_us),
+                "ended_at": iso_from_us(self._now_us()),
+                "first_token_at": iso_from_us(self.first_us) if self.first_us else None,
+                "endpoint": self.endpoint,
+                "route": self.choice.route,
+                "reason": self.choice.reason,
+                "model": _model_of(response, self.request),
+                "status": status,
+                "http_status": http_status,
+                "streamed": stream is not None,
+                "request": without_secrets(self.request) if self.request is not None else None,
+                "response": response,
+                "usage": usage_of(response),
+                "error": error,
+                "stream": stream,
+                "key_name": self.key_name,
+                "upstream": self.upstream,
+                "model_digest": self.model_digest,
+                "adapter_digest": self.adapter_digest,
+                "run_id": self.run_id,
+                "sampled": sampled,
+                "sample_rate": rate,
+                "redactions": None,
+                "replayed": False,
+                "version": VERSION,
+            }
         )
 
     def _now_us(self) -> int:
@@ -187,17 +198,17 @@ class Recorder:
         """Start the clock of one request."""
         return Recording(self, endpoint)
 
-    def write(self, record: TraceRecord) -> None:
+    def write(self, record: Json) -> None:
         """Append a record, without its secrets. A full disk delays the trace, never the answer."""
         if self._traces.bodies == "none":
             record = _without_bodies(record)
         redacted = self._redactor.redact(record)
         self.num_redacted += redacted is not record
         try:
-            line = redacted.to_line()
+            line = line_of(redacted)
         except (ValueError, RecursionError) as error:  # nests deeper than JSON is written
-            logger.error("trace %s keeps its metadata only (%s)", record.trace_id, type(error).__name__)
-            line = _without_bodies(redacted).to_line()
+            logger.error("trace %s keeps its metadata only (%s)", record["trace_id"], type(error).__name__)
+            line = line_of(_without_bodies(redacted))
         self._file.append(line)
         if self._settings.fsync_ms == ALWAYS:
             self._sync(self._segments.sync_handles())
@@ -273,12 +284,13 @@ def _redactor(traces: TraceSettings) -> Redactor:
     return Redactor(kinds=traces.kinds, patterns=read_patterns(text, str(traces.patterns)))
 
 
-def _without_bodies(record: TraceRecord) -> TraceRecord:
+def _without_bodies(record: Json) -> Json:
     """Keep metadata only; an upstream's error message may repeat the prompt."""
-    error = f"status {record.http_status}" if record.error and record.status == "upstream_error" else record.error
-    return replace(
-        record, request=None, response=None, error=error, redactions={**(record.redactions or {}), "bodies": 1}
-    )
+    error = record["error"]
+    if error and record["status"] == "upstream_error":
+        error = f"status {record['http_status']}"
+    redactions = {**(record["redactions"] or {}), "bodies": 1}
+    return record | {"request": None, "response": None, "error": error, "redactions": redactions}
 
 
 def _age_s(moment: str | None) -> float:

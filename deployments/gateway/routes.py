@@ -77,7 +77,7 @@ async def models(request: Request) -> Response:
 
 
 async def _models_of(upstream: Upstream, authorization: bytes) -> Response | None:
-    own = upstream.has_key or upstream.name == "lite" or not authorization
+    own = upstream.has_key or upstream.is_lite or not authorization
     try:
         reply, data = await upstream.get(
             "/v1/models", b"" if own else b"authorization: %b\r\n" % authorization, _MODELS_TIMEOUT_S
@@ -91,7 +91,8 @@ async def _models_of(upstream: Upstream, authorization: bytes) -> Response | Non
 async def health(request: Request) -> dict[str, Any]:  # Any: flags and counts
     """200 as long as the gateway lives; says whether vLLM does, and what became of the traces."""
     gateway = _gateway(request)
-    return {"gateway": "ok", **await gateway.fleet.health(), "traces": gateway.recorder.counts()}
+    own = {"lite_processes": gateway.lite.counts()} if gateway.lite else {}
+    return {"gateway": "ok", **await gateway.fleet.health(), **own, "traces": gateway.recorder.counts()}
 
 
 @router.get("/ready", response_model=None, responses=_BUSY)
@@ -118,6 +119,9 @@ async def prometheus(request: Request) -> Response:
         "upstream_up": {f'upstream="{server.name}"': float(not server.is_down) for server in servers},
         "upstream_in_flight": {f'upstream="{server.name}"': float(server.num_running) for server in servers},
     }
+    if gateway.lite:
+        restarts = {f'upstream="{each["name"]}"': float(each["restarts"]) for each in gateway.lite.counts()}
+        gauges["lite_restarts"] = restarts
     return Response(gateway.metrics.text(gauges, gateway.recorder.counts()), media_type=metrics.CONTENT_TYPE)
 
 

@@ -29,6 +29,7 @@ _BEYOND_LITE = (
     ("response-format", ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_grammar")),
     ("stream-options", ("stream_options",)),
 )
+_NOT_OURS = frozenset({"tools", "logprobs", "response-format", "several-answers"})  # transformers answers none of them
 _ALL_BEYOND_LITE = frozenset(name for _, names in _BEYOND_LITE for name in names)
 _ONLY_VLLM = {RESPONSES: "responses", EMBEDDINGS: "embeddings"}
 _TEXT_FIELDS = ("input", "prompt")
@@ -130,6 +131,8 @@ def why_not_short(ask: Ask, max_chars: int) -> str | None:
             value = body.get(name)  # 0 counts: "logprobs": 0 asks for those of the tokens themselves
             if value is not None and value is not False and value != [] and value != {}:
                 return reason
+    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
+        return "several-answers"
     text = _single_turn(body.get("messages")) if ask.path == CHAT else body.get("prompt")
     if not isinstance(text, str):
         return "history" if ask.path == CHAT else "prompt-list"
@@ -164,7 +167,7 @@ def plan_for(path: str, against: str | None, settings: Settings) -> Sequence[Cho
         choices.append(Choice(route="vllm", reason="lite-down"))
     else:
         choices.append(Choice(route="vllm", reason=against or "no-lite-model"))
-        if settings.fallback and settings.lite_model and speaks:
+        if settings.fallback and settings.lite_model and speaks and not (settings.runs_lite and against in _NOT_OURS):
             choices.append(Choice(route="lite", reason="vllm-down"))
     choices.append(Choice(route="maintenance" if settings.fallback and speaks else "none", reason="vllm-down"))
     return choices

@@ -7,46 +7,21 @@ Names and defaults that the first Lite Gateway had keep them; what is new is cal
 Ring: pure (the environment comes in as an argument).  Units: `_s` seconds, `_ms` milliseconds.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from urllib.parse import urlsplit
 
+from deployments.gateway.variables import flag, number, one_of, read, setting, table, whole
 from tasks.errors import SpecError
 
 MAINTENANCE_MESSAGE = (
     "ただいまメンテナンス中のため、モデルは応答できません。しばらくしてからもう一度お試しください。"
     " (The model is under maintenance; this fixed message is not an answer of the model.)"
 )
-_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in _TRUE | _FALSE:
-        raise ValueError("expected true or false")
-    return text.lower() in _TRUE
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number {low}..{high}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 86400:
-        raise ValueError("expected seconds, more than 0 and at most 86400")
-    return value
 
 
 def _text(text: str) -> str:
@@ -65,12 +40,6 @@ def _id(text: str) -> str:
     if not text.isascii() or not text.isprintable() or len(text) > 200:
         raise ValueError("expected at most 200 printable ASCII characters: it becomes a header")
     return text
-
-
-def _level(text: str) -> str:
-    if text.lower() not in _LOG_LEVELS:
-        raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}")
-    return text.lower()
 
 
 def base_url(text: str) -> str:
@@ -122,6 +91,11 @@ def servers(text: str) -> tuple[Weighted, ...]:
     return tuple(found)
 
 
+def _lite(text: str) -> str:
+    """Take a URL; a folder or Hub id as it is: whether it is there is looked at when it is started."""
+    return base_url(text) if "://" in text else text
+
+
 def is_loopback(host: str) -> bool:
     """Say whether only this machine reaches what listens there.
 
@@ -140,110 +114,107 @@ def _redis_url(text: str) -> str:
     return text
 
 
-def _setting(env: str, default: Any, parse: Callable[[str], Any], about: str, *, secret: bool = False) -> Any:
-    """Declare one setting: its variable, default, parser and meaning."""  # Any: as dataclasses.field itself
-    return field(default=default, repr=not secret, metadata={"env": env, "parse": parse, "about": about})
-
-
-_PORT, _COUNT = _whole(1, 65535), _whole(0, 1_000_000)
+_PORT, _COUNT = whole(1, 65535), whole(0, 1_000_000)
+_seconds = number(lambda value: 0 < value <= 86400, "seconds, more than 0 and at most 86400")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that can be set. A secret never shows in `repr`."""
 
-    vllm_url: tuple[Weighted, ...] = _setting(
+    vllm_url: tuple[Weighted, ...] = setting(
         "VLLM_URL",
         (Weighted("http://localhost:8000"),),
         servers,
         "vLLM; the seed's form http://localhost:8000/v1/chat/completions is the same; several as `http://a=95,http://b=5`",
     )
-    vllm_api_key: str = _setting(
+    vllm_api_key: str = setting(
         "VLLM_API_KEY", "", _text, "sent to vLLM as Bearer; unset: the client's own header", secret=True
     )
-    host: str = _setting("LITE_GATEWAY_HOST", "127.0.0.1", _text, "address to listen on")
-    port: int = _setting("LITE_GATEWAY_PORT", 8001, _PORT, "port to listen on")
-    published_host: str = _setting(
+    host: str = setting("LITE_GATEWAY_HOST", "127.0.0.1", _text, "address to listen on")
+    port: int = setting("LITE_GATEWAY_PORT", 8001, _PORT, "port to listen on")
+    published_host: str = setting(
         "GATEWAY_PUBLISHED_HOST", "", _text, "address that a container's port is published on; unset: as it listens"
     )
-    keys_file: Path | None = _setting(  # noqa: RUF009 - it is dataclasses.field
+    keys_file: Path | None = setting(  # noqa: RUF009 - it is dataclasses.field
         "GATEWAY_KEYS_FILE", None, Path, "who may ask; see API keys"
     )
-    allow_unauthenticated: bool = _setting(
-        "GATEWAY_ALLOW_UNAUTHENTICATED", False, _flag, "serve others than this machine without keys"
+    allow_unauthenticated: bool = setting(
+        "GATEWAY_ALLOW_UNAUTHENTICATED", False, flag, "serve others than this machine without keys"
     )
-    lite_max_chars: int = _setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
-    lite_model: str = _setting("LITE_MODEL", "", base_url, "a second OpenAI-compatible server for short prompts")
-    lite_model_name: str = _setting("LITE_MODEL_NAME", "", _text, "model to ask there; unset: its first")
-    lite_api_key: str = _setting("LITE_API_KEY", "", _text, "sent to the lite server as Bearer", secret=True)
-    lite_canned: bool = _setting(
-        "LITE_CANNED", False, _flag, "short prompts get the maintenance message even while vLLM is up"
+    lite_max_chars: int = setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
+    lite_model: str = setting(
+        "LITE_MODEL",
+        "",
+        _lite,
+        "for short prompts: a folder or Hub id (owner/name, owner/name@revision), loaded in a process of the gateway's "
+        "own, or the URL of a second OpenAI-compatible server",
     )
-    fallback: bool = _setting(
-        "FALLBACK_ON_VLLM_DOWN", True, _flag, "vLLM down: lite or the maintenance message, not 503"
+    lite_model_name: str = setting(
+        "LITE_MODEL_NAME", "", _text, "model to ask there; unset: the server's first, or the folder's name"
     )
-    queue_path: Path = _setting(  # noqa: RUF009 - it is dataclasses.field
+    lite_processes: int = setting("LITE_PROCESSES", 1, whole(1, 64), "processes that load it; each holds a copy")
+    lite_waiting: int = setting(
+        "LITE_MAX_WAITING", 4, _COUNT, "requests that wait for each of them; beyond it vLLM is asked"
+    )
+    lite_api_key: str = setting("LITE_API_KEY", "", _text, "sent to the lite server as Bearer", secret=True)
+    lite_canned: bool = setting(
+        "LITE_CANNED", False, flag, "short prompts get the maintenance message even while vLLM is up"
+    )
+    fallback: bool = setting("FALLBACK_ON_VLLM_DOWN", True, flag, "vLLM down: lite or the maintenance message, not 503")
+    queue_path: Path = setting(  # noqa: RUF009 - it is dataclasses.field
         "FILE_QUEUE_PATH", Path("./llm_traces.jsonl"), Path, "traces; with Redis, the spool before it"
     )
-    redis_url: str = _setting("REDIS_URL", "", _redis_url, "ship traces to the stream llm_traces here", secret=True)
-    max_body_bytes: int = _setting(
-        "GATEWAY_MAX_BODY_BYTES", 10 << 20, _whole(1, 1 << 30), "largest request body; beyond it 413"
+    redis_url: str = setting("REDIS_URL", "", _redis_url, "ship traces to the stream llm_traces here", secret=True)
+    max_body_bytes: int = setting(
+        "GATEWAY_MAX_BODY_BYTES", 10 << 20, whole(1, 1 << 30), "largest request body; beyond it 413"
     )
-    max_header_bytes: int = _setting(
-        "GATEWAY_MAX_HEADER_BYTES", 64 << 10, _whole(1024, 1 << 20), "largest request head; beyond it 431"
+    max_header_bytes: int = setting(
+        "GATEWAY_MAX_HEADER_BYTES", 64 << 10, whole(1024, 1 << 20), "largest request head; beyond it 431"
     )
-    max_concurrent: int = _setting(
-        "GATEWAY_MAX_CONCURRENT", 256, _whole(1, 1_000_000), "requests at the model servers at once"
+    max_concurrent: int = setting(
+        "GATEWAY_MAX_CONCURRENT", 256, whole(1, 1_000_000), "requests at the model servers at once"
     )
-    max_waiting: int = _setting("GATEWAY_MAX_WAITING", 256, _COUNT, "requests that wait for their turn; beyond it 503")
-    wait_s: float = _setting("GATEWAY_WAIT_S", 10.0, _seconds, "longest wait for a turn; then 503")
-    total_timeout_s: float = _setting("GATEWAY_TOTAL_TIMEOUT_S", 3600.0, _seconds, "for one request in all")
-    stream_usage: bool = _setting(
-        "GATEWAY_STREAM_USAGE", True, _flag, "ask for the token counts of every stream, for the trace"
+    max_waiting: int = setting("GATEWAY_MAX_WAITING", 256, _COUNT, "requests that wait for their turn; beyond it 503")
+    wait_s: float = setting("GATEWAY_WAIT_S", 10.0, _seconds, "longest wait for a turn; then 503")
+    total_timeout_s: float = setting("GATEWAY_TOTAL_TIMEOUT_S", 3600.0, _seconds, "for one request in all")
+    stream_usage: bool = setting(
+        "GATEWAY_STREAM_USAGE", True, flag, "ask for the token counts of every stream, for the trace"
     )
-    connect_timeout_s: float = _setting("GATEWAY_CONNECT_TIMEOUT_S", 2.0, _seconds, "to connect to vLLM")
-    read_timeout_s: float = _setting("GATEWAY_READ_TIMEOUT_S", 600.0, _seconds, "between two bytes from vLLM")
-    body_timeout_s: float = _setting("GATEWAY_BODY_TIMEOUT_S", 30.0, _seconds, "for a client to send its body")
-    probe_interval_s: float = _setting("GATEWAY_PROBE_INTERVAL_S", 1.0, _seconds, "between probes of a dead vLLM")
-    fsync_ms: int = _setting(
+    connect_timeout_s: float = setting("GATEWAY_CONNECT_TIMEOUT_S", 2.0, _seconds, "to connect to vLLM")
+    read_timeout_s: float = setting("GATEWAY_READ_TIMEOUT_S", 600.0, _seconds, "between two bytes from vLLM")
+    body_timeout_s: float = setting("GATEWAY_BODY_TIMEOUT_S", 30.0, _seconds, "for a client to send its body")
+    probe_interval_s: float = setting("GATEWAY_PROBE_INTERVAL_S", 1.0, _seconds, "between probes of a dead vLLM")
+    fsync_ms: int = setting(
         "GATEWAY_TRACE_FSYNC_MS",
         1000,
         _fsync,
         "a power cut costs at most so much; 0: the kernel decides; always: nothing",
     )
-    segment_bytes: int = _setting(
-        "GATEWAY_TRACE_SEGMENT_BYTES", 16 << 20, _whole(4096, 1 << 32), "size at which the trace file is sealed"
+    segment_bytes: int = setting(
+        "GATEWAY_TRACE_SEGMENT_BYTES", 16 << 20, whole(4096, 1 << 32), "size at which the trace file is sealed"
     )
-    drain_delay_s: int = _setting(
-        "GATEWAY_DRAIN_DELAY_S", 0, _whole(0, 3600), "on SIGTERM: /ready says 503 so long before it stops listening"
+    drain_delay_s: int = setting(
+        "GATEWAY_DRAIN_DELAY_S", 0, whole(0, 3600), "on SIGTERM: /ready says 503 so long before it stops listening"
     )
-    shutdown_s: int = _setting("GATEWAY_SHUTDOWN_S", 30, _whole(1, 3600), "for running answers to end on SIGTERM")
-    maintenance_message: str = _setting(
+    shutdown_s: int = setting("GATEWAY_SHUTDOWN_S", 30, whole(1, 3600), "for running answers to end on SIGTERM")
+    maintenance_message: str = setting(
         "GATEWAY_MAINTENANCE_MESSAGE", MAINTENANCE_MESSAGE, _text, "what is said when no model can answer"
     )
-    model_digest: str = _setting("TATARA_MODEL_DIGEST", "", _id, "of the served model, in headers and traces")
-    adapter_digest: str = _setting("TATARA_ADAPTER_DIGEST", "", _id, "of the adapter merged into it")
-    run_id: str = _setting("TATARA_RUN_ID", "", _id, "of the flow run that serves it")
-    log_level: str = _setting("GATEWAY_LOG_LEVEL", "info", _level, ", ".join(_LOG_LEVELS))
+    model_digest: str = setting("TATARA_MODEL_DIGEST", "", _id, "of the served model, in headers and traces")
+    adapter_digest: str = setting("TATARA_ADAPTER_DIGEST", "", _id, "of the adapter merged into it")
+    run_id: str = setting("TATARA_RUN_ID", "", _id, "of the flow run that serves it")
+    log_level: str = setting("GATEWAY_LOG_LEVEL", "info", one_of(*_LOG_LEVELS), ", ".join(_LOG_LEVELS))
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
         """Read every variable that is set and not empty; all faults in one SpecError."""
-        values: dict[str, Any] = {}  # Any: each setting has its own type
-        faults: list[str] = []
-        for setting in fields(cls):
-            name = setting.metadata["env"]
-            text = environ.get(name, "").strip()
-            if not text:
-                continue
-            try:
-                values[setting.name] = setting.metadata["parse"](text)
-            except ValueError as error:
-                shown = repr(text) if setting.repr else "(not shown)"
-                faults.append(f"{name}={shown}: {error}")
-        if faults:
-            raise SpecError(f"{'; '.join(faults)}; correct or unset {'it' if len(faults) == 1 else 'them'}")
-        return cls(**values)
+        return read(cls, environ)
+
+    @property
+    def runs_lite(self) -> bool:
+        """Whether the lite model runs in processes of the gateway's own."""
+        return bool(self.lite_model) and "://" not in self.lite_model
 
     def check_exposure(self) -> None:
         """Raise SpecError when others than this machine could ask without a key."""
@@ -261,11 +232,4 @@ def settings_table() -> str:
     >>> settings_table().splitlines()[0]
     '| variable | default | meaning |'
     """
-    rows = []
-    for setting in fields(Settings):
-        default = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
-        default = "(a message)" if default == MAINTENANCE_MESSAGE else default
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = f"`{default}`" if default not in ("", None) else "unset"
-        rows.append(f"| `{setting.metadata['env']}` | {shown} | {setting.metadata['about']} |")
-    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
+    return table(Settings, {MAINTENANCE_MESSAGE: "(a message)"})

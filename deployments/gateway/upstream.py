@@ -30,21 +30,29 @@ logger = logging.getLogger(__name__)
 class Upstream:
     """One OpenAI-compatible server."""
 
-    def __init__(self, name: str, base: str, settings: Settings, *, key: str = "", weight: float = 1.0) -> None:
+    def __init__(
+        self, name: str, base: str, settings: Settings, *, key: str = "", weight: float = 1.0, is_lite: bool = False
+    ) -> None:
         parts = urlsplit(base)
         self.name = name
         self.base = base
         self.weight = weight
         self.has_key = bool(key)
+        self.is_lite = is_lite
+        self.places = 0  # most requests at once; 0: as many as come
         self.num_running = 0
         self.first_model: str | None = None
         self.pool = Pool(base, settings.connect_timeout_s)
-        self._prefix = parts.path
+        is_socket = parts.scheme == "unix"
+        self._prefix = "" if is_socket else parts.path
         own = f"authorization: Bearer {key}\r\n" if key else ""
-        self._fixed = f"host: {parts.netloc}\r\naccept-encoding: identity\r\n{own}".encode()
+        self._fixed = (
+            f"host: {'localhost' if is_socket else parts.netloc}\r\naccept-encoding: identity\r\n{own}".encode()
+        )
         self._heads: dict[str, bytes] = {}
         self._interval_s = settings.probe_interval_s
         self._down = asyncio.Event()
+        self._is_loading = False
         self._probed_at = 0.0
         self._probing = asyncio.Lock()
 
@@ -52,6 +60,18 @@ class Upstream:
     def is_down(self) -> bool:
         """Whether the circuit is open: don't even try."""
         return self._down.is_set()
+
+    @property
+    def state(self) -> str:
+        """`up`, `down`, or `loading`: a process of ours that has not answered yet."""
+        if not self.is_down:
+            return "up"
+        return "loading" if self._is_loading else "down"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has all the requests that it takes."""
+        return 0 < self.places <= self.num_running
 
     def post(self, path: str, headers: bytes, body: bytes) -> bytes:
         """Put a request together; `headers` are whole lines."""
@@ -69,7 +89,7 @@ class Upstream:
         try:
             return await self.pool.ask(data, watch)
         except (ConnectFailedError, BrokenReplyError) as error:
-            self._note_down(str(error))
+            self.note_down(str(error))
             raise
 
     async def get(self, path: str, headers: bytes = b"", timeout_s: float = _PROBE_TIMEOUT_S) -> tuple[Reply, bytes]:
@@ -103,9 +123,9 @@ class Upstream:
         try:
             reply, _ = await self.get("/health")
         except _UNREACHABLE as error:
-            self._note_down(str(error) or type(error).__name__)
+            self.note_down(str(error) or type(error).__name__)
         else:
-            self._note_up() if reply.status < 500 else self._note_down(f"status {reply.status}")
+            self._note_up() if reply.status < 500 else self.note_down(f"status {reply.status}")
         self._probed_at = time.monotonic()
 
     async def pick_model(self) -> str | None:
@@ -115,34 +135,50 @@ class Upstream:
                 _, data = await self.get("/v1/models")
                 self.first_model = str(json.loads(data)["data"][0]["id"])
             except _UNREACHABLE as error:
-                self._note_down(str(error) or type(error).__name__)
+                self.note_down(str(error) or type(error).__name__)
                 raise ConnectFailedError("no list of models") from error
             except (ValueError, LookupError, TypeError):
                 logger.warning("%s does not list its models: set LITE_MODEL_NAME", self.name)
         return self.first_model
 
-    def _note_down(self, why: str) -> None:
+    def note_loading(self) -> None:
+        """Note that its process was started: not there yet, and nothing to warn of."""
+        self._is_loading = True
+        self._down.set()
+
+    def note_ended(self) -> None:
+        """Note that its process is gone."""
+        self._is_loading = False
+        self.note_down("its process ended")
+
+    def note_down(self, why: str) -> None:
+        """Open the circuit."""
+        if self._is_loading:
+            return
         if not self._down.is_set():
             logger.warning("%s is down (%s): probing every %.1f s", self.name, why, self._interval_s)
             self._down.set()
 
     def _note_up(self) -> None:
         if self._down.is_set():
-            logger.info("%s is up again", self.name)
+            logger.info("%s is up%s", self.name, "" if self._is_loading else " again")
+            self._is_loading = False
             self._down.clear()
 
 
 class Fleet:
-    """The servers of each route: of `vllm` there may be several, with weights."""
+    """The servers of each route: of `vllm` there may be several, with weights; `own_lite` are processes of ours."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, own_lite: Sequence[Upstream] = ()) -> None:
         servers = settings.vllm_url
         names = ["vllm"] if len(servers) == 1 else [f"vllm-{number}" for number in range(1, len(servers) + 1)]
         self.routes: Mapping[str, Sequence[Upstream]] = {
             "vllm": [_server(name, server, settings) for name, server in zip(names, servers, strict=True)]
         }
-        if settings.lite_model:
-            lite = Upstream("lite", settings.lite_model, settings, key=settings.lite_api_key)
+        if own_lite:
+            self.routes = {**self.routes, "lite": own_lite}
+        elif settings.lite_model:
+            lite = Upstream("lite", settings.lite_model, settings, key=settings.lite_api_key, is_lite=True)
             self.routes = {**self.routes, "lite": [lite]}
 
     @property
@@ -154,8 +190,14 @@ class Fleet:
         """Return the servers of a route that are up, in the order in which to try them."""
         servers = self.routes.get(route, ())
         if len(servers) == 1:
-            return () if servers[0].is_down else servers
-        return order_by_load([server for server in servers if not server.is_down], random.random())  # noqa: S311 - no secret
+            return () if servers[0].is_down or servers[0].is_full else servers
+        there = [server for server in servers if not server.is_down and not server.is_full]
+        return order_by_load(there, random.random())  # noqa: S311 - no secret
+
+    def why_not_lite(self) -> str:
+        """Say why the lite model was passed over, for the header and the trace."""
+        states = {"busy" if server.is_full else server.state for server in self.routes.get("lite", ())}
+        return next((f"lite-{state}" for state in ("busy", "loading") if state in states), "lite-down")
 
     async def health(self) -> dict[str, bool]:
         """Ask all servers; a route is healthy when one of its servers is, and several are listed one by one too."""

@@ -16,6 +16,7 @@ from tasks.traces.record import Json, TraceRecord
 
 _CUT_CHARS = 2000
 _MAX_DEPTH = 60  # Weave refuses a call that is nested 200 deep, its own levels included
+_CACHED = (("cached_tokens", "cache_read_input_tokens"), ("cache_write_tokens", "cache_creation_input_tokens"))
 _LINKS = ("weave:///", "weave-trace-internal:///")
 
 
@@ -75,8 +76,25 @@ def _summary(record: TraceRecord) -> Json:
     summary: Json = {"status_counts": {"success": int(not failed), "error": int(failed)}}
     if record.usage and record.model:
         counts = {name: count for name, count in record.usage.items() if isinstance(count, int)}
-        summary["usage"] = {record.model: {"requests": 1} | counts}
+        summary["usage"] = {record.model: {"requests": 1} | _cached(record.usage) | counts}
     return summary
+
+
+def _cached(usage: Json) -> Json:
+    """Return the tokens that a prompt cache held or took, under the names by which Weave prices them.
+
+    Source: `_normalize_openai_cache_tokens` in weave 0.54's OpenAI integration. They stay part of the prompt's tokens.
+
+    >>> _cached({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 8}})
+    {'cache_read_input_tokens': 8}
+    """
+    found: Json = {}
+    for details in (usage.get("prompt_tokens_details"), usage.get("input_tokens_details")):
+        for name, known_as in _CACHED:
+            count = details.get(name) if isinstance(details, dict) else None
+            if isinstance(count, int):
+                found.setdefault(known_as, count)
+    return found
 
 
 def _storable(value: Any, depth: int = 0) -> Any:  # Any: walks a JSON value

@@ -75,15 +75,8 @@ class TraceRecord:
     version: int = VERSION
 
     def to_line(self) -> bytes:
-        """Return the record as one line of JSON with its line end.
-
-        Text stays readable UTF-8; half a surrogate pair, legal in JSON but not in UTF-8, is escaped.
-        """
-        try:
-            return orjson.dumps(self, option=orjson.OPT_APPEND_NEWLINE)
-        except TypeError:  # half a surrogate pair, or an integer beyond 64 bits
-            value = {name: getattr(self, name) for name in _FIELDS}
-            return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+        """Return the record as one line of JSON with its line end."""
+        return line_of({name: getattr(self, name) for name in _FIELDS})
 
     def to_dict(self) -> Json:
         """Return the record as plain values."""
@@ -107,6 +100,17 @@ _REQUIRED = ("trace_id", "started_at", "ended_at", "endpoint", "route", "reason"
 
 _TEXTS = ("trace_id", "endpoint", "route", "reason", "model", "error", "key_name", "upstream")
 _OBJECTS = ("request", "response", "usage", "stream", "redactions")
+
+
+def line_of(record: Json) -> bytes:
+    """Return the fields of a record as one line of JSON with its line end.
+
+    Text stays readable UTF-8; half a surrogate pair, legal in JSON but not in UTF-8, is escaped.
+    """
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # half a surrogate pair, or an integer beyond 64 bits
+        return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def from_line(line: bytes) -> TraceRecord:
@@ -214,11 +218,7 @@ def is_sampled(trace_id: str, rate: float) -> bool:
 
 def as_replayed(line: bytes) -> bytes:
     """Mark a line of the queue as put back by a person. Raises CorruptError when it is no JSON object."""
-    value = _parse(line) | {"replayed": True}
-    try:
-        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:
-        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    return line_of(_parse(line) | {"replayed": True})
 
 
 def without_secrets(request: Mapping[str, Any]) -> Json:

@@ -1,6 +1,6 @@
 """Take secrets and personal data out of a trace before it touches the disk.
 
-    TraceRecord -> Redactor.redact() -> the same shape, texts with [redacted:email] ..., counts by kind
+    a record's fields -> Redactor.redact() -> the same shape, texts with [redacted:email] ..., counts by kind
 
 Kinds: secrets, email, phone, card, ip, my_number, and custom (one's own patterns). Keys of objects
 are looked at like texts, and a text that is JSON itself (the arguments of a tool call) is read, so
@@ -18,13 +18,14 @@ inside a repeat, but a slow one is still possible.
 import json
 import re
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
 from tasks.errors import SpecError
 from tasks.traces.numbers_in_text import take_numbers
-from tasks.traces.record import Json, TraceRecord
+from tasks.traces.record import Json
 from tasks.traces.secrets_in_text import MARK, is_secret_name, may_hold_secrets, take_secrets
 
 KINDS = ("secrets", "email", "phone", "card", "ip", "my_number")
@@ -35,9 +36,14 @@ _IP4 = re.compile(r"(?<![A-Za-z0-9_.])(?:[0-9]{1,3}+\.){3}[0-9]{1,3}+(?![A-Za-z0
 _IP6 = re.compile(r"(?<![A-Za-z0-9_:.])[0-9A-Fa-f:.]{3,45}+(?![A-Za-z0-9_:])")
 _TOKENWISE = frozenset({"logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids"})
 _DIGITS = re.compile(r"[0-9０-９](?:[^0-9０-９]{0,3}+[0-9０-９]){8}")  # the shortest number has nine
-_SHORTEST, _LONG_NAME = 6, 18  # of a text; of a field's name: longer than those of APIs
+_SHORTEST = 6  # text or name of a field
 _MAX_ROUNDS = 4  # a replacement may uncover another match; each round costs one pass
 _MAX_DEPTH = 200
+_SHORT, _MAX_NAMES = 24, 4096  # texts and names that are remembered
+_LONGEST_GROUP = 4  # of an IPv6 address
+_HEX = "0123456789abcdefABCDEF"
+_May = Callable[[str], bool]
+_Take = Callable[[str, dict[str, int]], str]
 
 
 class _Deep(Exception):  # noqa: N818 - never leaves this module
@@ -46,92 +52,84 @@ class _Deep(Exception):  # noqa: N818 - never leaves this module
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redactor:
-    """What to take out. Safe to share between threads: it holds no state."""
+    """What to take out. Safe to share between threads: all that it remembers is which names are harmless."""
 
     kinds: Set[str] = frozenset({"secrets"})
     patterns: tuple[re.Pattern[str], ...] = ()
-    _only_secrets: bool = field(init=False, repr=False)
+    _takers: tuple[tuple[_May, _Take], ...] = field(init=False, repr=False)
+    _plain_names: set[str] = field(init=False, repr=False, default_factory=set)  # fields that are never taken out
+    _is_short_suspect: _May = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_only_secrets", self.kinds == {"secrets"} and not self.patterns)
+        object.__setattr__(self, "_takers", tuple(_takers_of(self.kinds, self.patterns)))
+        object.__setattr__(self, "_is_short_suspect", lru_cache(4096)(self._is_suspect))  # "assistant", "mock", ...
 
-    def redact(self, record: TraceRecord) -> TraceRecord:
-        """Return the record without what is to be taken out; the same object when there is nothing."""
-        if not self._may_match(record):
+    def redact(self, record: Json) -> Json:
+        """Return the record without what is to be taken out; the same object when there is nothing.
+
+        Looked at are `request`, `response` and `error`; what was found is counted in `redactions`.
+        """
+        if not self._takers or not self._may_match([[record["request"], record["response"], record["error"]]]):
             return record
         counts: dict[str, int] = {}
         try:
-            request = self._walk(record.request, counts, 0)
-            response = self._walk(record.response, counts, 0)
+            request = self._walk(record["request"], counts, 0)
+            response = self._walk(record["response"], counts, 0)
         except _Deep:  # unreadable for us: metadata is all that may leave
-            return replace(record, request=None, response=None, redactions={"too_deep": 1})
-        error = self.text(record.error, counts) if record.error else record.error
+            return record | {"request": None, "response": None, "redactions": {"too_deep": 1}}
+        error = self.text(record["error"], counts) if record["error"] else record["error"]
         if not counts:
             return record
         request, response = _without_tokens(request, counts), _without_tokens(response, counts)
-        merged = {**(record.redactions or {}), **counts}
-        return replace(record, request=request, response=response, error=error, redactions=merged)
+        merged = {**(record["redactions"] or {}), **counts}
+        return record | {"request": request, "response": response, "error": error, "redactions": merged}
 
     def text(self, text: str, counts: dict[str, int]) -> str:
         """Return the text with what is to be taken out replaced; adds to `counts`. Idempotent."""
         for _ in range(_MAX_ROUNDS):
             before = text
-            for take in self._takers():
+            for _, take in self._takers:
                 text = _between_marks(text, take, counts)
             if text is before or text == before:
                 break
         return text
 
-    def _may_match(self, record: TraceRecord) -> bool:
-        """Skim the record: most hold nothing that looks like it, and are done with this."""
-        if not self.kinds and not self.patterns:
-            return False
-        secrets = "secrets" in self.kinds
-        is_suspect = may_hold_secrets if self._only_secrets else self._is_suspect
-        todo: list[Any] = [record.request, record.response, record.error]  # Any: JSON values
+    def _may_match(self, todo: list[Any]) -> bool:  # Any: JSON values
+        """Skim these objects and lists: most hold nothing that looks like it, and are done with this."""
         while todo:
             value = todo.pop()
-            if isinstance(value, str):
-                if len(value) >= _SHORTEST and is_suspect(value):
+            if value.__class__ is dict:
+                if not value.keys() <= self._plain_names and self._is_name_suspect(value):
                     return True
-            elif isinstance(value, dict):
-                for name, item in value.items():
-                    if secrets and is_secret_name(name) and _is_secret_field(name, item, value):
+                value = value.values()
+            for item in value:
+                kind = item.__class__
+                if kind is str:
+                    size = len(item)
+                    if size >= _SHORTEST and (self._is_short_suspect if size <= _SHORT else self._is_suspect)(item):
                         return True
-                    if len(name) >= _LONG_NAME and is_suspect(name):
-                        return True
-                    if item.__class__ is not int:
-                        todo.append(item)
-            elif isinstance(value, list):
-                todo += value
+                elif kind is dict or kind is list:
+                    todo.append(item)
+        return False
+
+    def _is_name_suspect(self, value: Json) -> bool:
+        """Say whether a name, or a secret in a field of that name, is to be taken out; remember plain names."""
+        for name, item in value.items():
+            is_secret = "secrets" in self.kinds and is_secret_name(name)
+            if is_secret and _is_secret_field(name, item, value):
+                return True
+            if len(name) >= _SHORTEST and self._is_suspect(name):
+                return True
+            if not is_secret and len(self._plain_names) < _MAX_NAMES:
+                self._plain_names.add(name)
         return False
 
     def _is_suspect(self, text: str) -> bool:
         """Say quickly whether something of these kinds could be in the text."""
-        if self._only_secrets:
-            return may_hold_secrets(text)
-        kinds = self.kinds
-        if "secrets" in kinds and may_hold_secrets(text):
-            return True
-        if "email" in kinds and "@" in text:
-            return True
-        if kinds & _NUMBERS and _DIGITS.search(text):
-            return True
-        if "ip" in kinds and (text.count(".") >= 3 or text.count(":") >= 2):
-            return True
-        return any(pattern.search(text) for pattern in self.patterns)
-
-    def _takers(self) -> Iterable[Callable[[str, dict[str, int]], str]]:
-        if "secrets" in self.kinds:
-            yield _secrets
-        if "email" in self.kinds:
-            yield _email
-        if self.kinds & {"ip"}:
-            yield _ip
-        if numbers := self.kinds & _NUMBERS:
-            yield lambda text, counts: _numbers(text, counts, numbers)
-        for pattern in self.patterns:
-            yield lambda text, counts, pattern=pattern: _counted(pattern, "custom", text, counts)
+        for may, _ in self._takers:  # noqa: SIM110 - a generator costs more than what it runs
+            if may(text):
+                return True
+        return False
 
     def _walk(self, value: Any, counts: dict[str, int], depth: int) -> Any:  # Any: walks a JSON value
         if depth > _MAX_DEPTH:
@@ -173,6 +171,44 @@ class Redactor:
             walked = self._walk(inner, counts, depth + 1)
             return json.dumps(walked, ensure_ascii=False) if sum(counts.values()) > before else text
         return self.text(text, counts)
+
+
+def _takers_of(kinds: Set[str], patterns: Iterable[re.Pattern[str]]) -> Iterable[tuple[_May, _Take]]:
+    """Give per kind a quick look, which never misses anything, and what takes it out."""
+    if "secrets" in kinds:
+        yield may_hold_secrets, _secrets
+    if "email" in kinds:
+        yield (lambda text: "@" in text), _email
+    if "ip" in kinds:
+        yield _may_hold_ip, _ip
+    if numbers := kinds & _NUMBERS:
+        yield _may_hold_numbers, lambda text, counts: _numbers(text, counts, numbers)
+    for pattern in patterns:
+        yield (
+            lambda text, pattern=pattern: pattern.search(text) is not None,
+            lambda text, counts, pattern=pattern: _counted(pattern, "custom", text, counts),
+        )
+
+
+def _may_hold_ip(text: str) -> bool:
+    """IPv4 has two groups of digits between dots, IPv6 a group of hexadecimal digits, or nothing, between colons."""
+    if text.count(".") >= 3:
+        for piece in text.split(".")[1:-1]:
+            if len(piece) <= 3 and piece.isdecimal():
+                return True
+    if text.count(":") >= 2:
+        for piece in text.split(":")[1:-1]:
+            if len(piece) <= _LONGEST_GROUP and not piece.strip(_HEX):
+                return True
+    return False
+
+
+def _may_hold_numbers(text: str) -> bool:
+    if text.isascii():
+        data = text.encode()
+        if len(data) - len(data.translate(None, b"0123456789")) < 9:
+            return False
+    return _DIGITS.search(text) is not None
 
 
 def read_patterns(text: str, name: str) -> tuple[re.Pattern[str], ...]:
@@ -235,6 +271,8 @@ def _counted(pattern: re.Pattern[str], kind: str, text: str, counts: dict[str, i
 
 
 def _numbers(text: str, counts: dict[str, int], kinds: Set[str]) -> str:
+    if not _may_hold_numbers(text):
+        return text
     text, taken = take_numbers(text, kinds)
     for kind, count in taken.items():
         counts[kind] = counts.get(kind, 0) + count
@@ -242,6 +280,9 @@ def _numbers(text: str, counts: dict[str, int], kinds: Set[str]) -> str:
 
 
 def _ip(text: str, counts: dict[str, int]) -> str:
+    if not _may_hold_ip(text):
+        return text
+
     def one(match: re.Match[str]) -> str:
         found = match[0].rstrip(".")
         rest = match[0][len(found) :]

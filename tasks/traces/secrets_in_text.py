@@ -76,22 +76,24 @@ _SHORTEST_KEY = 14
 _LONG_RUN = re.compile(
     rf"[A-Za-z0-9_.-]{{{_SHORTEST_KEY},}}+"
 )  # every key of a known shape is one, few other words are
-_DASHED = tuple(hint for hint in _SHAPES if "-" in hint)
-_UNDERSCORED = tuple(hint for hint in _SHAPES if "_" in hint)
-_PLAIN = (*(hint for hint in _SHAPES if "-" not in hint and "_" not in hint), "eyJ")
+_AROUND = _SHORTEST_KEY + max(map(len, _SHAPES))
+_PLAIN = tuple((max(hint, key="zqjkxvw9KJSI".find), hint) for hint in (*_SHAPES, "eyJ") if hint[-1] not in "-_")
+_MARKED = tuple(
+    (mark, tuple(hint[:-1].rpartition(mark)[2] for hint in hints), hints)
+    for mark in "-_"
+    for hints in [tuple(hint for hint in _SHAPES if hint.endswith(mark))]
+)
 _NAME_HINTS = ("password", "passwd", "passphrase", "secret", "authorization", "credential", "cookie", "pwd", "key")
 
 
 def may_hold_secrets(text: str) -> bool:
-    """Say quickly whether `take_secrets` could find something. Cost: about 5 us for 1 kB of prose.
+    """Say quickly whether `take_secrets` could find something. Cost: see docs/traces.md.
 
     >>> may_hold_secrets("What is a task? It is a job: a piece of work.")
     False
     """
-    if len(text) >= _SHORTEST_KEY:
-        for word in text.split():
-            if len(word) >= _SHORTEST_KEY and _has_key_shape(word):
-                return True
+    if len(text) >= _SHORTEST_KEY and _has_key_shape(text):
+        return True
     if ":" in text or "=" in text:
         lower = text.lower()
         for hint in _NAME_HINTS:
@@ -99,23 +101,31 @@ def may_hold_secrets(text: str) -> bool:
                 return True
         if lower.count("token") > lower.count("tokens") or ("@" in text and "://" in text):
             return True
-    if "earer" in text or "EARER" in text or "PRIVATE KEY" in text:
+    if "earer" in text or ("R" in text and ("EARER" in text or "PRIVATE KEY" in text)):
         return True
     return not text.isascii() and ("パスワード" in text or "暗証番号" in text)
 
 
-def _has_key_shape(word: str) -> bool:
-    for run in _LONG_RUN.findall(word):
-        for hint in _PLAIN:
-            if hint in run:
-                return True
-        if "-" in run:
-            for hint in _DASHED:
-                if hint in run:
-                    return True
-        if "_" in run:
-            for hint in _UNDERSCORED:
-                if hint in run:
+def _has_key_shape(text: str) -> bool:
+    """Say whether a run that is long enough for a key holds what one starts with: `a task-based system` does not.
+
+    Most texts hold few dashes, and one letter is looked for at a tenth of a word's cost.
+    """
+    for letter, hint in _PLAIN:
+        if letter in text and hint in text and any(hint in run for run in _LONG_RUN.findall(text)):
+            return True
+    for mark, stems, hints in _MARKED:
+        if mark not in text:
+            continue
+        at = -1  # of the mark
+        for piece in text.split(mark)[:-1]:
+            at += len(piece) + 1
+            if piece.endswith(stems):
+                begin, end = text.rfind(" ", max(0, at - _SHORTEST_KEY), at), text.find(" ", at, at + _SHORTEST_KEY)
+                if begin >= 0 and 0 < end - begin <= _SHORTEST_KEY:
+                    continue  # the word is too short
+                around = text[max(0, at - _AROUND) : at + _SHORTEST_KEY]
+                if any(hint in run for run in _LONG_RUN.findall(around) for hint in hints):
                     return True
     return False
 

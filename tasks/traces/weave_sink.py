@@ -210,7 +210,11 @@ def _raise_for_access(response: httpx.Response, project_id: str) -> None:
     if status == 403:
         raise AccessError(f"Weave answers 403: this WANDB_API_KEY may not write to {project_id}; ask its owner")
     if status == 404:
-        raise MissingError(f"Weave answers 404 for {project_id}: check entity and project, and WF_TRACE_SERVER_URL")
+        entity = project_id.partition("/")[0]
+        raise MissingError(
+            f"Weave answers 404 for {project_id}: check entity and project (WANDB_ENTITY, WANDB_PROJECT or the block), "
+            f"create the project at https://wandb.ai/{entity} if it is not there, and check WF_TRACE_SERVER_URL"
+        )
     raise AccessError(f"Weave answers {status}: {response.text[:300]}")
 
 

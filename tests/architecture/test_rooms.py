@@ -35,7 +35,7 @@ TABLE: list[tuple[str, str]] = [
 ]  # fmt: skip
 PURE_MAY = (
     r"tasks\.(artifacts|environment|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
-    r"|deployments\.gateway\.(fast_json|settings|routing)"
+    r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked"
 )
 IMPURE = {
     "os", "shutil", "subprocess", "socket", "ssl", "tempfile", "threading", "multiprocessing", "asyncio", "time",

@@ -1,13 +1,15 @@
 """What the gateway costs: CPU and added latency per request, delay of streamed chunks, memory over time.
 
-    python tests/bench/bench_gateway.py [--seconds 3] [--rounds 3] [--soak-s 0] [--peer NAME=COMMAND ...]
+    python tests/bench/bench_gateway.py [--seconds 3] [--rounds 3] [--soak 0] [--peer NAME=COMMAND ...]
 
     load generator (a process) -> gateway or peer -> mock upstream (a process)
                                -> mock upstream                                 "direct": what to subtract
 
-Writes tests/bench/baselines/gateway_<machine>.json. A peer's COMMAND is an executable with its arguments that
-serves POST /v1/chat/completions; `{port}` and `{upstream}` in it are replaced. CPU is that of the process
-and its children, from /proc/PID/stat; trace recording of the gateway is on.
+Writes tests/bench/baselines/gateway_<machine>.json. `--soak 600` loads the gateway alone, so long, from 64
+connections, and adds its memory over that time to the same file, beside what a run without it measured.
+A peer's COMMAND is an executable with its arguments that serves POST /v1/chat/completions; `{port}` and
+`{upstream}` in it are replaced. CPU is that of the process and its children, from /proc/PID/stat; trace
+recording of the gateway is on.
 
 Units: `_us`, `_ms`, `_s`. The machine should be idle: `spread_pct` says how far the rounds lie apart.
 """
@@ -32,6 +34,7 @@ LOAD = Path(__file__).with_name("gateway_load.py")
 PROBE = {"model": "mock", "messages": [{"role": "user", "content": "x"}]}
 CONNECTIONS = (1, 16, 64, 256)
 SSE_PER_S = 128
+SOAK_CONNECTIONS = 64
 
 
 def in_process(*arguments):
@@ -122,6 +125,43 @@ def load_once(proxy, what, number, seconds):
     return load | {"per_s": round(count / wall_s), "cpu_us": round((proxy.cpu_s() - cpu_s) / count * 1e6)}
 
 
+def soak(seconds, folder):
+    """Load the gateway from 64 connections; return its memory over time, the first tenth left out of the slope.
+
+    The trace file is what a drain would have taken away: sealed segments are removed now and then.
+    """
+    upstream = free_port()
+    mock = subprocess.Popen([sys.executable, str(LOAD), "mock", str(upstream)])
+    samples, load = [], None
+    try:
+        wait_for(upstream)
+        proxy = Proxy("gateway", f"{shlex.quote(sys.executable)} -m deployments.gateway", upstream, folder)
+        try:
+            argv = [sys.executable, str(LOAD), "whole", str(proxy.port), str(SOAK_CONNECTIONS), str(seconds)]
+            load, begin = subprocess.Popen(argv, stdout=subprocess.PIPE), time.monotonic()
+            while load.poll() is None:
+                samples.append((round(time.monotonic() - begin), proxy.rss_mb()))
+                for segment in folder.glob("traces.jsonl.0*"):
+                    segment.unlink()
+                time.sleep(min(5.0, seconds / 20))
+            count = json.loads(load.stdout.read())["count"]
+        finally:
+            proxy.stop()
+    finally:
+        mock.kill()
+    late = [(at, size) for at, size in samples if seconds / 10 <= at <= seconds]
+    slope = statistics.linear_regression(*zip(*late, strict=True)).slope
+    sizes = [size for _, size in late]
+    return {
+        "connections": SOAK_CONNECTIONS,
+        "seconds": seconds,
+        "requests": count,
+        "rss_mb": {"first": samples[0][1], "least": min(sizes), "most": max(sizes), "last": sizes[-1]},
+        "slope_mb_per_hour": round(slope * 3600, 2),
+        "every_minute_mb": [size for at, size in samples[:: max(1, len(samples) // 11)]],
+    }
+
+
 def median(runs):
     """The median of each number, and how far the CPU figures lie apart."""
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -143,10 +183,7 @@ def run_all(options, folder):
                 before = proxy.rss_mb() if proxy.process else 0.0
                 results[name] = measure(proxy, options.seconds, options.rounds, options.warm_s)
                 if proxy.process:
-                    warm = proxy.rss_mb()
-                    if name == "gateway" and options.soak_s:
-                        in_process("whole", proxy.port, 16, options.soak_s)
-                    results[name]["rss_mb"] = {"start": before, "warm": warm, "end": proxy.rss_mb()}
+                    results[name]["rss_mb"] = {"start": before, "end": proxy.rss_mb()}
             finally:
                 proxy.stop()
             sys.stderr.write(f"{name}: {json.dumps(results[name])}\n")
@@ -165,18 +202,24 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-s", type=float, default=2.0, help="40 for LiteLLM, which imports while it serves")
-    parser.add_argument("--soak-s", type=float, default=0.0, help="load the gateway so long before RSS is read again")
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of load under which memory is watched")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cpu")
     options = parser.parse_args()
+    place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
+    known = json.loads(place.read_text()) if place.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="bench-gateway-"))
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         head = {"name": "gateway", "machine": options.machine, "commit": commit.stdout.strip(), "traces": "on"}
-        report = head | {"seconds": options.seconds, "rounds": options.rounds, "stacks": run_all(options, folder)}
+        if options.soak:
+            report = known
+            report["soak"] = {"commit": head["commit"]} | soak(options.soak, folder)
+        else:
+            report = head | {"seconds": options.seconds, "rounds": options.rounds, "stacks": run_all(options, folder)}
+            report |= {name: known[name] for name in ("soak",) if name in known}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
     place.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(f"{place}\n")
 

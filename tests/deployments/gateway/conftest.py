@@ -176,7 +176,7 @@ def unused_port():
     return free_port()
 
 
-@pytest.fixture(name="wait_until")
+@pytest.fixture(name="wait_until", scope="session")
 def _wait_until():
     return wait_until
 

@@ -274,13 +274,14 @@ def test_changed_gateway_code_or_new_packages_are_served_anew(settings: ServiceS
 
 
 def test_gateways_fingerprint_follows_each_of_its_files(tmp_path: Path):
-    """All modules of ours that the gateway loads are among those that are looked at."""
+    """All modules of ours that the gateway or its lite processes load are among those that are looked at."""
     code = "import deployments.gateway.app, sys; print(*[getattr(m, '__file__', '') for m in sys.modules.values()])"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     loaded = [Path(name).relative_to(root) for name in done.stdout.split() if name.startswith(f"{root}/")]
     ours = {path for path in loaded if path.parts[0] in ("deployments", "tasks") and (root / path).read_text().strip()}
     assert Path("tasks/traces/segments.py") in ours
+    ours |= {path.relative_to(root) for path in (root / "deployments/lite").glob("*.py")}  # its processes
     for path in ours:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((root / path).read_bytes())

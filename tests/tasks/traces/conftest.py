@@ -10,35 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.traces.record import TraceRecord, iso_from_us, uuid7
 from tests.needs import redis_server
+from tests.records import make_record
 
 ROOT = Path(__file__).parents[3]
 WEAVE = Path(__file__).parent / "weave_server.py"
-START_US = 1_800_000_000_000_000
-
-
-def make_record(number, **changes):
-    start_us = START_US + number * 1_000_003
-    body = {"model": "tiny", "messages": [{"role": "user", "content": f"質問 {number}"}]}
-    usage = {"prompt_tokens": 3, "completion_tokens": number, "total_tokens": 3 + number}
-    fields = {
-        "trace_id": uuid7(start_us, number),
-        "started_at": iso_from_us(start_us),
-        "first_token_at": iso_from_us(start_us + 1500),
-        "ended_at": iso_from_us(start_us + 2500),
-        "endpoint": "/v1/chat/completions",
-        "route": "vllm",
-        "reason": "no-lite-model",
-        "model": "tiny",
-        "status": "ok",
-        "http_status": 200,
-        "streamed": False,
-        "request": body,
-        "response": {"choices": [{"message": {"role": "assistant", "content": "答え"}}], "usage": usage},
-        "usage": usage,
-    }
-    return TraceRecord(**(fields | changes))
 
 
 def free_port():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.traces.calls import call
-from tests.tasks.traces.conftest import make_record
+from tests.records import make_record
 
 surrogates = st.characters(categories=["Cs"])
 texts = st.text() | st.text(surrogates) | st.sampled_from(["weave:///a/b/op/c:d", "weave-trace-internal:///x"])
@@ -53,3 +53,18 @@ def test_a_failure_without_a_text_has_an_exception():
 def test_an_endless_error_text_is_cut_like_the_answer():
     sent = call(make_record(1, status="error", error="x" * 4_000_000), "team/tatara", 3 << 20)
     assert len(sent["exception"]) < 3000
+
+
+@pytest.mark.parametrize("details", ["prompt_tokens_details", "input_tokens_details"])
+def test_cached_tokens_have_the_names_by_which_weave_prices_them(details):
+    usage = {"prompt_tokens": 9, details: {"cached_tokens": 8, "cache_write_tokens": 1, "audio_tokens": None}}
+    summary = call(make_record(1, usage=usage), "team/tatara", 3 << 20)["summary"]
+    cached = {"cache_read_input_tokens": 8, "cache_creation_input_tokens": 1}
+    assert summary["usage"] == {"tiny": {"requests": 1, "prompt_tokens": 9, **cached}}
+
+
+def test_usage_without_details_has_no_cached_tokens():
+    for details in ({}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {"cached_tokens": None}}):
+        usage = {"prompt_tokens": 9, "completion_tokens": 1} | details
+        summary = call(make_record(1, usage=usage), "team/tatara", 3 << 20)["summary"]
+        assert summary["usage"] == {"tiny": {"requests": 1, "prompt_tokens": 9, "completion_tokens": 1}}

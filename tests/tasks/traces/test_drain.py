@@ -113,7 +113,13 @@ def test_a_huge_record_is_cut_rather_than_refused(make_record):
     assert value["inputs"]["messages"][0]["content"].endswith("[4998000 more characters]")
 
 
-@pytest.mark.parametrize(("how", "message"), [("401", "WANDB_API_KEY is wrong"), ("404", "check entity and project")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("401", "WANDB_API_KEY is wrong"),
+        ("404", "404 for team/tatara: check entity and project .*create the project at https://wandb.ai/team"),
+    ],
+)
 def test_wrong_keys_and_projects_are_told_apart_and_keep_the_queue(queue, weave, make_record, how, message):
     fill(queue, make_record, 2)
     weave.misbehave(next=[how])

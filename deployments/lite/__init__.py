@@ -1,0 +1,1 @@
+"""The lite model: a small model in a process of the gateway's own."""
