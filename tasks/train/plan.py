@@ -28,6 +28,11 @@ class StepPlan:
     checkpointing: str  # none, selective or full
     num_recomputed: int = 0  # selective: layers whose gate is recomputed
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of one process in a step."""
+        return self.rows_per_device * self.gradient_accumulation
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -38,6 +43,11 @@ class Workload:
     spec: TrainSpec
     targets: list[Target]
     row_tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one process in a step; a plan may cut them as it likes."""
+        return self.spec.rows_per_device * self.spec.gradient_accumulation
 
     @property
     def num_trainable(self) -> int:
@@ -104,7 +114,7 @@ def say_plan(work: Workload, plan: StepPlan) -> str:
 
 def _candidates(work: Workload, *, choose: bool) -> Iterator[StepPlan]:
     spec = work.spec
-    total = spec.rows_per_device * spec.gradient_accumulation
+    total = work.num_rows
     rows = [spec.rows_per_device]
     if choose and spec.fit_micro_batch:
         rows = [count for count in range(total, 0, -1) if total % count == 0]

@@ -193,7 +193,7 @@ def _run_planned(
     folder = Path(job["folder"])
     kept = folder / "plans.json"  # those of earlier tries too: what ran out of memory once is not tried again
     plans = [StepPlan(**plan) for plan in files.read_json(kept)] if kept.exists() else []
-    if not plans:
+    if not plans or plans[-1].num_rows != work.num_rows:  # the second: on another number of processes than before
         plans = [plan_step(work, gpu_room(work.spec))]
         require_training_memory(work, plans[0])
         files.write_json(kept, [asdict(plans[0])])

@@ -62,7 +62,9 @@ def test_good_recipe_is_told_line_by_line(recipe: Recipe, store: ArtifactStore, 
     assert said[0].endswith(" train and 9 validation rows")
     assert said[1] == f"base: {base}"
     assert "stays in a local folder" in said[5]
-    assert re.search(r"training needs about 1\.1 GB \(workspace 1\.1.*\), \d+\.\d GB of memory are available", said[4])
+    assert re.search(
+        r"training takes .* about 0\.5 GB \(.*workspace 0\.5.*\), \d+\.\d GB of memory are available", said[4]
+    )
 
 
 def test_pretrained_base_is_checked_from_its_shape(recipe: Recipe, store: ArtifactStore):

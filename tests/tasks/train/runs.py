@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from tasks.metrics import read_metrics
 from tasks.specs import LoraSpec, TrainSpec
+from tasks.train.plan import StepPlan
 from tests.waiting import wait_for
 
 LORA = LoraSpec(
@@ -30,7 +32,6 @@ SPEC = TrainSpec(
     max_steps=24,
     rows_per_device=2,
     dtype="float32",
-    gradient_checkpointing=False,
     save_steps=4,
 )
 ROW_TOKENS = 128
@@ -57,10 +58,20 @@ def make_inputs(folder: Path) -> dict[str, Any]:
     return {"base_folder": base.model_folder, "packed_folder": packed.folder, "row_tokens": ROW_TOKENS}
 
 
+def make_job(inputs: dict[str, Any], folder: Path, spec: TrainSpec) -> dict[str, Any]:
+    """What the parent hands to the worker on a machine without a GPU."""
+    plan = StepPlan(
+        rows_per_device=spec.rows_per_device,
+        gradient_accumulation=spec.gradient_accumulation,
+        checkpointing="none",
+    )
+    return {**inputs, "folder": str(folder), "spec": spec.model_dump(mode="json"), "plan": asdict(plan)}
+
+
 def start(inputs: dict[str, Any], folder: Path, spec: TrainSpec, tamper: str = "") -> BaseProcess:
     """Begin, or go on with, a training in `folder`. `tamper` names a function of this module that runs first."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = {**inputs, "folder": str(folder), "spec": spec.model_dump(mode="json")}
+    job = make_job(inputs, folder, spec)
     process = _processes.Process(target=_work, args=(job, tamper))
     process.start()
     return process
@@ -132,9 +143,9 @@ def until(condition: Callable[[], bool], process: BaseProcess) -> bool:
 
 def hang_in_step_3() -> None:
     """The main thread stops for ever, its heartbeat does not."""
-    from tasks.train.loss import CpuSFTTrainer
+    from tasks.train.loss import FusedHeadTrainer
 
-    learn, calls = CpuSFTTrainer.training_step, []
+    learn, calls = FusedHeadTrainer.training_step, []
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -146,19 +157,19 @@ def hang_in_step_3() -> None:
                     sys.stderr.write("swallowed\n")
         return learn(self, *args, **kwargs)
 
-    CpuSFTTrainer.training_step = training_step
+    FusedHeadTrainer.training_step = training_step
 
 
 def _change_loss(factor: float, after: int) -> None:
-    from tasks.train.loss import CpuSFTTrainer
+    from tasks.train.loss import FusedHeadTrainer
 
-    measure = CpuSFTTrainer.compute_loss
+    measure = FusedHeadTrainer.compute_loss
 
     def compute_loss(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = measure(self, model, *args, **kwargs)
         return loss * factor if model.training and self.state.global_step >= after else loss
 
-    CpuSFTTrainer.compute_loss = compute_loss
+    FusedHeadTrainer.compute_loss = compute_loss
 
 
 def unlearn_after_step_10() -> None:

@@ -89,7 +89,9 @@ def test_rows_of_a_step_are_those_that_it_learnt(inputs: dict[str, Any], tmp_pat
     given: list[list[int]] = []
     try:
         fix_seeds(spec.seed)
-        trainer = make_trainer(load_base(Path(inputs["base_folder"]), spec), {**inputs, "folder": str(tmp_path)}, spec)
+        trainer = make_trainer(
+            load_base(Path(inputs["base_folder"]), spec), subject.make_job(inputs, tmp_path, spec), spec
+        )
         learn = trainer.compute_loss
 
         def compute_loss(model: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

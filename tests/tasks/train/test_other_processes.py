@@ -47,7 +47,7 @@ def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.M
     again = train_adapter(packed, base, PLANNED, store, lambda record: None)
     assert again.key == whole.key
     log = (again.path / "output.log").read_text()
-    assert "resuming from checkpoint-4" in log and "resuming from checkpoint-8" in log
+    assert log.count("resuming from checkpoint-") == 3  # two ranks, then one
     mine, theirs = (read_metrics(adapter.path / "metrics.jsonl") for adapter in (again, whole))
     assert [record["tokens"] for record in mine] == [record["tokens"] for record in theirs]
     for number, (record, other) in enumerate(zip(mine, theirs, strict=True), start=1):

@@ -10,6 +10,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.fetch.run import fetch_base, fetch_dataset
 from tasks.pack.run import pack_dataset
 from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, PackSpec, TrainSpec
+from tests.tasks.train import runs
 from tests.tiny import byte_tokenizer, write_chats
 
 SPEC = TrainSpec(
@@ -46,7 +47,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path):
     def train(folder: Path, checkpoint: Path | None) -> tuple[list[float], dict[str, torch.Tensor]]:
         folder.mkdir()
         fix_seeds(SPEC.seed)
-        trainer = make_trainer(load_base(tmp_path / "base", SPEC), {**job, "folder": str(folder)}, SPEC)
+        trainer = make_trainer(load_base(tmp_path / "base", SPEC), runs.make_job(job, folder, SPEC), SPEC)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert trainer.model is not None
