@@ -5,9 +5,10 @@
     load generator (a process) -> gateway or peer -> mock upstream (a process)
                                -> mock upstream                                 "direct": what to subtract
 
-Writes tests/bench/baselines/gateway_<machine>.json. A peer's COMMAND is an executable with its arguments that
-serves POST /v1/chat/completions; `{port}` and `{upstream}` in it are replaced. CPU is that of the process
-and its children, from /proc/PID/stat; trace recording of the gateway is on.
+Prints one JSON line; --write-baseline puts it into tests/bench/baselines/gateway_<machine>.json. A peer's
+COMMAND is an executable with its arguments that serves POST /v1/chat/completions; `{port}` and `{upstream}` in
+it are replaced. CPU is that of the process and its children, from /proc/PID/stat; trace recording of the
+gateway is on.
 
 Units: `_us`, `_ms`, `_s`. The machine should be idle: `spread_pct` says how far the rounds lie apart.
 """
@@ -168,6 +169,7 @@ def main():
     parser.add_argument("--soak-s", type=float, default=0.0, help="load the gateway so long before RSS is read again")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cpu")
+    parser.add_argument("--write-baseline", action="store_true", help="make this run the committed baseline")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-gateway-"))
     try:
@@ -176,9 +178,11 @@ def main():
         report = head | {"seconds": options.seconds, "rounds": options.rounds, "stacks": run_all(options, folder)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(f"{place}\n")
+    if options.write_baseline:
+        place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
+        place.write_text(json.dumps(report, indent=1) + "\n")
+        sys.stderr.write(f"{place}\n")
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":
