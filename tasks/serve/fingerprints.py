@@ -10,7 +10,10 @@ from pathlib import Path
 from tasks import files
 from tasks.serve.settings import ROOT, ServiceSettings, digest_of
 
-_GATEWAY = ("deployments/gateway", "tasks/traces", "tasks/errors.py", "tasks/files.py")  # all that it loads of ours
+_GATEWAY = (  # all that it loads of ours, and what its direct drain does
+    *("deployments/gateway", "deployments/traces.py", "tasks/traces"),
+    *("tasks/environment.py", "tasks/errors.py", "tasks/files.py", "tasks/specs.py"),
+)
 
 
 def fingerprint_model(settings: ServiceSettings) -> str:
