@@ -121,7 +121,7 @@ def test_a_worker_killed_in_each_step_is_brought_back_and_ends_with_the_same_ver
         assert host.kill() >= 2  # the worker and its flow run at least
         unfinished |= set() if is_made(host.store, step) else {step}
         assert host.state(run) == "RUNNING"  # nobody was left to say otherwise
-        assert len(host.up()) == 1
+        assert "finetune-tiny" in host.up()  # the drain of every five minutes may be another
         assert host.state(run) == "CRASHED"
     assert unfinished >= {"pack", "train", "serve", "verify"}  # the others may be done before the signal arrives
 
