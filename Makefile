@@ -1,7 +1,8 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests weave-test quick check lint bench serve stop status clean
+.PHONY: help setup demo test tests chaos-test weave-test quick check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -13,19 +14,22 @@ setup:           ## make both environments (.venv, .venv-vllm); instant when the
 demo: setup      ## the main job on this machine: data to a served, verified model
 	@.venv/bin/tatara demo
 
-test: setup      ## everything: format, lint, types, doctests and all tests, real vLLM included
+test: setup      ## everything but long chaos: format, lint, types, doctests and tests, real vLLM included
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
-tests:           # the longest file first, the rest beside it
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
-		--ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
+tests:           # the longest file first, the rest beside it; three processes, for each waits often
+	@.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
+		-m "not chaos" --ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
+
+chaos-test: setup ## a real worker killed in each of the seven steps
+	@.venv/bin/python -m pytest -q -m chaos --durations=5 --ignore=tests/weave tests
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave
 	@.venv/bin/python -m pytest -q -m weave --durations=5 tests/weave
 
 quick: setup     ## the fast tests only
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not weave" tests
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not chaos and not weave" tests
 
 check: setup lint ## ruff format, ruff, pyright, doctests
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments

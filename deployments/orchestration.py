@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 POOLS = {"local": 4, "gpu": 1}  # name -> flow runs at once on one machine; drains run beside a training
 _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT_S = 120.0  # a drain takes seconds, a training hours
+_ANSWER_S = 60.0  # as Prefect's own client: the server itself waits so long for SQLite's lock
+_LOOK_S = 15.0  # of one try, which only asks whether anybody is there
 NUM_DEPLOYMENTS = 6  # of prefect.yaml, all tagged tatara
 _BUSY = frozenset({408, 429, 502, 503})  # those that Prefect's own client sends again
 _SHELL = re.compile(  # differs from terminal to terminal and decides nothing in a flow
@@ -123,7 +125,7 @@ def call(
     )
     for number in range(tries):
         try:
-            with urllib.request.urlopen(request, timeout=15) as reply:  # noqa: S310 - see above
+            with urllib.request.urlopen(request, timeout=_ANSWER_S if tries > 1 else _LOOK_S) as reply:  # noqa: S310 - see above
                 return json.loads(reply.read() or b"null")
         except urllib.error.HTTPError as error:
             if error.code == 404:

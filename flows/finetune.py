@@ -10,7 +10,7 @@ from tasks.merge.task import merge_adapter
 from tasks.pack.task import pack_dataset
 from tasks.pretrain.task import pretrain_model
 from tasks.publish.task import publish_model
-from tasks.serve.task import serve_model
+from tasks.serve.task import serve_again, serve_model
 from tasks.specs import PretrainChanges, RecipeChanges
 from tasks.train.task import train_adapter
 from tasks.verify.task import verify_model
@@ -19,7 +19,13 @@ NO_CHANGES = RecipeChanges()
 NO_BASE_CHANGES = PretrainChanges()
 
 
-@flow(name="finetune", flow_run_name="finetune-{recipe}", validate_parameters=True)
+@flow(
+    name="finetune",
+    flow_run_name="finetune-{recipe}",
+    validate_parameters=True,
+    on_failure=[serve_again],
+    on_cancellation=[serve_again],
+)
 def finetune(
     recipe: RecipeName = "tiny",
     changes: RecipeChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type

@@ -7,7 +7,7 @@ from tasks.artifacts import HealthReport
 from tasks.check.task import check_release
 from tasks.merge.task import merge_adapter
 from tasks.publish.task import publish_model
-from tasks.serve.task import serve_model
+from tasks.serve.task import serve_again, serve_model
 from tasks.specs import RecipeChanges
 from tasks.train.task import find_adapter
 from tasks.verify.task import verify_model
@@ -15,7 +15,13 @@ from tasks.verify.task import verify_model
 NO_CHANGES = RecipeChanges()
 
 
-@flow(name="release", flow_run_name="release-{adapter}", validate_parameters=True)
+@flow(
+    name="release",
+    flow_run_name="release-{adapter}",
+    validate_parameters=True,
+    on_failure=[serve_again],
+    on_cancellation=[serve_again],
+)
 def release(
     adapter: str,
     recipe: RecipeName = "gptoss20b_lora_h100",

@@ -30,6 +30,19 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TATARA_HOME", str(tmp_path / "home"))
 
 
+@pytest.fixture(scope="session")
+def harmony_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the gpt-oss tokenizer, built once for all test processes; below `<root>/tokenizers`."""
+    from tasks.gptoss.tokenizer import shared_tokenizer
+
+    return shared_tokenizer(_common_folder(tmp_path_factory))
+
+
+def _common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture
 def free_ports() -> list[int]:
     """Two ports that nobody listened on a moment ago."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from tasks import files
 from tasks.serve.settings import ROOT, ServiceSettings, digest_of
 
-_GATEWAY = (  # all that it loads of ours, and what its lite processes are
-    *("deployments/gateway", "deployments/lite", "tasks/traces"),
-    *("tasks/errors.py", "tasks/files.py"),
+_GATEWAY = (  # all that it loads of ours, what its lite processes are and what its direct drain does
+    *("deployments/gateway", "deployments/lite", "deployments/traces.py", "tasks/traces"),
+    *("tasks/environment.py", "tasks/errors.py", "tasks/files.py", "tasks/specs.py"),
 )
 
 

@@ -3,12 +3,14 @@
     train:   release_gpu()            our vLLM leaves the GPU, the gateway stays
     verify:  passed -> remember_verified()
              failed -> restore()      the failed model is stopped, the last verified one started again
+    the run failed before that -> serve_again()      the last verified one is started again where ours made way
 
 Only what runs by our identity files below `root` is ever stopped.
 
 Ring: edge.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -38,11 +40,12 @@ def release_gpu(root: Path) -> str | None:
         running = processes.find_alive(identity_file)
         if running is None or not _holds_gpu(running):
             return None
+        files.write_json(settings.vacancy, running.note)
         processes.stop(identity_file)
         model = running.note.get("model", "a model")
         return (
             f"stopped our vLLM (pid {running.pid}, it served {model}) to free the GPU; the gateway stays and says so, "
-            "the serve step starts vLLM again"
+            "the serve step starts vLLM again, or the end of a run that fails"
         )
 
 
@@ -66,9 +69,12 @@ def _holds_gpu(running: processes.Identity) -> bool:
 
 def remember_verified(root: Path, model: str) -> None:
     """Keep what serves `model` now as the state to go back to. Call it after a passed attestation."""
-    running = processes.find_alive(ServiceSettings(model=model, home=root).identity_file("vllm"))
+    settings = ServiceSettings(model=model, home=root)
+    running = processes.find_alive(settings.identity_file("vllm"))
+    gateway = processes.find_alive(settings.identity_file("gateway"))
     if running is not None and running.note.get("model") == model:
-        files.write_json(_memory(root), running.note)
+        ids = gateway.note.get("ids", "{}") if gateway else "{}"
+        files.write_json(_memory(root), {**running.note, "ids": ids})
 
 
 def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.environ) -> str:
@@ -93,6 +99,28 @@ def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.env
     if verified["model"] == failed_model:
         _memory(root).unlink()
         return f"{said}; it had been verified before, now it is not started again"
+    return f"{said}; {_start_verified(root, verified, variables)}"
+
+
+def serve_again(root: Path, variables: Mapping[str, str] = os.environ) -> str | None:
+    """Start the last verified model if ours was stopped to make way and nothing took its place; return what was done.
+
+    Call it when a run has failed or was cancelled: its trainer is gone then. None when nothing was missing.
+    It never raises for a start that fails: the run has an error of its own.
+    """
+    settings = ServiceSettings(model="", home=root)
+    if not settings.vacancy.exists() or processes.find_alive(settings.identity_file("vllm")) is not None:
+        return None
+    verified = _read_memory(root)
+    if verified:
+        return f"vLLM had made way for this run; {_start_verified(root, verified, variables)}"
+    return (
+        "vLLM had made way for this run and no model was verified here before: start what is to be served with "
+        "`MODEL_DIR=... tatara services start`"
+    )
+
+
+def _start_verified(root: Path, verified: Mapping[str, str], variables: Mapping[str, str]) -> str:
     settings = ServiceSettings(
         model=verified["model"],
         spec=ServeSpec.model_validate_json(verified["spec"]),
@@ -100,14 +128,15 @@ def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.env
         variables=variables,
         vllm_url=verified["vllm_url"],
         vllm_python=Path(verified["vllm_python"]),
+        ids=json.loads(verified["ids"]),
     )
     try:
         if fingerprint_model(settings) != verified["fingerprint"]:
-            return f"{said}; the last verified model {settings.model} is not whole any more: not started"
+            return f"the last verified model {settings.model} is not whole any more: not started"
         services.start(settings)
     except (TataraError, OSError) as error:
-        return f"{said}; the last verified model {settings.model} did not start: {error}"
-    return f"{said}; the last verified model {settings.model} is served again"
+        return f"the last verified model {settings.model} did not start: {error}"
+    return f"the last verified model {settings.model} is served again"
 
 
 def _memory(root: Path) -> Path:
@@ -120,4 +149,4 @@ def _read_memory(root: Path) -> dict[str, str]:
     except (OSError, CorruptError):
         return {}
     wanted = {"model", "spec", "vllm_url", "vllm_python", "fingerprint"}
-    return verified if isinstance(verified, dict) and wanted <= verified.keys() else {}
+    return {"ids": "{}", **verified} if isinstance(verified, dict) and wanted <= verified.keys() else {}

@@ -78,6 +78,7 @@ def start(settings: ServiceSettings) -> ServicesStatus:
         if own:
             check_memory(settings)
         reused = _ensure(settings, plan_vllm(settings), wait_for_vllm) if own else False
+        settings.vacancy.unlink(missing_ok=True)
         _ensure(settings, plan_gateway(settings), wait_for_gateway)
         return status(settings, reused=reused)
 
@@ -85,6 +86,7 @@ def start(settings: ServiceSettings) -> ServicesStatus:
 def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
+        settings.vacancy.unlink(missing_ok=True)  # who stops them wants them to stay stopped
         return [name for name in reversed(SERVICES) if _end(settings, name)]
 
 
@@ -162,6 +164,8 @@ def _program(
         note["vllm_python"] = str(settings.vllm_python)
         note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
         note["fingerprint"] = fingerprint_model(settings)
+    else:
+        note["ids"] = json.dumps(dict(settings.ids))
     return processes.Program(
         argv=tuple(argv),
         variables=variables,
@@ -202,6 +206,8 @@ def _ensure(
     running = processes.find_alive(program.identity_file)
     reused = running is not None and running.digest == program.digest
     if running is None or not reused:
+        if running is not None and name == "vllm":
+            files.write_json(settings.vacancy, running.note)
         _end(settings, name)
         if name == "vllm":
             for kind in ("temporary", "cache"):

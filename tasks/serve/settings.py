@@ -53,6 +53,11 @@ class ServiceSettings:
         return self.folder / f"{name}.log"
 
     @property
+    def vacancy(self) -> Path:
+        """Return the file that is there while our vLLM was stopped to make way and nothing has taken its place."""
+        return self.folder / "vacant.json"
+
+    @property
     def model_folder(self) -> Path | None:
         """Return the local folder of the model; None when `model` is a Hub id."""
         path = Path(self.model).expanduser()

@@ -1,11 +1,17 @@
 """Prefect's view of serving."""
 
+from typing import TYPE_CHECKING, Any
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import PublishedModel, ServedModel
 from tasks.errors import is_worth_retrying
 from tasks.specs import ServeSpec
+
+if TYPE_CHECKING:
+    from prefect import Flow, State
+    from prefect.client.schemas.objects import FlowRun
 
 
 @task(
@@ -28,3 +34,15 @@ def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "", s
     served = run.serve_model(published, spec, open_store(storage), open_host(serving_host), flow_run.id or "")
     show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served
+
+
+def serve_again(flow: "Flow[Any, Any]", flow_run: "FlowRun", state: "State") -> None:  # Any: whichever flow failed
+    """Flow hook for a run that failed or was cancelled: what it stopped to make way is served again."""
+    from prefect.logging.loggers import flow_run_logger
+
+    from blocks.opening import open_store
+    from tasks.serve import handover
+
+    said = handover.serve_again(open_store((flow_run.parameters or {}).get("storage") or "").root)
+    if said:
+        flow_run_logger(flow_run).error("%s", said)

@@ -48,3 +48,11 @@ def test_the_seven_steps_are_tasks():
 @pytest.mark.parametrize("path", sorted((ROOT / "tasks").glob("*/task.py")), ids=lambda path: path.parent.name)
 def test_task_files_are_thin(path: Path):
     assert len(path.read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("flow", ["finetune", "release"])
+def test_a_flow_that_fails_serves_what_made_way_for_it_again(flow: str):
+    """What the hook does is tested beside the handover, and in a real worker by `make chaos-test`."""
+    found = getattr(importlib.import_module(f"flows.{flow}"), flow)
+    hook = importlib.import_module("tasks.serve.task").serve_again
+    assert (found.on_failure_hooks, found.on_cancellation_hooks) == ([hook], [hook])

@@ -5,11 +5,11 @@
     load generator (a process) -> gateway or peer -> mock upstream (a process)
                                -> mock upstream                                 "direct": what to subtract
 
-Writes tests/bench/baselines/gateway_<machine>.json. `--soak 600` loads the gateway alone, so long, from 64
-connections, and adds its memory over that time to the same file, beside what a run without it measured.
-A peer's COMMAND is an executable with its arguments that serves POST /v1/chat/completions; `{port}` and
-`{upstream}` in it are replaced. CPU is that of the process and its children, from /proc/PID/stat; trace
-recording of the gateway is on.
+Prints one JSON line; --write-baseline puts it into tests/bench/baselines/gateway_<machine>.json. `--soak 600` loads
+the gateway alone, so long, from 64 connections, and says what memory it took, beside what a run without it measured.
+A peer's COMMAND is an executable with its arguments that serves POST /v1/chat/completions; `{port}` and `{upstream}` in
+it are replaced. CPU is that of the process and its children, from /proc/PID/stat; trace recording of the
+gateway is on.
 
 Units: `_us`, `_ms`, `_s`. The machine should be idle: `spread_pct` says how far the rounds lie apart.
 """
@@ -205,6 +205,7 @@ def main():
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of load under which memory is watched")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--machine", default=f"{platform.machine()}_{os.cpu_count()}cpu")
+    parser.add_argument("--write-baseline", action="store_true", help="make this run the committed baseline")
     options = parser.parse_args()
     place = ROOT / "tests/bench/baselines" / f"gateway_{options.machine}.json"
     known = json.loads(place.read_text()) if place.exists() else {}
@@ -220,8 +221,10 @@ def main():
             report |= {name: known[name] for name in ("soak",) if name in known}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    place.write_text(json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(f"{place}\n")
+    if options.write_baseline:
+        place.write_text(json.dumps(report, indent=1) + "\n")
+        sys.stderr.write(f"{place}\n")
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

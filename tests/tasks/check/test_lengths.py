@@ -60,8 +60,10 @@ def test_too_long_rows_that_are_dropped_are_no_fault(tmp_path: Path):
     assert "no row is too long" in subject.check_lengths(fetch(tmp_path, store), recipe, None, store, HUB)
 
 
-def test_a_base_that_is_made_here_is_asked_by_the_tokenizer_that_it_will_have(tmp_path: Path):
+def test_a_base_that_is_made_here_is_asked_by_the_tokenizer_that_it_will_have(tmp_path: Path, harmony_tokenizer: Path):
     store = ArtifactStore(tmp_path / "home")
+    store.root.mkdir()
+    (store.root / "tokenizers").symlink_to(harmony_tokenizer.parent)
     dataset = fetch(tmp_path, store, longest="祭" * 600)
     recipe = change(tiny(), {"pack": {"row_tokens": 512}})
     with pytest.raises(DataError, match=r"chats\.jsonl:41 has \d+ tokens but a row holds 512"):

@@ -1,12 +1,12 @@
 """What is learnt is, to the token, what vLLM's harmony renderer asks and expects."""
 
+from pathlib import Path
 from typing import Any
 
 import openai_harmony as harmony
 import pytest
 
 from tasks.errors import DataError
-from tasks.gptoss.tokenizer import build_tokenizer
 from tasks.pack.render import render_chats
 from tasks.specs import PackSpec
 
@@ -14,12 +14,10 @@ DATE = "2025-08-05"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(harmony_tokenizer: Path) -> Any:
     from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(harmony_tokenizer)
 
 
 def harmony_ids(chat: list[dict[str, str]], encoding: Any) -> tuple[list[int], list[int]]:

@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from flows.recipes import resolve_pretrain
 from tasks.artifacts import ArtifactStore, digest_files, folder_digest
-from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.pretrain.run import SHIPPED, pretrain_model
 from tasks.pretrain.worker import TiedRestTrainer, Vocabulary, build_model, expand, pretrain
 from tasks.specs import PretrainSpec, change
@@ -21,12 +20,14 @@ class NoSpecialTokens:
 
 
 @pytest.mark.slow
-def test_the_same_question_gives_the_same_bytes(tmp_path: Path):
+def test_the_same_question_gives_the_same_bytes(tmp_path: Path, harmony_tokenizer: Path):
     """Once by the step, in a process of its own, and once by the worker's function alone."""
     spec, store = change(resolve_pretrain("tiny"), SMALL), ArtifactStore(tmp_path / "home")
+    store.root.mkdir()
+    (store.root / "tokenizers").symlink_to(harmony_tokenizer.parent)
     model = pretrain_model(spec, store, lambda record: None)
     (tmp_path / "again").mkdir()
-    places = {"folder": str(tmp_path / "again"), "tokenizer_folder": str(shared_tokenizer(store.root))}
+    places = {"folder": str(tmp_path / "again"), "tokenizer_folder": str(harmony_tokenizer)}
     try:
         pretrain({**places, "spec": spec.model_dump(mode="json"), "corpus": str(SHIPPED)})
     finally:

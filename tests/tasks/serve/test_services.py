@@ -1,5 +1,6 @@
 """Pids, ports, restarts and failures, with real processes: small HTTP servers in vLLM's and the gateway's place."""
 
+import ast
 import os
 import shutil
 import signal
@@ -273,20 +274,34 @@ def test_changed_gateway_code_or_new_packages_are_served_anew(settings: ServiceS
     assert third.vllm.pid == second.vllm.pid and third.gateway.pid != second.gateway.pid
 
 
+def _imported(root: Path, path: Path) -> set[Path]:
+    """Every module of ours that a file imports, also inside its functions."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse((root / path).read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {Path(name.replace(".", "/") + ".py") for name in names}
+    return {path for path in found if (root / path).is_file()}
+
+
 def test_gateways_fingerprint_follows_each_of_its_files(tmp_path: Path):
-    """All modules of ours that the gateway or its lite processes load are among those that are looked at."""
-    code = "import deployments.gateway.app, sys; print(*[getattr(m, '__file__', '') for m in sys.modules.values()])"
+    """All that the gateway, its direct drain or its lite processes may load is among what is looked at."""
     root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    loaded = [Path(name).relative_to(root) for name in done.stdout.split() if name.startswith(f"{root}/")]
-    ours = {path for path in loaded if path.parts[0] in ("deployments", "tasks") and (root / path).read_text().strip()}
+    ours: set[Path] = set()
+    todo = {Path("deployments/gateway/__main__.py"), Path("deployments/traces.py")}
+    while todo:
+        path = todo.pop()
+        ours.add(path)
+        todo |= _imported(root, path) - ours
+    assert Path("tasks/traces/redis_stream.py") in ours  # imported by a function
     assert Path("tasks/traces/segments.py") in ours
     ours |= {path.relative_to(root) for path in (root / "deployments/lite").glob("*.py")}  # its processes
     for path in ours:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((root / path).read_bytes())
     before = fingerprint_gateway(tmp_path)
-    for path in ours - {Path("deployments/__init__.py"), Path("tasks/__init__.py")}:
+    for path in ours:
         (tmp_path / path).write_text("changed = True")
         assert fingerprint_gateway(tmp_path) != before, path
         (tmp_path / path).write_bytes((root / path).read_bytes())
@@ -327,6 +342,44 @@ def test_gpu_is_released_by_our_vllm_only(settings: ServiceSettings):
     assert services.start(settings).is_ready
 
 
+def _told(gateway_pid: int) -> dict[str, str]:
+    variables = procfs.read_variables(gateway_pid)
+    return {name: variables[name] for name in ("TATARA_MODEL_DIGEST", "TATARA_RUN_ID") if name in variables}
+
+
+def test_what_made_way_for_a_run_that_fails_is_served_again(settings: ServiceSettings):
+    settings = replace(_on_gpu(settings), ids={"TATARA_MODEL_DIGEST": "m1", "TATARA_RUN_ID": "r1"})
+    services.start(settings)
+    assert handover.serve_again(settings.home, settings.variables) is None  # nothing is missing
+    handover.release_gpu(settings.home)
+    said = handover.serve_again(settings.home, settings.variables)
+    assert said and said.endswith("start what is to be served with `MODEL_DIR=... tatara services start`")
+    services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    handover.release_gpu(settings.home)
+    said = handover.serve_again(settings.home, settings.variables)
+    assert said and said.endswith(f"; the last verified model {settings.model} is served again")
+    now = services.status(settings)
+    assert now.is_ready and now.vllm.model == settings.model
+    assert _told(now.gateway.pid) == settings.ids
+    assert handover.serve_again(settings.home, settings.variables) is None
+    handover.release_gpu(settings.home)
+    services.stop(settings)  # a person's stop is no gap to fill
+    assert handover.serve_again(settings.home, settings.variables) is None
+    assert _marked(settings) == []
+
+
+def test_a_new_model_that_does_not_start_leaves_the_verified_one_to_be_served_again(settings: ServiceSettings):
+    services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    with pytest.raises(ServiceError, match="vllm died before it was ready"):
+        services.start(_with_mode(_other_model(settings), "die"))
+    said = handover.serve_again(settings.home, settings.variables)
+    assert said and said.endswith(f"; the last verified model {settings.model} is served again")
+    now = services.status(settings)
+    assert now.is_ready and now.vllm.model == settings.model
+
+
 def _other_model(settings: ServiceSettings) -> ServiceSettings:
     folder = Path(settings.model).with_name("other")
     folder.mkdir()
@@ -342,15 +395,17 @@ def test_failed_model_is_stopped_when_none_was_verified(settings: ServiceSetting
 
 
 def test_last_verified_model_is_served_again(settings: ServiceSettings):
+    settings = replace(settings, ids={"TATARA_MODEL_DIGEST": "m1", "TATARA_RUN_ID": "r1"})
     good = services.start(settings)
     handover.remember_verified(settings.home, settings.model)
-    bad = _other_model(settings)
+    bad = replace(_other_model(settings), ids={"TATARA_MODEL_DIGEST": "m2", "TATARA_RUN_ID": "r2"})
     services.start(bad)
     handover.remember_verified(settings.home, settings.model)  # it does not run: the memory stays as it is
     said = handover.restore(settings.home, bad.model, settings.variables)
     assert said.endswith(f"; the last verified model {settings.model} is served again")
     now = services.status(settings)
     assert now.is_ready and now.vllm.model == settings.model and now.vllm.pid != good.vllm.pid
+    assert _told(now.gateway.pid) == settings.ids  # its answers lead back to what is served, and not to nothing
     assert handover.restore(settings.home, bad.model).startswith(f"left alone: vLLM serves {settings.model}")
     assert services.status(settings).vllm.pid == now.vllm.pid
     said = handover.restore(settings.home, settings.model)  # the verified one itself fails: it is not trusted again
