@@ -17,12 +17,15 @@ demo: setup      ## the main job on this machine: data to a served, verified mod
 test: setup      ## everything but long chaos: format, lint, types, doctests and tests, real vLLM included
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
+tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
 tests:           # the longest file first, the rest beside it; three processes, for each waits often
 	@.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
 		-m "not chaos" --ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
 
-chaos-test: setup ## a real worker killed in each of the seven steps
-	@.venv/bin/python -m pytest -q -m chaos --durations=5 --ignore=tests/weave tests
+chaos-test: export OMP_NUM_THREADS = 1
+chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker
+	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m chaos --durations=8 \
+		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/tasks tests/deployments
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave

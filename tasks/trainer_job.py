@@ -58,7 +58,7 @@ def run_trainer(
     failure.unlink(missing_ok=True)
     child = Job(
         argv=argv,
-        env={**_environment(), **terms.variables},
+        env={**_environment(terms.num_processes), **terms.variables},
         folder=folder,
         stall_timeout_s=terms.stall_timeout_s,
         heartbeat_timeout_s=terms.heartbeat_timeout_s,
@@ -80,8 +80,12 @@ def run_trainer(
     )
 
 
-def _environment() -> dict[str, str]:
-    """Return the trainer's environment: ours without secrets that it has no use for."""
+def _environment(num_processes: int) -> dict[str, str]:
+    """Return the trainer's environment: ours without secrets that it has no use for.
+
+    One process sees one GPU: on a machine with several, transformers' Trainer would spread each batch over all of them
+    (DataParallel), which no plan of ours reckons with.
+    """
     env = without_secrets(os.environ)
     env.update(
         PYTHONUNBUFFERED="1",
@@ -91,6 +95,8 @@ def _environment() -> dict[str, str]:
         PYTHONWARNINGS="ignore",
     )
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if num_processes == 1:
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     root = str(Path(__file__).resolve().parents[1])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return env

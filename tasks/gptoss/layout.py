@@ -53,6 +53,7 @@ def config_values(shape: GptOssShape) -> dict[str, Any]:  # Any: arguments of ma
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab_size,
         "sliding_window": shape.sliding_window,
+        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(shape.num_layers)],
         "max_position_embeddings": shape.context_tokens,
         "tie_word_embeddings": shape.tie_embeddings,
         "swiglu_limit": shape.swiglu_limit,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.train.targets import Target
+from tasks.train.targets import Target, first_trained_layer
 
 _PEAKS = (  # dense bf16 without sparsity, from the makers' data sheets; the first that fits counts
     ("GB200|B200", 2.25e15),
@@ -56,11 +56,11 @@ def flops_per_token(
     if not all(config.get(name) for name in _NEEDED):
         return 0.0
     num_layers = config["num_hidden_layers"]
-    lowest = min((_layer(target.name) for target in targets), default=num_layers)
-    matrices = 2 * _layer_weights(config)
+    lowest = first_trained_layer(targets)
+    matrices = 2 * layer_weights(config)
     total = learnt_share * 2 * 2 * config["hidden_size"] * config["vocab_size"]  # head: forward, gradient of its input
     for layer in range(num_layers):
-        attention = _attention(config, layer, document_tokens)
+        attention = attention_flops(config, layer, document_tokens)
         total += matrices + attention
         if layer >= lowest:
             total += matrices + 2 * attention
@@ -72,7 +72,7 @@ def flops_per_token(
     return total
 
 
-def _layer_weights(config: Mapping[str, Any]) -> float:  # Any: config.json
+def layer_weights(config: Mapping[str, Any]) -> float:  # Any: config.json
     """Weights of one layer that a token meets."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -83,7 +83,7 @@ def _layer_weights(config: Mapping[str, Any]) -> float:  # Any: config.json
     return attention + active * 3 * hidden * config["intermediate_size"] + router
 
 
-def _attention(config: Mapping[str, Any], layer: int, document_tokens: float) -> float:  # Any: config.json
+def attention_flops(config: Mapping[str, Any], layer: int, document_tokens: float) -> float:  # Any: config.json
     """Scores and their sum over values, forward, of one token that sees half of its document or the window."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -92,8 +92,3 @@ def _attention(config: Mapping[str, Any], layer: int, document_tokens: float) ->
     if layer < len(kinds) and kinds[layer] == "sliding_attention":
         seen = min(seen, float(config.get("sliding_window") or seen))
     return 4 * heads * head_dim * seen
-
-
-def _layer(name: str) -> int:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else 0

@@ -15,7 +15,7 @@ from typing import Any
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
-from tasks.train.targets import Shapes, Target
+from tasks.train.targets import Shapes, Target, first_trained_layer
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
@@ -123,16 +123,6 @@ def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: in
     """Of a quantised base the Linear weights are stored in less; embeddings, head, norms and 3-D experts stay."""
     is_linear = len(size) == 2 and ".layers." in name and name.endswith(".weight")
     return _STORED[spec.quantization] if is_linear and spec.quantization != "none" else element
-
-
-def first_trained_layer(targets: list[Target]) -> int:
-    """Return the number of the lowest layer with an adapter: the backward pass ends there.
-
-    >>> first_trained_layer([Target(name=f"model.layers.{n}.x.weight", shape=(1, 1), num_trainable=2) for n in (9, 7)])
-    7
-    """
-    layers = [target.name.partition(".layers.")[2].partition(".")[0] for target in targets]
-    return min((int(layer) for layer in layers if layer.isdigit()), default=0)
 
 
 def _fused_activations(

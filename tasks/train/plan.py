@@ -43,6 +43,8 @@ class Workload:
     spec: TrainSpec
     targets: list[Target]
     row_tokens: int
+    document_tokens: float = 0.0  # mean length, once it is known
+    num_steps: int = 0
 
     @property
     def num_rows(self) -> int:

@@ -27,7 +27,8 @@ from tasks.artifacts import (
 )
 from tasks.errors import CapacityError, MissingError, OutOfMemoryError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
-from tasks.train.flops import flops_per_token
+from tasks.train.duration import step_seconds
+from tasks.train.flops import flops_per_token, peak_flops
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
@@ -180,7 +181,15 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
 def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> Workload:
     shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
     targets = find_targets(shapes, spec.lora)
-    return Workload(shapes=shapes, config=config, spec=spec, targets=targets, row_tokens=packed.row_tokens)
+    return Workload(
+        shapes=shapes,
+        config=config,
+        spec=spec,
+        targets=targets,
+        row_tokens=packed.row_tokens,
+        document_tokens=packed.num_train_tokens / packed.num_train_documents,
+        num_steps=planned_steps(packed.num_train_rows, spec),
+    )
 
 
 def _run_planned(
@@ -198,7 +207,7 @@ def _run_planned(
         require_training_memory(work, plans[0])
         files.write_json(kept, [asdict(plans[0])])
     while True:
-        logger.info("step: %s", say_plan(work, plans[-1]))
+        logger.info("%s", _say_step(work, plans[-1]))
         try:
             result = run_trainer(TRAINER, folder, {**job, "plan": asdict(plans[-1])}, terms, on_progress)
         except OutOfMemoryError as error:
@@ -209,7 +218,15 @@ def _run_planned(
             plans.append(smaller)
             files.write_json(kept, [asdict(plan) for plan in plans])
         else:
-            return result, [say_plan(work, plan) for plan in plans]
+            return result, [_say_step(work, plan) for plan in plans]
+
+
+def _say_step(work: Workload, plan: StepPlan) -> str:
+    said, gpus = say_plan(work, plan), machine.list_gpus()
+    seconds = step_seconds(work, plan, peak_flops(gpus[0].name)) if gpus else None
+    if seconds is None:
+        return said
+    return f"{said}; about {seconds:.2f} s a step on {gpus[0].name}, {seconds * work.num_steps / 60:.0f} min in all"
 
 
 def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:
@@ -222,7 +239,7 @@ def _flops_per_token(work: Workload, packed: PackedDataset) -> float:
     return flops_per_token(
         work.config,
         work.targets,
-        packed.num_train_tokens / packed.num_train_documents,
+        work.document_tokens,
         packed.num_learnt_tokens / packed.num_train_tokens,
     )
 

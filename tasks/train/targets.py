@@ -6,7 +6,7 @@ beside a good one without a word. Here a target that hits nothing is an error th
 Ring: pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
@@ -74,6 +74,16 @@ def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
                 raise SpecError(_nothing_hit(kind, target, sorted(candidates)))
             hits.extend(_target(name, candidates[name], lora.rank) for name in matched)
     return hits
+
+
+def first_trained_layer(targets: Sequence[Target]) -> int:
+    """Return the number of the lowest layer with an adapter: the backward pass ends there.
+
+    >>> first_trained_layer([Target(name=f"model.layers.{n}.x.weight", shape=(1, 1), num_trainable=2) for n in (9, 7)])
+    7
+    """
+    layers = [target.name.partition(".layers.")[2].partition(".")[0] for target in targets]
+    return min((int(layer) for layer in layers if layer.isdigit()), default=0)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -26,7 +26,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks import files
-from tasks.checkpoints import latest_checkpoint
+from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.errors import TrainingError
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
@@ -238,8 +238,28 @@ def run_to_end(trainer: SFTTrainer, checkpoint: Path | None, spec: TrainSpec) ->
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError:
+        keep_last_step(trainer)  # the next try passes fewer rows at once, and goes on from here
+        raise
     require_end(trainer.state, planned, is_over=is_stopped_early(trainer.state, spec))
+
+
+def keep_last_step(trainer: SFTTrainer) -> None:
+    """Write a checkpoint of the last whole step of a run that ran out of memory in the next one.
+
+    One process only: the others of a run wait in a collective operation, and end with the launcher.
+    """
+    step = trainer.state.global_step
+    folder = Path(trainer.args.output_dir or ".")
+    if trainer.args.world_size > 1 or step == 0 or is_complete(folder / f"checkpoint-{step}"):
+        return
+    model: Any = trainer.model  # Any: Trainer types it as optional
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    trainer._save_checkpoint(model, None)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def is_stopped_early(state: TrainerState, spec: TrainSpec) -> bool:

@@ -21,7 +21,7 @@ TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
     (r"tasks/(?P<verb>train|verify)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)"),
-    (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),
     (r"tasks/\w+\.py", SHARED),

@@ -36,7 +36,7 @@ def case(
     row_tokens: int = 4096,
     rows_per_step: int = 4,
     num_recomputed: int = 0,
-    **changes: str,
+    **changes: str | int,
 ) -> dict[str, Any]:  # Any: JSON values
     """One run: what the recipe changes, and the plan of its step."""
     lora = {"rank": 8, "alpha": 16, "target_parameters": parameters, "target_modules": modules or []}
@@ -45,13 +45,14 @@ def case(
         "row_tokens": row_tokens,
         "plan": {
             "rows_per_device": rows,
-            "gradient_accumulation": rows_per_step // rows,
+            "gradient_accumulation": rows_per_step // rows // int(changes.get("num_processes", 1)),
             "checkpointing": checkpointing,
             "num_recomputed": num_recomputed,
         },
     }
 
 
+TWO_GPUS = ("all-experts-2-gpus",)  # run when they are named
 CASES = {
     "all-experts": case(4, "none"),
     "all-experts-full": case(4, "full"),
@@ -59,6 +60,8 @@ CASES = {
     "all-experts-and-attention-full": case(4, "full", modules=ATTENTION),
     "seeds": case(4, "none", parameters=SEEDS),
     "all-experts-60k": case(1, "full", row_tokens=60_000, rows_per_step=1),
+    "all-experts-8-rows": case(4, "none", rows_per_step=8),
+    "all-experts-2-gpus": case(4, "none", rows_per_step=8, num_processes=2),
     "seeds-stock": case(1, "full", parameters=SEEDS, kernels="stock"),
     "all-experts-stock": case(4, "full", kernels="stock"),
 }
@@ -119,12 +122,14 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
 
     wanted = CASES[name]
     plan, row_tokens = wanted["plan"], wanted["row_tokens"]
-    rows_per_step = plan["rows_per_device"] * plan["gradient_accumulation"]
-    packed, run = work / f"packed-{row_tokens}", work / name
+    num_processes = wanted["changes"].get("num_processes", 1)
+    rows_per_device = plan["rows_per_device"] * plan["gradient_accumulation"]
+    rows_per_step = rows_per_device * num_processes
+    packed, run = work / f"packed-{row_tokens}-{rows_per_step}", work / name
     if not packed.exists():
         write_rows(packed, row_tokens, rows_per_step * STEPS)
     run.mkdir()
-    spec = {"learning_rate": 2e-4, "max_steps": STEPS, "save_steps": STEPS, "gradient_accumulation": rows_per_step}
+    spec = {"learning_rate": 2e-4, "max_steps": STEPS, "save_steps": STEPS, "gradient_accumulation": rows_per_device}
     job = {
         "folder": str(run),
         "spec": {**spec, **wanted["changes"]},
@@ -136,7 +141,10 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
     (run / "job.json").write_text(json.dumps(job))
     start = time.perf_counter()
     argv = [sys.executable, "-m", "tasks.train.worker", str(run / "job.json")]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"[: 2 * num_processes - 1]}
+    if num_processes > 1:
+        argv[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"name": name, "error": (done.stdout[-500:] + done.stderr)[-2500:]}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -151,8 +159,7 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
         "tokens_per_s": round(statistics.median(speeds)),
         "spread_pct": round(100 * (max(speeds) - min(speeds)) / statistics.median(speeds), 1),
         "peak_gpu_gb": round(max(record["peak_gpu_bytes"] for record in records) / 1e9, 1),
-        "first_loss": round(result["first_loss"], 4),
-        "last_loss": round(result["last_loss"], 4),
+        "losses": [round(record["loss"], 5) for record in records],
         "worker_s": round(time.perf_counter() - start, 1),
     }
 
@@ -168,7 +175,7 @@ def main() -> None:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_train_20b import write_base; "
         code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    names = sys.argv[1:] or list(CASES)
+    names = sys.argv[1:] or [name for name in CASES if name not in TWO_GPUS]
     cases = []
     for name in names:
         cases.append(run_case(name, work))

@@ -23,7 +23,7 @@ from tests.tasks.train.runs import SPEC
 from tests.tasks.train.test_train_run import make_inputs
 from tests.waiting import runs, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 FLOW = """
 from prefect import flow
 

@@ -7,7 +7,7 @@ from tasks.gptoss.attention import attend_with_sinks, find_documents
 from tasks.gptoss.experts import Product, keep_extended, lora_pair, run_experts
 from tasks.train.loss import FrozenHeadLoss
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def gap(ours: torch.Tensor, exact: torch.Tensor) -> float:

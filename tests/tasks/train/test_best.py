@@ -16,7 +16,7 @@ from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, kill, losses, start, wait_for_step
 
 SPOILT = SPEC.model_copy(update={"lr_scheduler": "constant", "eval_steps": 2, "save_steps": 3, "keep_best": True})
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 WORSE = "unlearn_after_step_10"
 
 

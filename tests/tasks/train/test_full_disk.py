@@ -32,7 +32,7 @@ def fill(disk: Path, left_bytes: int) -> None:
     (disk / "ballast").write_bytes(b"\1" * (free - left_bytes))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_no_checkpoint_is_begun_that_the_disk_can_not_take(tmp_path: Path, disk: Path):
     inputs = subject.make_inputs(tmp_path)
     whole, folder = tmp_path / "whole", disk / "run"

@@ -16,7 +16,7 @@ from tasks.metrics import read_metrics
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,12 @@ def work_of(spec: TrainSpec, row_tokens: int = 4096) -> Workload:
     shapes = parameter_shapes(GPTOSS20B)
     config = {"model_type": "gpt_oss", **config_values(GPTOSS20B)}
     return Workload(
-        shapes=shapes, config=config, spec=spec, targets=find_targets(shapes, spec.lora), row_tokens=row_tokens
+        shapes=shapes,
+        config=config,
+        spec=spec,
+        targets=find_targets(shapes, spec.lora),
+        row_tokens=row_tokens,
+        document_tokens=row_tokens,
     )
 
 

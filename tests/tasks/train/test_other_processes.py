@@ -24,7 +24,7 @@ MAX_DIFFERENCE = 1e-4  # of a loss, relative; float32 on a CPU, rows of a step a
 MAX_DIFFERENCE_AT_AN_EPOCHS_END = 5e-3  # accelerate gives each process as many rows, so some of the first come again
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TATARA_TRAIN_PROCESSES", "1")

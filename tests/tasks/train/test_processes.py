@@ -11,6 +11,7 @@ from tasks.train.run import train_adapter
 from tests.tasks.train.test_train_run import SPEC, make_inputs
 
 
+@pytest.mark.chaos
 def test_two_processes_train_what_one_does(tmp_path: Path):
     store = ArtifactStore(tmp_path / "home")
     packed, base = make_inputs(store, tmp_path)

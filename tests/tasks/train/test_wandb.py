@@ -28,7 +28,7 @@ def test_with_a_key_it_is_online_where_the_person_says():
     assert "WANDB_MODE" not in own and (own["WANDB_PROJECT"], own["WANDB_API_KEY"]) == ("mine", "k")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_an_offline_run_holds_the_losses_and_no_secret_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.delenv("WANDB_MODE", raising=False)

@@ -1,0 +1,42 @@
+"""How long a step will take, from shapes alone: said before a run starts.
+
+    Workload + StepPlan + a device's peak -> step_seconds()
+
+Fitted to the kernels of tasks/gptoss on one H200 and held against the baseline (tests/tasks/train/test_duration.py);
+on another card it scales with the peak, which is a guess. Stock kernels and other families are not estimated.
+
+Ring: pure.  Units: seconds, floating point operations.
+"""
+
+from tasks.train.flops import attention_flops, layer_weights
+from tasks.train.needs import uses_fused_kernels
+from tasks.train.plan import StepPlan, Workload
+from tasks.train.targets import first_trained_layer
+
+_MATRICES, _ATTENTION = 0.485, 0.256  # shares of the peak that grouped and dense GEMMs, and flash attention, reach
+_PASS_S = 0.031  # to start a pass
+
+
+def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
+    """Return the seconds of an optimizer step; None where nothing is known.
+
+    Args:
+        work: what is trained on what, its documents' length included.
+        plan: how its step is cut.
+        peak: the device's dense bf16 peak, 0 when it is not known.
+    """
+    if not peak or not uses_fused_kernels(work.config, work.spec):
+        return None
+    config, num_layers = work.config, work.config["num_hidden_layers"]
+    lowest, matrices = first_trained_layer(work.targets), 2.0 * layer_weights(config)
+    gate = 4.0 * config["num_experts_per_tok"] * config["hidden_size"] * config["intermediate_size"]
+    gemm = 2 * 2.0 * config["hidden_size"] * config["vocab_size"]
+    attention = 0.0
+    for layer in range(num_layers):
+        passes = 1 + (layer >= lowest) + (plan.checkpointing == "full" and layer >= lowest)
+        again = gate if plan.checkpointing == "selective" and lowest <= layer < plan.num_recomputed else 0.0
+        gemm += passes * matrices + again
+        one = attention_flops(config, layer, work.document_tokens)
+        attention += one * (passes + (layer >= lowest))  # backward is twice the forward
+    per_token = gemm / (_MATRICES * peak) + attention / (_ATTENTION * peak)
+    return plan.gradient_accumulation * (plan.rows_per_device * work.row_tokens * per_token + _PASS_S)
