@@ -70,8 +70,7 @@ CASES = {
 def write_base(folder: Path) -> float:
     """Save random weights; return the seconds it took."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+    from transformers import GptOssConfig, GptOssForCausalLM
 
     start = time.perf_counter()
     config = GptOssConfig(
@@ -94,15 +93,23 @@ def write_base(folder: Path) -> float:
         model = GptOssForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="5GB")
-    words = {"<eos>": 0, "<pad>": 1, **{str(index): index for index in range(2, 64)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    write_tokenizer(folder)
     del model
     torch.cuda.empty_cache()
     return time.perf_counter() - start
 
 
-def write_rows(folder: Path, row_tokens: int, num_rows: int) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of a few words: the rows are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "<pad>": 1, **{str(index): index for index in range(2, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+
+
+def write_rows(folder: Path, row_tokens: int, num_rows: int, highest: int = 200_000) -> None:
     """Write packed rows of one random document each."""
     import numpy as np
     import pyarrow as pa
@@ -110,7 +117,7 @@ def write_rows(folder: Path, row_tokens: int, num_rows: int) -> None:
 
     draw = np.random.default_rng(0)
     for name, count in (("train", num_rows), ("validation", 2)):
-        ids = [draw.integers(1000, 200000, row_tokens).tolist() for _ in range(count)]
+        ids = [draw.integers(1000, highest, row_tokens).tolist() for _ in range(count)]
         lengths = [[row_tokens]] * count
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"input_ids": ids, "labels": ids, "seq_lengths": lengths}), folder / f"{name}.parquet")
