@@ -18,8 +18,8 @@ test: setup      ## everything but long chaos: format, lint, types, doctests and
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
-tests:           # the longest file first, the rest beside it; three processes, for each waits often
-	@.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
+tests:           # the longest file first, the rest beside it; four processes, for each waits often
+	@.venv/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
 		-m "not chaos" --ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
 
 chaos-test: export OMP_NUM_THREADS = 1

@@ -81,6 +81,18 @@ def test_trainer_sees_no_secret_but_the_path_to_our_code(monkeypatch: pytest.Mon
     monkeypatch.setenv("DATABASE_URL", "postgres://u:p@h/d")
     monkeypatch.setenv("PYTHONPATH", "/mine")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    variables = _environment()
+    variables = _environment(1)
     assert not {"AWS_SECRET_ACCESS_KEY", "DATABASE_URL"} & variables.keys()
     assert variables["PYTHONPATH"].split(":")[1:] == ["/mine"] and variables["NCCL_DEBUG"] == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("given", "num_processes", "seen"), [(None, 1, "0"), ("2,3", 1, "2"), ("2,3", 2, "2,3"), (None, 2, None)]
+)
+def test_one_process_sees_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, num_processes: int, seen: str | None
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert _environment(num_processes).get("CUDA_VISIBLE_DEVICES") == seen
