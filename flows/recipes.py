@@ -26,7 +26,7 @@ from tasks.specs import (
     change,
 )
 
-RecipeName = Literal["tiny", "gptoss20b_lora_h100", "qwen_qlora_16gb"]
+RecipeName = Literal["tiny", "gptoss20b_lora_h100", "gptoss20b_experts_h100", "qwen_qlora_16gb"]
 PretrainName = Literal["tiny"]
 F = TypeVar("F")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -93,6 +93,12 @@ def gptoss20b_lora_h100() -> Recipe:
     )
 
 
+def gptoss20b_experts_h100() -> Recipe:
+    """gpt-oss-20b on one 80 GB GPU: every expert of every layer, 20 times the parameters of the seeds' start."""
+    every_expert = {"target_parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}
+    return change(gptoss20b_lora_h100(), {"train": {"lora": every_expert}})
+
+
 def qwen_qlora_16gb() -> Recipe:
     """A dense 7 B model by QLoRA on one 16 GB GPU: the Colab seed's adapter, steps that fit the shipped chats."""
     return Recipe(
@@ -143,6 +149,7 @@ def pretrain_tiny() -> PretrainSpec:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
+    "gptoss20b_experts_h100": gptoss20b_experts_h100,
     "qwen_qlora_16gb": qwen_qlora_16gb,
 }
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {"tiny": pretrain_tiny}
