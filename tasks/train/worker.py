@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     trainer = make_trainer(model, job, spec)
     watch(trainer, job, spec)
     checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
+    start = remember_start(trainer, folder / "adapter_start.json")
     before = evaluate_once(trainer, folder / "evaluation_before.json")
     fix_seeds(spec.seed, deterministic=spec.deterministic)  # the rows' order must not depend on who evaluated, and how
     run_to_end(trainer, checkpoint, spec)
     best_step = load_best(trainer, spec)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
+        require_moved(trainer, start)
         save_adapter(trainer, folder)
         metrics = read_metrics(folder / "metrics.jsonl")
         result = {
@@ -276,28 +279,51 @@ def planned_steps(trainer: SFTTrainer) -> int:
 
 
 def save_adapter(trainer: SFTTrainer, folder: Path) -> None:
-    """Write `adapter/` aside, check that every tensor is finite and moved, rename it."""
+    """Write `adapter/` aside, check that every tensor is finite, rename it."""
     aside, target = folder / "adapter.tmp", folder / "adapter"
     shutil.rmtree(aside, ignore_errors=True)
     model: Any = trainer.model  # Any: Trainer types it as optional
     model.save_pretrained(str(aside))
-    check_moved(load_file(str(aside / "adapter_model.safetensors")))
+    check_finite(load_file(str(aside / "adapter_model.safetensors")))
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     files.fsync_folder(folder)
 
 
-def check_moved(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise TrainingError when a tensor is not finite, or a B matrix is still the zeros it began with."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    still = [name for name, tensor in tensors.items() if ".lora_B." in name and not tensor.any()]
-    if broken:
-        raise TrainingError(f"{len(broken)} adapter tensors are not finite, first {broken[0]}: lower learning_rate")
-    if still or not tensors:
+def remember_start(trainer: SFTTrainer, path: Path) -> dict[str, str]:
+    """Return the digest of each adapter tensor before its first step, kept across resumes."""
+    if not path.exists():
+        digests = _digest_adapter(trainer)
+        if not trainer.is_world_process_zero():
+            return digests
+        files.write_json(path, digests)
+    return files.read_json(path)
+
+
+def require_moved(trainer: SFTTrainer, start: dict[str, str]) -> None:
+    """Raise TrainingError when a tensor is to the bit what it was; A has no gradient in the first step (B is zero)."""
+    now = _digest_adapter(trainer)
+    expected = {name for name in now if trainer.state.global_step > 1 or ".lora_B." in name}
+    still = sorted(name for name in expected if now[name] == start.get(name))
+    if still:
         raise TrainingError(
-            f"{len(still)} of {len(tensors)} adapter tensors did not move ({', '.join(still[:3])}): their weights "
-            "got no gradient, and the base would be served unchanged there"
+            f"{len(still)} of {len(now)} adapter tensors did not move ({', '.join(still[:3])}): their weights got no "
+            "gradient, and the base would be served unchanged there"
         )
+
+
+def _digest_adapter(trainer: SFTTrainer) -> dict[str, str]:
+    model: Any = trainer.model  # Any: Trainer types it as optional
+    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return {name: sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest() for name, weight in trained}
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise TrainingError when a tensor is not finite, or there is none."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken or not tensors:
+        first = broken[0] if broken else "the file is empty"
+        raise TrainingError(f"{len(broken)} adapter tensors are not finite, first {first}: lower learning_rate")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,22 @@ def _change_loss(factor: float, after: int) -> None:
     FusedHeadTrainer.compute_loss = compute_loss
 
 
+def freeze_one_tensor() -> None:
+    """One adapter tensor gets gradients of zero, as experts did in trainers that said they had trained them."""
+    from tasks.train import worker
+
+    make = worker.make_trainer
+
+    def make_trainer(*args: Any, **kwargs: Any) -> Any:
+        trainer = make(*args, **kwargs)
+        for name, weight in trainer.model.named_parameters():
+            if name.endswith("layers.1.mlp.experts.lora_A.default.weight"):
+                weight.register_hook(lambda gradient: gradient * 0)
+        return trainer
+
+    worker.make_trainer = make_trainer
+
+
 def unlearn_after_step_10() -> None:
     """From then on each step makes the model worse."""
     _change_loss(-1.0, 10)

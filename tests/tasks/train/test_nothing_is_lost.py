@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_a_finished_run_that_lost_its_result_is_not_trained_further(
     shutil.rmtree(folder / "adapter")
     assert subject.run(inputs, folder, SPEC)["num_steps"] == 24
     assert_same(folder, whole)
+
+
+def test_a_tensor_that_was_never_trained_fails_the_run_and_is_named(inputs: dict[str, Any], tmp_path: Path):
+    told = subject.run(inputs, tmp_path, SPEC.model_copy(update={"max_steps": 3}), "freeze_one_tensor")
+    assert told["error"] == "TrainingError"
+    assert re.search(r"1 of 16 adapter tensors did not move \(.*layers\.1\.mlp\.experts\.lora_A", told["message"])
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
