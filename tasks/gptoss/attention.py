@@ -17,6 +17,8 @@ import torch
 
 from tasks.gptoss.fused import fused
 
+_LONG = 2048  # tokens from which on a document's attention is worth another library
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
@@ -24,13 +26,14 @@ class Documents:
 
     ends: torch.Tensor
     longest: int
+    is_rectangle: bool  # all are as long as the longest
 
 
 def find_documents(position_ids: torch.Tensor) -> Documents:
     """Return the documents of a flattened batch: one begins wherever a position is 0.
 
     >>> find_documents(torch.tensor([[0, 1, 2, 0, 1]]))
-    Documents(ends=tensor([0, 3, 5], dtype=torch.int32), longest=3)
+    Documents(ends=tensor([0, 3, 5], dtype=torch.int32), longest=3, is_rectangle=False)
     """
     positions_N = position_ids.reshape(-1)
     if positions_N[0] != 0:
@@ -38,7 +41,8 @@ def find_documents(position_ids: torch.Tensor) -> Documents:
     starts = (positions_N == 0).nonzero()[:, 0].int()
     total = torch.tensor([len(positions_N)], dtype=torch.int32, device=starts.device)
     ends = torch.cat([starts, total])
-    return Documents(ends=ends, longest=int(ends.diff().max()))
+    longest = int(ends.diff().max())
+    return Documents(ends=ends, longest=longest, is_rectangle=longest * (len(ends) - 1) == len(positions_N))
 
 
 def attend_with_sinks(
@@ -78,7 +82,7 @@ class _SinkAttention(torch.autograd.Function):
         window: int | None,
         scale: float,
     ) -> torch.Tensor:
-        engine = _OnGpu if q_NAD.is_cuda else _OnCpu
+        engine = _choose_engine(q_NAD, documents, window)
         out_NAD, lse_AN, state = engine.forward(q_NAD, k_NGD, v_NGD, documents, window, scale)
         out_NAD, lse_AN = _shrink(out_NAD, lse_AN, sinks_A)
         ctx.save_for_backward(q_NAD, k_NGD, v_NGD, sinks_A, out_NAD, lse_AN, *state)
@@ -103,6 +107,65 @@ def _shrink(out_NAD: torch.Tensor, lse_AN: torch.Tensor, sinks_A: torch.Tensor) 
     with_sink_AN = torch.logaddexp(lse_AN, sinks_A.float()[:, None])
     share_NA1 = (lse_AN - with_sink_AN).exp().t()[:, :, None]
     return (out_NAD.float() * share_NA1).to(out_NAD.dtype), with_sink_AN
+
+
+def _choose_engine(q_NAD: torch.Tensor, documents: Documents, window: int | None) -> Any:  # Any: one of the three below
+    if not q_NAD.is_cuda:
+        return _OnCpu
+    is_long = documents.is_rectangle and documents.longest >= _LONG and window is None
+    is_hopper = torch.cuda.get_device_capability(q_NAD.device)[0] == 9
+    if is_long and is_hopper and not torch.are_deterministic_algorithms_enabled():
+        return _OnGpuWhole
+    return _OnGpu
+
+
+class _OnGpuWhole:
+    """cuDNN's attention, for rows that are one long document each: it takes two thirds of FlashAttention 2's time.
+
+    Not for packed rows: it plans anew for each list of lengths, which costs more than it saves.
+    """
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, window: int | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        del window
+        longest = documents.longest
+        out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
+            *(_as_rows(part, longest) for part in (q, k, v)),
+            *(None, None, None, longest, longest, True, 0.0, True, False),
+            scale=scale,
+        )
+        return out.transpose(1, 2).flatten(0, 1), lse[..., 0].transpose(0, 1).flatten(1), (seed, offset)
+
+    @staticmethod
+    def backward(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: list[torch.Tensor],
+        documents: Documents,
+        window: int | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, ...]:
+        del window
+        longest = documents.longest
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(_as_rows(part, longest) for part in (dout, q, k, v, out)),
+            lse.unflatten(1, (-1, longest)).transpose(0, 1)[..., None].contiguous(),
+            *state,
+            *(None, None, None, longest, longest, 0.0, True),
+            scale=scale,
+        )
+        return tuple(grad.transpose(1, 2).flatten(0, 1) for grad in grads)
+
+
+def _as_rows(part_NAD: torch.Tensor, longest: int) -> torch.Tensor:
+    """Return the view (documents, heads, tokens, D)."""
+    return part_NAD.unflatten(0, (-1, longest)).transpose(1, 2)
 
 
 class _OnGpu:

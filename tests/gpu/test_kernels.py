@@ -28,10 +28,14 @@ def plain_attention(q, k, v, sinks, position_ids, window, scale):
     return torch.einsum("anm,mad->nad", torch.cat([logits, column], -1).softmax(-1)[..., :-1], v)
 
 
-@pytest.mark.parametrize("window", [None, 128, 127])
-def test_attention_with_sinks(window: int | None):
+MIXED, EQUAL = (1, 700, 129, 128, 300), (2048, 2048)  # the second is cuDNN's without a window
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window"), [(MIXED, None), (MIXED, 128), (MIXED, 127), (EQUAL, None), (EQUAL, 128)]
+)
+def test_attention_with_sinks(lengths: tuple[int, ...], window: int | None):
     torch.manual_seed(0)
-    lengths = [1, 700, 129, 128, 300]
     position_ids = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
     total = sum(lengths)
     wide = [torch.randn(total, heads, 64, device="cuda") for heads in (64, 8, 8)]
