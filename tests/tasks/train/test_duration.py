@@ -1,6 +1,7 @@
 """The estimate of a step's time, held against what was measured on a GPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,8 @@ FUSED = [case for case in MEASURED["cases"] if case["changes"].get("kernels") !=
 def test_it_is_within_15_pct_of_the_measured_time(measured: dict):
     work = work_of(change(resolve("gptoss20b_lora_h100").train, measured["changes"]), measured["row_tokens"])
     plan = plan_of(measured["rows_per_device"], measured["checkpointing"], measured["num_recomputed"])
+    if "cuDNN" not in measured["attention"]:  # measured before whole rows went there
+        work = replace(work, document_tokens=measured["row_tokens"] - 1)
     seconds = step_seconds(work, plan, peak_flops(MEASURED["machine"]))
     assert seconds
     tokens_per_s = measured["rows_per_device"] * measured["row_tokens"] / seconds
