@@ -151,4 +151,4 @@ def test_what_made_way_for_a_run_that_fails_is_served_again(host: Host):
     assert host.wait_for_end(host.ask(fetch={"source": "no/such/file.jsonl"})) == "FAILED"
     wait_for(lambda: services.status(settings).is_ready, timeout_s=120)
     assert services.status(settings).vllm.model == published.model_folder
-    assert not settings.vacancy.exists()
+    wait_for(lambda: not settings.vacancy.exists(), timeout_s=30)  # removed once vLLM and gateway answer
