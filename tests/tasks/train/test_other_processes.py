@@ -20,9 +20,7 @@ PLANNED = SPEC.model_copy(
     update={"num_processes": 2, "gradient_accumulation": 2, "max_steps": 16, "learning_rate": 2e-3}
 )
 STEPS_PER_EPOCH = 3  # 17 rows, 8 a step: the last step of an epoch has one row left
-MAX_DIFFERENCE = (
-    1e-3  # of a loss, relative: rows of a step added up in another order, after an epoch's end like the next
-)
+MAX_DIFFERENCE = 1e-3  # of a loss, relative: sums in another order, and what an epoch's end left
 MAX_DIFFERENCE_AT_AN_EPOCHS_END = 5e-3  # accelerate gives each process as many rows, so some of the first come again
 
 
