@@ -64,7 +64,8 @@ def fuse_norms(model: nn.Module) -> None:
 def flash_attention(model: nn.Module) -> None:
     """Let attention run over packed documents without a mask. Calls must bring position_ids (B, T), no mask, no cache.
 
-    transformers builds no mask then: the decoder gets a placeholder, and the documents instead.
+    A decoder that is handed one mask a kind of layer builds none: they are None, since our attention is told where
+    documents begin and needs no mask.
     """
     decoder = find_decoder(model)
     decoder.register_forward_pre_hook(_with_documents, with_kwargs=True)

@@ -9,13 +9,14 @@ Ring: pure.  Units: bytes.
 """
 
 import json
+from abc import ABC, abstractmethod
 
 from tasks.traces.record import Json
 
 MAX_STREAM_BYTES = 64 << 20  # past this an answer is forwarded but no longer remembered
 
 
-class EventReader:
+class EventReader(ABC):
     """What both kinds of stream share: lines, events, counts. `done` says that the stream came to its end."""
 
     def __init__(self, limit_bytes: int = MAX_STREAM_BYTES) -> None:
@@ -49,16 +50,16 @@ class EventReader:
         """Count what passed: events, unreadable ones, and whether the stream came to its end."""
         return {"chunks": self.chunks, "malformed": self.malformed, "done": self.done, "truncated": self._truncated}
 
+    @abstractmethod
     def answer(self) -> Json | None:
         """Return the answer so far as one object, or None when no event told of one."""
-        raise NotImplementedError
 
-    def take_end(self) -> None:
+    def take_end(self) -> None:  # noqa: B027 - most forms need nothing there
         """Take `data: [DONE]`."""
 
+    @abstractmethod
     def take_object(self, event: Json) -> None:
         """Take one event that is a JSON object."""
-        raise NotImplementedError
 
     def _take_line(self, line: bytes) -> None:
         line = line.removesuffix(b"\r")

@@ -67,14 +67,13 @@ CASES = {
 }
 
 
-def write_base(folder: Path) -> float:
-    """Save random weights; return the seconds it took."""
+def build(num_layers: int = 24) -> Any:  # Any: torch is imported where a GPU is
+    """Return a gpt-oss of random bf16 weights in the true shapes, on the GPU."""
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    start = time.perf_counter()
     config = GptOssConfig(
-        num_hidden_layers=24,
+        num_hidden_layers=num_layers,
         num_local_experts=32,
         num_experts_per_tok=4,
         vocab_size=201088,
@@ -92,11 +91,13 @@ def write_base(folder: Path) -> float:
     with torch.device("cuda"):
         model = GptOssForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder, max_shard_size="5GB")
+    return model
+
+
+def write_base(folder: Path) -> None:
+    """Save random weights, and a tokenizer."""
+    build().save_pretrained(folder, max_shard_size="5GB")
     write_tokenizer(folder)
-    del model
-    torch.cuda.empty_cache()
-    return time.perf_counter() - start
 
 
 def write_tokenizer(folder: Path) -> None:

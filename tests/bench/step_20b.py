@@ -15,32 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 ROW_TOKENS = int(os.environ.get("ROW_TOKENS", "4096"))
 
 
-def build(num_layers: int):
-    """Random bf16 weights in the true shapes."""
-    import torch
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        num_hidden_layers=num_layers,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        vocab_size=201088,
-        hidden_size=2880,
-        intermediate_size=2880,
-        head_dim=64,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        sliding_window=128,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = GptOssForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.config.use_cache = False
-    return model
-
-
 def main() -> None:
     """Time steps, then profile one."""
     import torch
@@ -48,15 +22,15 @@ def main() -> None:
 
     from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
     from tasks.train.loss import fuse_head
+    from tests.bench.bench_train_20b import ATTENTION, EXPERTS, SEEDS, build
 
     rows, checkpointing = int(sys.argv[1]), sys.argv[2]
     targets = sys.argv[3] if len(sys.argv) > 3 else "all"
     num_layers = int(sys.argv[4]) if len(sys.argv) > 4 else 24
     model = build(num_layers)
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    if targets == "seed":
-        names = [f"{layer}.mlp.experts.down_proj" for layer in (7, 15, 23)]
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if targets == "attention" else []
+    model.config.use_cache = False
+    names = SEEDS if targets == "seed" else EXPERTS
+    attention = ATTENTION if targets == "attention" else []
     config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=names)
     peft = get_peft_model(model, config)
     factor_experts(model, num_recomputed=num_layers * (checkpointing == "selective"))

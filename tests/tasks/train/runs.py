@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset
 from tasks.metrics import read_metrics
 from tasks.specs import LoraSpec, TrainSpec
 from tasks.train.plan import StepPlan
@@ -39,22 +40,24 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tasks.train.worker", "tests.tasks.train.runs"])
 
 
-def make_inputs(folder: Path) -> dict[str, Any]:
-    """A base and packed rows below `folder`; the part of a job that says where they are."""
+def make_artifacts(store: ArtifactStore, folder: Path) -> tuple[PackedDataset, BaseCheckpoint]:
+    """A base and packed rows; their sources lie below `folder`."""
     from huggingface_hub import HfApi
 
-    from tasks.artifacts import ArtifactStore
     from tasks.fetch.run import fetch_dataset
     from tasks.pack.run import pack_dataset
     from tasks.specs import FetchSpec, PackSpec
     from tests.tiny import make_base, write_chats
 
-    store = ArtifactStore(folder / "home")
     base = make_base(store, folder / "base")
     source = FetchSpec(source=str(write_chats(folder / "chats.jsonl", 60)), validation_pct=20)
-    packed = pack_dataset(
-        fetch_dataset(source, store, HfApi(token=False)), base, PackSpec(row_tokens=ROW_TOKENS), store
-    )
+    dataset = fetch_dataset(source, store, HfApi(token=False))
+    return pack_dataset(dataset, base, PackSpec(row_tokens=ROW_TOKENS), store), base
+
+
+def make_inputs(folder: Path) -> dict[str, Any]:
+    """The part of a job that says where base and rows are."""
+    packed, base = make_artifacts(ArtifactStore(folder / "home"), folder)
     return {"base_folder": base.model_folder, "packed_folder": packed.folder, "row_tokens": ROW_TOKENS}
 
 

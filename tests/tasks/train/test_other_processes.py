@@ -13,8 +13,7 @@ from tasks.errors import SpecError, TrainingError
 from tasks.metrics import read_metrics
 from tasks.train.placement import fit_processes
 from tasks.train.run import train_adapter
-from tests.tasks.train.runs import SPEC
-from tests.tasks.train.test_train_run import make_inputs
+from tests.tasks.train.runs import SPEC, make_artifacts
 
 PLANNED = SPEC.model_copy(
     update={"num_processes": 2, "gradient_accumulation": 2, "max_steps": 16, "learning_rate": 2e-3}
@@ -29,7 +28,7 @@ MAX_DIFFERENCE_AT_AN_EPOCHS_END = 5e-3  # accelerate gives each process as many 
 def test_one_two_one_processes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TATARA_TRAIN_PROCESSES", "1")
     store = ArtifactStore(tmp_path / "whole")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     whole = train_adapter(packed, base, PLANNED, store, lambda record: None)
     store = ArtifactStore(tmp_path / "home")
     for number, until in (("1", 6), ("2", 11)):

@@ -9,8 +9,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.errors import OutOfMemoryError
 from tasks.metrics import read_metrics
 from tasks.train import run as subject
-from tests.tasks.train.runs import SPEC
-from tests.tasks.train.test_train_run import make_inputs
+from tests.tasks.train.runs import SPEC, make_artifacts
 
 SHORT = "tests.tasks.train.short_of_memory"
 
@@ -21,7 +20,7 @@ def test_it_goes_on_with_half_the_rows_of_a_pass_and_the_same_rows_of_a_step(
 ):
     spec = SPEC.model_copy(update={"max_steps": 8})
     store = ArtifactStore(tmp_path / "whole")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     whole = subject.train_adapter(packed, base, spec, store, lambda record: None)
     store = ArtifactStore(tmp_path / "short")
     monkeypatch.setattr(subject, "TRAINER", SHORT)
@@ -42,7 +41,7 @@ def test_it_goes_on_with_half_the_rows_of_a_pass_and_the_same_rows_of_a_step(
 @pytest.mark.chaos
 def test_a_run_that_may_not_choose_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     monkeypatch.setattr(subject, "TRAINER", SHORT)
     spec = SPEC.model_copy(update={"max_steps": 8, "fit_micro_batch": False})
     with pytest.raises(OutOfMemoryError, match="the GPU ran out of memory: CUDA out of memory"):

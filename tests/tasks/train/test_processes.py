@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from tasks.artifacts import ArtifactStore
 from tasks.metrics import read_metrics
 from tasks.train.run import train_adapter
-from tests.tasks.train.test_train_run import SPEC, make_inputs
+from tests.tasks.train.runs import SPEC, make_artifacts
 
 
 @pytest.mark.chaos
 def test_two_processes_train_what_one_does(tmp_path: Path):
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     one = SPEC.model_copy(update={"max_steps": 6, "rows_per_device": 2, "save_steps": 6})
     two = one.model_copy(update={"rows_per_device": 1, "num_processes": 2})
     adapters = [train_adapter(packed, base, spec, store, lambda record: None) for spec in (one, two)]

@@ -8,42 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from tasks import processes
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter, digest_files
 from tasks.checkpoints import checkpoint_step, is_complete, latest_checkpoint, mark_complete
 from tasks.errors import SpecError, TrainingError
-from tasks.fetch.run import fetch_dataset
 from tasks.merge.run import merge_adapter
 from tasks.metrics import read_metrics
-from tasks.pack.run import pack_dataset
-from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, TrainSpec
+from tasks.specs import MergeSpec
 from tasks.train.run import train_adapter
-from tests.tiny import make_base, write_chats
-
-LORA = LoraSpec(
-    rank=2,
-    alpha=4,
-    target_modules=("q_proj", "v_proj"),
-    target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-)
-SPEC = TrainSpec(
-    lora=LORA,
-    learning_rate=2e-2,
-    max_steps=24,
-    rows_per_device=2,
-    dtype="float32",
-    save_steps=4,
-)
-
-
-def make_inputs(store: ArtifactStore, folder: Path) -> tuple[PackedDataset, BaseCheckpoint]:
-    base = make_base(store, folder / "base")
-    source = FetchSpec(source=str(write_chats(folder / "chats.jsonl", 60)), validation_pct=20)
-    dataset = fetch_dataset(source, store, HfApi(token=False))
-    return pack_dataset(dataset, base, PackSpec(row_tokens=128), store), base
+from tests.tasks.train.runs import LORA, SPEC, make_artifacts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, Tr
     """One uninterrupted run."""
     folder = tmp_path_factory.mktemp("trained")
     store = ArtifactStore(folder / "home")
-    packed, base = make_inputs(store, folder)
+    packed, base = make_artifacts(store, folder)
     return store, train_adapter(packed, base, SPEC, store, lambda record: None)
 
 
@@ -86,7 +61,7 @@ def test_killed_and_resumed_is_bit_identical(trained: tuple[ArtifactStore, Train
     """SIGKILL of the trainer after a few steps, a torn checkpoint beside it; the rest must match to the bit."""
     _, whole = trained
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     killed = threading.Event()
 
     def kill_after_five_steps(record: dict[str, float]) -> None:
@@ -117,7 +92,7 @@ def test_killed_and_resumed_is_bit_identical(trained: tuple[ArtifactStore, Train
 def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
     """The parent is killed; the trainer goes on; the next try follows it instead of starting another."""
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     spec = SPEC.model_copy(update={"max_steps": 40, "save_steps": 20, "log_steps": 50})
     pid = os.fork()
     if pid == 0:  # the parent that will be killed
@@ -142,7 +117,7 @@ def test_a_trainer_whose_parent_died_is_found_again(tmp_path: Path):
 
 def test_a_target_that_hits_nothing_is_named_before_anything_starts(tmp_path: Path):
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     lora = LORA.model_copy(update={"target_modules": ("q_proj", "qkv_proj")})
     with pytest.raises(SpecError, match=r"'qkv_proj' hits nothing.*q_proj"):
         train_adapter(packed, base, SPEC.model_copy(update={"lora": lora}), store, lambda record: None)

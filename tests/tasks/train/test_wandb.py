@@ -12,8 +12,7 @@ from tasks import procfs
 from tasks.artifacts import ArtifactStore
 from tasks.metrics import read_metrics
 from tasks.train.run import train_adapter, wandb_variables
-from tests.tasks.train.runs import SPEC
-from tests.tasks.train.test_train_run import make_inputs
+from tests.tasks.train.runs import SPEC, make_artifacts
 
 
 def test_without_a_key_the_run_is_kept_offline():
@@ -33,7 +32,7 @@ def test_an_offline_run_holds_the_losses_and_no_secret_is_seen(tmp_path: Path, m
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     store = ArtifactStore(tmp_path / "home")
-    packed, base = make_inputs(store, tmp_path)
+    packed, base = make_artifacts(store, tmp_path)
     seen: list[dict[str, str]] = []
 
     def look(record: dict[str, Any]) -> None:
