@@ -1,12 +1,13 @@
 """A clean environment for every test: no account, no network but loopback, a home of its own."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.ports import free_port as take_port
 
 if TYPE_CHECKING:
     from tasks.traces.queue import FileQueue
@@ -45,20 +46,14 @@ def _common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def free_ports() -> list[int]:
-    """Two ports that nobody listened on a moment ago."""
-    probes = [socket.socket(), socket.socket()]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Two ports that nobody listens on."""
+    return [take_port(), take_port()]
 
 
 @pytest.fixture
-def free_port(free_ports: list[int]) -> int:
-    """A port that nobody listened on a moment ago."""
-    return free_ports[0]
+def free_port() -> int:
+    """A port that nobody listens on."""
+    return take_port()
 
 
 @pytest.fixture

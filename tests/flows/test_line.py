@@ -39,6 +39,7 @@ from tests.flows.line import (
     run_to_merge,
     wait_for_step,
 )
+from tests.ports import free_port
 
 PREFECT = (sys.executable, "-m", "prefect")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -55,25 +56,13 @@ class Line:
     env: dict[str, str]
 
 
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> Iterator[Line]:
     """A small base, a recipe on it, and an uninterrupted run up to the merge in a store of its own."""
     need_vllm()
     folder = tmp_path_factory.mktemp("line")
     base = make_base_folder(folder / "base", harmony_tokenizer)
-    vllm_port, gateway_port, prefect_port = free_ports(3)
+    vllm_port, gateway_port, prefect_port = free_port(), free_port(), free_port()
     changes = changes_of_tiny(base, vllm_port, gateway_port)
     recipe = change(resolve("tiny"), changes)
     env = {

@@ -19,8 +19,8 @@ from tasks import processes
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter
 from tasks.checkpoints import checkpoint_step, latest_checkpoint
 from tasks.metrics import read_metrics
-from tests.tasks.train.runs import SPEC
-from tests.tasks.train.test_train_run import make_inputs
+from tests.ports import free_port
+from tests.tasks.train.runs import SPEC, make_inputs
 from tests.waiting import runs, wait_for
 
 NUM_STEPS = 500  # a second or so for each twenty: longer than a worker and a flow run take to start
@@ -86,13 +86,8 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    import socket
-
     folder = tmp_path_factory.mktemp("survives")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = {**os.environ, "TATARA_HOME": str(folder / "home"), "PREFECT_SERVER_API_PORT": str(port)}
+    given = {**os.environ, "TATARA_HOME": str(folder / "home"), "PREFECT_SERVER_API_PORT": str(free_port())}
     given.pop("PREFECT_API_URL", None)
     prefect = orchestration.find_prefect(given)
     store = ArtifactStore(folder / "home")

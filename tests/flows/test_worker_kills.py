@@ -30,7 +30,7 @@ from tests.flows.line import (
     run_to_merge,
     wait_for_step,
 )
-from tests.flows.test_line import free_ports
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -94,7 +94,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
     need_vllm()
     tmp_path = tmp_path_factory.mktemp("host")
     base = make_base_folder(tmp_path / "base", harmony_tokenizer)
-    vllm_port, gateway_port, prefect_port = free_ports(3)
+    vllm_port, gateway_port, prefect_port = free_port(), free_port(), free_port()
     changes = changes_of_tiny(base, vllm_port, gateway_port)
     recipe = change(resolve("tiny"), changes)
     given = {

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.records import make_record
 
 ROOT = Path(__file__).parents[2]
@@ -68,12 +68,6 @@ class TraceServer:
         account = {"WANDB_API_KEY": KEY, "WANDB_ENTITY": "team", "WANDB_PROJECT": self.project}
         kept = {name: os.environ[name] for name in names if name in os.environ}
         return kept | account | {"WF_TRACE_SERVER_URL": self.url, "PYTHONPATH": str(ROOT)} | more
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until_it_answers(url, process, log, timeout_s=120):

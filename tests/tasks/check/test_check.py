@@ -19,6 +19,7 @@ from tasks import errors
 from tasks.artifacts import ArtifactStore
 from tasks.check import run as subject
 from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, Recipe, ServeSpec, TrainSpec, change
+from tests.ports import free_port
 from tests.tiny import save_model, write_chats
 
 HUB = HfApi(token=False)
@@ -34,18 +35,11 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "home")
 
 
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture
 def recipe(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe without a fault."""
     monkeypatch.setenv("TATARA_VLLM_PYTHON", sys.executable)
-    vllm, gateway = _free_ports()
+    vllm, gateway = free_port(), free_port()
     return Recipe(
         base=BaseModelSpec(model=str(base)),
         fetch=FetchSpec(source=str(write_chats(tmp_path / "chats.jsonl", 60)), validation_pct=20),
@@ -285,7 +279,7 @@ def test_token_is_asked_for_its_owner_only_when_a_repo_is_named(
 
 
 def test_hub_that_is_away_is_transient_and_hides_no_behind_other_faults(recipe: Recipe, store: ArtifactStore):
-    [port, _] = _free_ports()
+    port = free_port()
     faulty = change(recipe, {"fetch": {"source": "/no.jsonl"}, "base": {"model": "owner/name"}})
     constants_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
     close_session()

@@ -23,6 +23,7 @@ from tasks.serve.fingerprints import fingerprint_gateway
 from tasks.serve.ports import is_port_free
 from tasks.serve.services import ServiceSettings
 from tasks.specs import ServeSpec
+from tests.ports import free_port
 
 FAKE = """\
     #!{python} -E
@@ -61,13 +62,6 @@ FAKE = """\
 """
 
 
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[ServiceSettings]:
     python = tmp_path / "env" / "bin" / "python"
@@ -78,7 +72,7 @@ def settings(tmp_path: Path) -> Iterator[ServiceSettings]:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    vllm_port, gateway_port = _free_ports()
+    vllm_port, gateway_port = free_port(), free_port()
     settings = ServiceSettings(
         model=str(model),
         spec=ServeSpec(vllm_port=vllm_port, gateway_port=gateway_port, start_timeout_s=20),
@@ -240,11 +234,10 @@ def test_two_starts_at_once_make_one_service(settings: ServiceSettings):
 
 def test_vllm_elsewhere_is_not_started_here(settings: ServiceSettings):
     services.start(settings)
-    _, other = _free_ports()
     remote = replace(
         settings,
         home=settings.home.parent / "other",
-        spec=settings.spec.model_copy(update={"vllm_port": other, "gateway_port": _free_ports()[0]}),
+        spec=settings.spec.model_copy(update={"vllm_port": free_port(), "gateway_port": free_port()}),
         vllm_url=f"http://127.0.0.1:{settings.spec.vllm_port}/v1/chat/completions",
     )
     try:

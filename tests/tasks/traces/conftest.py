@@ -11,16 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.needs import redis_server
+from tests.ports import free_port
 from tests.records import make_record
 
 ROOT = Path(__file__).parents[3]
 WEAVE = Path(__file__).parent / "weave_server.py"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(name="make_record")
