@@ -17,10 +17,13 @@ demo: setup      ## the main job on this machine: data to a served, verified mod
 test: setup      ## everything but long chaos: format, lint, types, doctests and tests, real vLLM included
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
+LONGEST = tests/flows/test_line.py tests/deployments/gateway/test_lite_process.py tests/tasks/train/test_train_run.py \
+	tests/tasks/pretrain/test_pretrain_run.py tests/deployments/test_orchestration.py tests/tasks/traces/test_drain_flow.py
+
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
-tests:           # the longest file first, the rest beside it; four processes, for each waits often
+tests:           # the longest files first, the rest beside them; four processes, for each waits often
 	@.venv/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
-		-m "not chaos" --ignore=tests/weave tests/flows/test_line.py tests tasks flows deployments
+		-m "not chaos" --ignore=tests/weave $(LONGEST) tests tasks flows deployments
 
 chaos-test: export OMP_NUM_THREADS = 1
 chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker

@@ -260,8 +260,7 @@ def test_up_with_a_real_server(tmp_path: Path, free_port: int):
     prefect = subject.find_prefect(given)
     try:
         subject.start_server(prefect)
-        command = [sys.executable, "-m", "prefect", "work-pool", "create", "gpu", "--type", "process"]
-        subprocess.run(command, env=prefect.variables, check=True, capture_output=True)  # somebody's own
+        subject.call(prefect, "/work_pools/", {"name": "gpu", "type": "process"})  # somebody's own
         assert subject.deploy(prefect) is True
         assert subject.deploy(prefect) is False
         limits = {name: subject.call(prefect, f"/work_pools/{name}")["concurrency_limit"] for name in subject.POOLS}
