@@ -118,6 +118,8 @@ def main(port: int, folder: str) -> None:
     inner = ChdbTraceServer(folder)
     inner._run_migrations()
     inner.ch_client.command("SYSTEM STOP MERGES")
+    # The same for the moment between a later start on this folder and the line above.
+    inner.ch_client.command("ALTER TABLE calls_complete MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1")
     app = make_app(ExternalTraceServer(inner, Ids()), inner)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1)
 
