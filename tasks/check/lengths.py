@@ -7,6 +7,7 @@ A token is at least one byte of text, so most rows are known to fit without a to
 Ring: edge (disk, Hub).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from tasks.artifacts import ArtifactStore, FetchedDataset, PackedDataset
 from tasks.check.base import find_made, find_origin, find_tokenizer
 from tasks.pack import render
 from tasks.pack.run import load_tokenizer
-from tasks.specs import PretrainSpec, Recipe
+from tasks.specs import PackSpec, PretrainSpec, Recipe
 
 _TEMPLATE_TOKENS = 512  # of a chat template, beyond what the messages say; gpt-oss's is about 80
 _TURN_TOKENS = 16
+_BATCH_ROWS = 256
 Row = dict[str, Any]  # Any: row values
 
 
@@ -34,17 +36,40 @@ def check_lengths(
     packed = find_made(store, PackedDataset, spec, find_origin(recipe.base, pretraining, hub))
     if packed and packed.parents[0] == dataset.ref:
         return "lengths: packed before"
-    rows = [row for split in ("train", "validation") for row in _rows(dataset, split)]
-    doubtful = [row for row in rows if most_tokens(row, spec.system_prompt) > spec.row_tokens]
+    num_rows, doubtful = _count_doubtful(dataset, spec)
     if not doubtful:
-        return f"lengths: none of {len(rows)} rows can exceed {spec.row_tokens} tokens"
+        return f"lengths: none of {num_rows} rows can exceed {spec.row_tokens} tokens"
     folder = find_tokenizer(recipe.base, pretraining, store.root, hub)
     tokenizer = load_tokenizer(folder, recipe.base.model, is_chat=dataset.is_chat)
-    written = render.render_chats(doubtful, tokenizer, spec) if dataset.is_chat else None
-    documents = render.render_texts(doubtful, tokenizer) if written is None else written
-    render.fit_context(documents, spec)
-    longest = max(document.num_tokens for document in documents)
-    return f"lengths: the longest of {len(rows)} rows has {longest} tokens, a row holds {spec.row_tokens}"
+    written = (
+        render.render_chats if dataset.is_chat else lambda rows, tokenizer, spec: render.render_texts(rows, tokenizer)
+    )
+    longest, num_documents, num_too_long = ("", 0), 0, 0
+    for rows in _batches(dataset):
+        doubted = [row for row in rows if most_tokens(row, spec.system_prompt) > spec.row_tokens]
+        for document in written(doubted, tokenizer, spec):
+            num_documents += 1
+            num_too_long += document.num_tokens > spec.row_tokens
+            longest = max(longest, (document.row_id, document.num_tokens), key=lambda known: known[1])
+    if num_too_long:
+        raise render.too_long_error(*longest, num_too_long, num_documents, spec)
+    return f"lengths: the longest of {num_rows} rows has {longest[1]} tokens, a row holds {spec.row_tokens}"
+
+
+def _count_doubtful(dataset: FetchedDataset, spec: PackSpec) -> tuple[int, int]:
+    """Return (rows, rows that may be too long): without a tokenizer, which may have to be downloaded."""
+    counts = [
+        (len(rows), sum(most_tokens(row, spec.system_prompt) > spec.row_tokens for row in rows))
+        for rows in _batches(dataset)
+    ]
+    return sum(rows for rows, _ in counts), sum(doubtful for _, doubtful in counts)
+
+
+def _batches(dataset: FetchedDataset) -> Iterator[list[Row]]:
+    for split in ("train", "validation"):
+        with pq.ParquetFile(Path(dataset.folder) / f"{split}.parquet") as source:
+            for batch in source.iter_batches(_BATCH_ROWS):
+                yield batch.to_pylist()
 
 
 def most_tokens(row: Row, system_prompt: str) -> int:
@@ -57,7 +82,3 @@ def most_tokens(row: Row, system_prompt: str) -> int:
         return len(row["text"].encode()) + _TEMPLATE_TOKENS
     said = sum(len(message["content"].encode()) + _TURN_TOKENS for message in row["messages"])
     return said + len(system_prompt.encode()) + _TEMPLATE_TOKENS
-
-
-def _rows(dataset: FetchedDataset, split: str) -> list[Row]:
-    return pq.read_table(Path(dataset.folder) / f"{split}.parquet").to_pylist()

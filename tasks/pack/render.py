@@ -190,9 +190,13 @@ def fit_context(documents: list[Document], spec: PackSpec) -> tuple[list[Documen
     too_long = [document for document in documents if document.num_tokens > spec.row_tokens]
     if too_long and spec.too_long == "error":
         worst = max(too_long, key=lambda document: document.num_tokens)
-        raise DataError(
-            f"{len(too_long)} of {len(documents)} documents are longer than a row: {worst.row_id} has "
-            f"{worst.num_tokens} tokens but a row holds {spec.row_tokens}: raise PackSpec.row_tokens, shorten them, "
-            "or set PackSpec.too_long to 'drop'"
-        )
+        raise too_long_error(worst.row_id, worst.num_tokens, len(too_long), len(documents), spec)
     return [document for document in documents if document.num_tokens <= spec.row_tokens], too_long
+
+
+def too_long_error(row_id: str, num_tokens: int, num_too_long: int, num_documents: int, spec: PackSpec) -> DataError:
+    """Return the error that names the longest of the documents that exceed a row, and the ways out."""
+    return DataError(
+        f"{num_too_long} of {num_documents} documents are longer than a row: {row_id} has {num_tokens} tokens but a "
+        f"row holds {spec.row_tokens}: raise PackSpec.row_tokens, shorten them, or set PackSpec.too_long to 'drop'"
+    )

@@ -6,6 +6,10 @@ Ring: edge.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,11 @@ from tasks.pack.report import length_stats
 from tasks.specs import PackSpec
 
 VERSION = 2  # 2: a control token in the text of a message is text
+_BATCH_ROWS = 256  # of conversations, rendered at once
+_CHUNK_DOCUMENTS = 1000  # packed at once, as many as TRL takes: 99.6 % full on the lengths of chats, in bounded memory
+_IDS = pa.list_(pa.int32())
+_ROWS = pa.schema([("input_ids", _IDS), ("labels", _IDS), ("seq_lengths", _IDS)])
+_PROBES = pa.schema([("row_id", pa.string()), ("prompt_ids", _IDS), ("answer_ids", _IDS)])
 logger = logging.getLogger(__name__)
 
 
@@ -34,39 +43,73 @@ def pack_dataset(dataset: FetchedDataset, base: BaseCheckpoint, spec: PackSpec, 
             return claim.found
         _check_context(Path(base.model_folder), spec)
         tokenizer = load_tokenizer(Path(base.model_folder), base.origin, is_chat=dataset.is_chat)
-        train, dropped = _documents(dataset, "train", tokenizer, spec)
-        validation, _ = _documents(dataset, "validation", tokenizer, spec)
-        _refuse_empty(train, validation, spec)
-        rows = _pack(train, dataset.is_chat, spec)
-        validation_rows = _pack(validation, dataset.is_chat, spec)
-        _write(claim.folder / "train.parquet", rows)
-        _write(claim.folder / "validation.parquet", validation_rows)
-        _write(claim.folder / "validation_documents.parquet", _probe_columns(validation, spec))
-        num_tokens = sum(document.num_tokens for document in train)
+        train = _write_split(dataset, "train", tokenizer, spec, claim.folder)
+        validation = _write_split(dataset, "validation", tokenizer, spec, claim.folder)
         artifact = PackedDataset(
             key=key,
             folder=str(claim.folder),
             parents=(dataset.ref, base.ref),
             row_tokens=spec.row_tokens,
-            num_train_rows=len(rows["input_ids"]),
-            num_validation_rows=len(validation_rows["input_ids"]),
-            num_train_documents=len(train),
-            num_validation_documents=len(validation),
-            num_train_tokens=num_tokens,
-            num_learnt_tokens=sum(label != render.IGNORE for row in rows["labels"] for label in row),
-            fill_pct=round(100 * num_tokens / (len(rows["input_ids"]) * spec.row_tokens), 2),
+            num_train_rows=train.num_rows,
+            num_validation_rows=validation.num_rows,
+            num_train_documents=len(train.lengths),
+            num_validation_documents=len(validation.lengths),
+            num_train_tokens=sum(train.lengths),
+            num_learnt_tokens=train.num_learnt,
+            fill_pct=round(100 * sum(train.lengths) / (train.num_rows * spec.row_tokens), 2),
         )
-        logger.info("packed %d documents into %d rows", len(train), artifact.num_train_rows)
-        return claim.commit(artifact, spec=spec, about=_about(train, validation, dropped, tokenizer))
+        logger.info("packed %d documents into %d rows", len(train.lengths), artifact.num_train_rows)
+        about = {
+            "lengths": {"train": length_stats(train.lengths), "validation": length_stats(validation.lengths)},
+            "num_dropped": train.num_dropped,
+            "sample": train.sample,
+        }
+        return claim.commit(artifact, spec=spec, about=about)
 
 
-def _refuse_empty(train: list[render.Document], validation: list[render.Document], spec: PackSpec) -> None:
-    for split, documents in (("train", train), ("validation", validation)):
-        if not documents:
+@dataclass
+class _Written:
+    """What is known of a split once it is on disk. `lengths`: tokens of each document."""
+
+    num_rows: int = 0
+    num_learnt: int = 0
+    num_dropped: int = 0
+    lengths: list[int] = field(default_factory=list)
+    sample: dict[str, str] = field(default_factory=dict)
+
+
+def _write_split(
+    dataset: FetchedDataset,
+    split: str,
+    tokenizer: Any,  # Any: see load_tokenizer
+    spec: PackSpec,
+    folder: Path,
+) -> _Written:
+    """Render, pack and write one split; of its documents a few thousand are in memory at a time."""
+    written = _Written()
+    with ExitStack() as stack:
+        rows = _open(stack, folder / f"{split}.parquet", _ROWS)
+        probes = _open(stack, folder / "validation_documents.parquet", _PROBES) if split == "validation" else None
+        for documents in _chunks(_documents(dataset, split, tokenizer, spec, written)):
+            columns = _pack(documents, dataset.is_chat, spec)
+            rows.write_table(pa.table(columns, schema=_ROWS))
+            if probes:
+                probes.write_table(pa.table(_probe_columns(documents, spec), schema=_PROBES))
+            written.num_rows += len(columns["input_ids"])
+            written.num_learnt += sum(len(row) - row.count(render.IGNORE) for row in columns["labels"])
+            written.lengths += [document.num_tokens for document in documents]
+            written.sample = written.sample or _sample(documents[0], tokenizer)
+        if not written.num_rows:
             raise DataError(
                 f"no {split} document is left: all are longer than a row of {spec.row_tokens} tokens and were dropped; "
                 "raise PackSpec.row_tokens"
             )
+    return written
+
+
+def _open(stack: ExitStack, path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Return a writer whose file takes its name when the stack is left without an error."""
+    return stack.enter_context(pq.ParquetWriter(stack.enter_context(files.aside(path)), schema))
 
 
 def _check_context(model_folder: Path, spec: PackSpec) -> None:
@@ -94,14 +137,26 @@ def load_tokenizer(folder: Path, origin: str, *, is_chat: bool) -> Any:  # Any: 
 def _documents(
     dataset: FetchedDataset,
     split: str,
-    tokenizer: Any,
-    spec: PackSpec,  # Any: see load_tokenizer
-) -> tuple[list[render.Document], list[render.Document]]:
-    rows = pq.read_table(dataset.path / f"{split}.parquet").to_pylist()
-    if dataset.is_chat:
-        return render.fit_context(render.render_chats(rows, tokenizer, spec), spec)
-    texts = render.render_texts(rows, tokenizer)
-    return (texts, []) if spec.packing else render.fit_context(texts, spec)  # packing splits long texts, drops nothing
+    tokenizer: Any,  # Any: see load_tokenizer
+    spec: PackSpec,
+    written: _Written,
+) -> Iterator[render.Document]:
+    """Yield what fits a row, in the data set's order; count in `written` what is dropped."""
+    with pq.ParquetFile(dataset.path / f"{split}.parquet") as source:
+        for batch in source.iter_batches(_BATCH_ROWS):
+            if dataset.is_chat:
+                rendered = render.render_chats(batch.to_pylist(), tokenizer, spec)
+            else:
+                rendered = render.render_texts(batch.to_pylist(), tokenizer)
+            if dataset.is_chat or not spec.packing:  # packing splits long texts, drops nothing
+                rendered, dropped = render.fit_context(rendered, spec)
+                written.num_dropped += len(dropped)
+            yield from rendered
+
+
+def _chunks(documents: Iterator[render.Document]) -> Iterator[list[render.Document]]:
+    while chunk := list(islice(documents, _CHUNK_DOCUMENTS)):
+        yield chunk
 
 
 def _pack(documents: list[render.Document], is_chat: bool, spec: PackSpec) -> dict[str, list[list[int]]]:
@@ -116,7 +171,7 @@ def _pack(documents: list[render.Document], is_chat: bool, spec: PackSpec) -> di
     if not spec.packing:
         return {**columns, "seq_lengths": [[document.num_tokens] for document in documents]}
     packed = trl_pack(Dataset.from_dict(columns), spec.row_tokens, "bfd" if is_chat else "bfd_split")
-    return {name: packed[:][name] for name in ("input_ids", "labels", "seq_lengths")}
+    return {name: packed[:][name] for name in _ROWS.names}
 
 
 def _probe_columns(documents: list[render.Document], spec: PackSpec) -> dict[str, list[Any]]:  # Any: str, list[int]
@@ -130,29 +185,8 @@ def _probe_columns(documents: list[render.Document], spec: PackSpec) -> dict[str
     }
 
 
-def _write(path: Path, columns: dict[str, list[Any]]) -> None:  # Any: str and list[int] columns
-    arrays = {
-        name: pa.array(values, type=pa.string() if name == "row_id" else pa.list_(pa.int32()))
-        for name, values in columns.items()
-    }
-    with files.aside(path) as temporary:
-        pq.write_table(pa.table(arrays), temporary)
-
-
-def _about(
-    train: list[render.Document],
-    validation: list[render.Document],
-    dropped: list[render.Document],
-    tokenizer: Any,  # Any: see load_tokenizer
-) -> dict[str, Any]:  # Any: JSON values
+def _sample(document: render.Document, tokenizer: Any) -> dict[str, str]:  # Any: see load_tokenizer
     return {
-        "lengths": {
-            "train": length_stats([document.num_tokens for document in train]),
-            "validation": length_stats([document.num_tokens for document in validation]),
-        },
-        "num_dropped": len(dropped),
-        "sample": {
-            "prompt": tokenizer.decode(train[0].prompt_ids),
-            "answer": tokenizer.decode(train[0].answer_ids[:400]),
-        },
+        "prompt": tokenizer.decode(document.prompt_ids),
+        "answer": tokenizer.decode(document.answer_ids[:400]),
     }

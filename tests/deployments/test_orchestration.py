@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import os
-import subprocess
 import sys
 import threading
 import urllib.error

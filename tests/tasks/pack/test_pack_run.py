@@ -1,6 +1,7 @@
 """Packed rows hold exactly the rendered documents, in rows of the asked length, with TRL's own packing."""
 
 import json
+import tracemalloc
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,28 @@ def test_packing_neither_loses_nor_splits_a_document(sizes: list[tuple[int, int]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     assert all(len(row["input_ids"]) <= capacity for row in rows)
     assert _pieces(rows) == sorted((tuple(d.input_ids), tuple(render.labels_of(d, "assistant"))) for d in documents)
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """540 more chats of 450 tokens would be 6 MB of Python objects."""
+    monkeypatch.setattr(subject, "_CHUNK_DOCUMENTS", 50)
+    monkeypatch.setattr(subject, "_BATCH_ROWS", 20)
+    store = ArtifactStore(tmp_path / "home")
+    base, peaks = make_base(store, tmp_path / "base"), []
+    for count in (60, 600):
+        path = tmp_path / f"{count}.jsonl"
+        chats = [_chat(f"{index}", "x" * 400) for index in range(count)]
+        path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        dataset = fetch_dataset(FetchSpec(source=str(path), validation_pct=5), store, HfApi(token=False))
+        tracemalloc.start()
+        try:
+            packed = subject.pack_dataset(dataset, base, PackSpec(row_tokens=512), store)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert packed.num_train_documents == dataset.num_train_rows
+    assert peaks[1] - peaks[0] < 2 << 20
+
+
+def _chat(asked: str, answered: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
