@@ -62,6 +62,16 @@ def latest_checkpoint(folder: Path, *, is_owner: bool = True) -> Path | None:
     return None
 
 
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` checkpoints of the highest steps.
+
+    Not left to Trainer, which goes by the time of their folders: after a clock was set back, or a copy from another
+    machine, the oldest seems to be the one that was just written.
+    """
+    for checkpoint in sorted(_all(folder), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def checkpoint_step(checkpoint: Path | None) -> int:
     """Return the optimizer step of a checkpoint; 0 for none."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -190,7 +190,6 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": spec.save_steps,
-        "save_total_limit": spec.keep_checkpoints,
         "eval_strategy": "steps" if spec.eval_steps else "no",
         "eval_steps": spec.eval_steps or None,
         "seed": spec.seed,

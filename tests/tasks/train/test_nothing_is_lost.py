@@ -189,3 +189,20 @@ def test_only_the_newest_checkpoints_are_kept(whole: Path):
         "checkpoint-20",
         "checkpoint-24",
     ]
+
+
+def test_a_clock_that_was_set_back_costs_no_checkpoint(inputs: dict[str, Any], whole: Path, tmp_path: Path):
+    """Trainer's own rotation goes by the time of the folders: it would remove each checkpoint that it just wrote."""
+    process = start(inputs, tmp_path, SPEC)
+    wait_for_step(tmp_path, 10, process)
+    kill(process)
+    tomorrow = time.time() + 86400
+    for path in (tmp_path / "checkpoints").glob("checkpoint-*"):
+        os.utime(path, (tomorrow, tomorrow))
+    process = start(inputs, tmp_path, SPEC)
+    wait_for_step(tmp_path, 18, process)
+    kill(process)
+    kept = latest_checkpoint(tmp_path / "checkpoints", is_owner=False)
+    assert checkpoint_step(kept) >= 16
+    subject.run(inputs, tmp_path, SPEC)
+    assert_same(tmp_path, whole)
