@@ -61,7 +61,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     best_step = load_best(trainer, spec)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        require_moved(trainer, start)
+        num_moving = (best_step or trainer.state.global_step) - (spec.warmup_steps > 0)  # a warm-up begins at rate 0
+        require_moved(trainer, start, num_moving)
         save_adapter(trainer, folder)
         metrics = read_metrics(folder / "metrics.jsonl")
         result = {
@@ -299,10 +300,13 @@ def remember_start(trainer: SFTTrainer, path: Path) -> dict[str, str]:
     return files.read_json(path)
 
 
-def require_moved(trainer: SFTTrainer, start: dict[str, str]) -> None:
-    """Raise TrainingError when a tensor is to the bit what it was; A has no gradient in the first step (B is zero)."""
+def require_moved(trainer: SFTTrainer, start: dict[str, str], num_moving: int) -> None:
+    """Raise TrainingError when a tensor is to the bit what it was before `num_moving` steps at a rate above 0.
+
+    A has no gradient in the first of them, since B is zero.
+    """
     now = _digest_adapter(trainer)
-    expected = {name for name in now if trainer.state.global_step > 1 or ".lora_B." in name}
+    expected = {name for name in now if num_moving > 1 or ".lora_B." in name}
     still = sorted(name for name in expected if now[name] == start.get(name))
     if still:
         raise TrainingError(

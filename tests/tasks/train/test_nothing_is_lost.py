@@ -119,6 +119,16 @@ def test_a_tensor_that_was_never_trained_fails_the_run_and_is_named(inputs: dict
     assert not (tmp_path / "adapter").exists()
 
 
+def test_the_first_step_moves_no_a_and_that_is_no_fault(inputs: dict[str, Any], tmp_path: Path):
+    """B is zero until then. The first is the best, or the only one above the warm-up's rate of 0."""
+    best = SPEC.model_copy(update={"max_steps": 4, "eval_steps": 1, "keep_best": True})
+    told = subject.run(inputs, tmp_path / "best", best, "unlearn_after_step_1")
+    assert told.get("best_step") == 1, told
+    warm = SPEC.model_copy(update={"max_steps": 2, "warmup_steps": 1})
+    told = subject.run(inputs, tmp_path / "warm", warm)
+    assert told.get("num_steps") == 2, told
+
+
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_checkpoint_without_a_part_is_torn_and_the_one_before_is_taken(
