@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tasks import files
 from tasks.checkpoints import drop_old, is_disk_full, mark_complete, require_room, say_kept
-from tasks.errors import CapacityError, OutOfMemoryError, TrainingError, TransientError
+from tasks.errors import CapacityError, OutOfMemoryError, TataraError, TrainingError, TransientError
 from tasks.lifeline import Stopped, lifeline
 
 RESULT = "result.json"
@@ -149,7 +149,7 @@ def run_worker(folder: Path, work: Callable[[], None], *, stop_grace_s: float = 
             message = f"the disk below {folder} ran full ({error}): {kept}; free some space and run again"
             _fail(folder, CapacityError.__name__, message)
         else:
-            _fail(folder, type(error).__name__, str(error))
+            _fail(folder, type(error).__name__, str(error) if isinstance(error, TataraError) else repr(error))
         raise
 
 

@@ -201,6 +201,11 @@ def test_only_the_newest_checkpoints_are_kept(whole: Path):
     ]
 
 
+def test_a_fault_of_a_library_is_told_with_its_class(inputs: dict[str, Any], tmp_path: Path):
+    told = subject.run({**inputs, "base_folder": str(tmp_path / "gone")}, tmp_path / "run", SPEC)
+    assert told["message"].startswith(f"{told['error']}("), told
+
+
 def test_a_clock_that_was_set_back_costs_no_checkpoint(inputs: dict[str, Any], whole: Path, tmp_path: Path):
     """Trainer's own rotation goes by the time of the folders: it would remove each checkpoint that it just wrote."""
     process = start(inputs, tmp_path, SPEC)
