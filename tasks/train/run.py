@@ -29,6 +29,7 @@ from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryE
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token, peak_flops
+from tasks.train.needs import require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
@@ -183,6 +184,7 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
 
 def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> Workload:
     shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
+    require_aligned(config, spec)
     targets = find_targets(shapes, spec.lora)
     return Workload(
         shapes=shapes,
