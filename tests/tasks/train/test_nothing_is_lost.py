@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,27 @@ def test_a_checkpoint_without_a_part_is_torn_and_the_one_before_is_taken(
         (newest / "COMPLETE.json").write_text(json.dumps(names))
     assert checkpoint_step(latest_checkpoint(folder)) == 20
     assert not newest.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["zeros", "one bit"])
+def test_a_checkpoint_with_damaged_bytes_is_not_taken(whole: Path, tmp_path: Path, name: str, damage: str):
+    """Each try would end in torch's error about it, with a sound checkpoint beside it."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", folder)
+    newest = latest_checkpoint(folder)
+    assert newest is not None and checkpoint_step(newest) == 24
+    data = bytearray((newest / name).read_bytes())
+    if damage == "zeros":
+        data = bytearray(len(data))
+    elif name.endswith(".safetensors"):
+        data[8] ^= 1  # its weights carry no checksum: of one that loads, nothing tells
+    else:
+        with zipfile.ZipFile(newest / name) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+        data[largest.header_offset + 200] ^= 1
+    (newest / name).write_bytes(bytes(data))
+    assert checkpoint_step(latest_checkpoint(folder)) == 20
 
 
 def test_tokens_go_on_where_they_were(inputs: dict[str, Any], whole: Path, tmp_path: Path):
