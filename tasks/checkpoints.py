@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from tasks import files
@@ -51,15 +52,49 @@ def missing_parts(checkpoint: Path) -> list[str]:
     return [part for part in _NEEDED if not any(name.startswith(part) for name in names)]
 
 
+def damaged_files(checkpoint: Path) -> list[str]:
+    """Return the files of a whole checkpoint whose bytes are no longer what was written, though their number is.
+
+    One that can't be loaded would end each try in the same error, with an older checkpoint beside it. Told by what the
+    formats carry: torch's files are zip archives with checksums, of safetensors the header is read.  Cost: one read.
+    """
+    return [name for name in files.list_files(checkpoint) if not _is_sound(checkpoint / name)]
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        if path.suffix == ".safetensors":
+            files.read_safetensors_header(path)
+        elif path.suffix == ".json":
+            files.read_json(path)
+        elif path.suffix in {".pt", ".pth"}:
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+    except (CorruptError, OSError, zipfile.BadZipFile):  # OSError: rank 0 removes it just now
+        return False
+    return True
+
+
 def latest_checkpoint(folder: Path, *, is_owner: bool = True) -> Path | None:
-    """Return the newest whole `checkpoint-*`, or None; the owner (rank 0) removes torn ones."""
+    """Return the newest whole and undamaged `checkpoint-*`, or None; the owner (rank 0) removes newer ones."""
     for checkpoint in sorted(_all(folder), key=checkpoint_step, reverse=True):
-        if is_complete(checkpoint):
+        damaged = damaged_files(checkpoint) if is_complete(checkpoint) else ["not whole"]
+        if not damaged:
             return checkpoint
         if is_owner:
-            logger.warning("%s is not whole: removed", checkpoint.name)
+            logger.warning("%s can't be resumed from (%s): removed", checkpoint.name, ", ".join(damaged))
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` checkpoints of the highest steps.
+
+    Not left to Trainer, which goes by the time of their folders: after a clock was set back, or a copy from another
+    machine, the oldest seems to be the one that was just written.
+    """
+    for checkpoint in sorted(_all(folder), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:

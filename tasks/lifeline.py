@@ -35,6 +35,7 @@ class Lifeline:
         self.is_told = False
         self.is_in_loop = False  # a step, its checkpoint included, is finished before the process stops
         self._state: dict[str, object] = {"pid": os.getpid(), "phase": "start", "step": 0, "count": 0}
+        self._is_stopping = False
         self._told_at: float | None = None
         self._grace_s = 25.0
 
@@ -62,7 +63,8 @@ class Lifeline:
 
     def _obey(self, number: int, frame: object) -> None:
         self.is_told = True
-        if not self.is_in_loop:
+        if not self.is_in_loop and not self._is_stopping:
+            self._is_stopping = True  # a second signal must not cut off the last words after the first
             raise Stopped
 
     def _run(self, signals: int, target: int | None) -> None:

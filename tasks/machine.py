@@ -61,25 +61,45 @@ def require_memory(needed_bytes: int, step: str, way_out: str) -> None:
 
 
 def list_gpus() -> list[Gpu]:
-    """Return the GPUs in nvidia-smi's order; none when it does not answer."""
-    query = "--query-gpu=name,memory.total,memory.free"
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves us, in its order; none when nvidia-smi does not answer."""
+    query = "--query-gpu=uuid,name,memory.total,memory.free"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return parse_gpus(answer)
+    return parse_gpus(answer, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def parse_gpus(answer: str) -> list[Gpu]:
-    r"""Read nvidia-smi's table of name, total and free MiB; lines without numbers (MIG, errors) are left out.
+def parse_gpus(answer: str, visible: str | None = None) -> list[Gpu]:
+    r"""Read nvidia-smi's table of UUID, name, total and free MiB; GPUs without numbers (errors) are left out.
 
-    >>> parse_gpus("NVIDIA H100 80GB HBM3, 81559, 80994\nbroken, [N/A], [N/A]\n")[0].total_bytes
-    85520809984
+    Args:
+        answer: nvidia-smi's; it lists every GPU, whatever CUDA_VISIBLE_DEVICES says.
+        visible: CUDA_VISIBLE_DEVICES, numbers or beginnings of UUIDs; as CUDA reads it, an entry that fits none ends
+            the list. A MIG slice has no line of its own, and with one every GPU counts.
+
+    >>> table = "GPU-a1, NVIDIA H100, 81559, 80994\nGPU-b2, NVIDIA L4, 23034, 22000\n"
+    >>> [[gpu.name for gpu in parse_gpus(table, said)] for said in (None, "1", "GPU-b2,0", "", "1,7,0")]
+    [['NVIDIA H100', 'NVIDIA L4'], ['NVIDIA L4'], ['NVIDIA L4', 'NVIDIA H100'], [], ['NVIDIA L4']]
     """
-    rows = [line.rsplit(", ", 2) for line in answer.splitlines()]
+    rows = [line.split(", ", 1)[:1] + line.rsplit(", ", 2) for line in answer.splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    if visible is not None and "MIG" not in visible:
+        rows = _visible(rows, visible.split(","))
     return [
-        Gpu(name=row[0], total_bytes=int(row[1]) << 20, free_bytes=int(row[2]) << 20)
-        for row in rows
-        if len(row) == 3 and row[1].isdigit() and row[2].isdigit()
+        Gpu(name=name.partition(", ")[2], total_bytes=int(total) << 20, free_bytes=int(free) << 20)
+        for _, name, total, free in rows
+        if total.isdigit() and free.isdigit()
     ]
+
+
+def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
+    found: list[list[str]] = []
+    for entry in map(str.strip, wanted):
+        number = int(entry) if entry.isdecimal() else -1
+        fitting = [row for index, row in enumerate(rows) if index == number or (entry and row[0].startswith(entry))]
+        if len(fitting) != 1:
+            break
+        found += fitting
+    return found

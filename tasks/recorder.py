@@ -96,6 +96,14 @@ class Recorder(TrainerCallback):
             )
         self._require_sound(args, state, control, logs)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log a step whose gradient is not finite, whatever log_steps says: its rows are those to be named."""
+        if args.logging_steps > 1:
+            slopes = [weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None]
+            control.should_log |= not bool(torch.isfinite(torch.nn.utils.get_total_norm(slopes)))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the last step, whatever log_steps says: the artifact names its loss."""
         control.should_log |= state.global_step >= state.max_steps

@@ -151,7 +151,11 @@ class TrainSpec(Spec):
         description="On a GPU: choose the rows of a pass that fit; rows_per_device * gradient_accumulation stays.",
     )
     save_steps: Positive = 50
-    keep_checkpoints: int = Field(default=2, ge=2, description="The oldest goes before the newest is whole: 2 or more.")
+    keep_checkpoints: int = Field(
+        default=2,
+        ge=2,
+        description="Newest whole checkpoints that are kept: 2 or more, to have one before a damaged one.",
+    )
     eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")
     log_steps: Positive = 1
     num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")

@@ -20,6 +20,7 @@ from tasks.supervision import Job, supervise
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 
 
+_LAST_WORD_BYTES = 1 << 20  # with less than this free a trainer may have been unable to leave failure.json
 _KILL_AFTER_S = 2.0  # the trainer kills itself when its grace is over; this is for one that can't any more
 
 
@@ -74,6 +75,12 @@ def run_trainer(
         told = files.read_json(failure)
         cls = getattr(errors, told["error"], errors.TrainingError)
         raise cls(f"{told['message']} (output in {child.log})")
+    if files.free_bytes(folder) < _LAST_WORD_BYTES:
+        raise errors.CapacityError(
+            f"{module} died on a full disk: {files.free_bytes(folder)} bytes are free below {folder}, too few to write "
+            f"down why; free some space and run again, it goes on from its last checkpoint. Its last lines:\n"
+            f"{last_lines(child.log)}"
+        )
     raise errors.TrainingError(
         f"{module} died without a result (killed, or out of memory?); the next try goes on from its last checkpoint. "
         f"Its last lines:\n{last_lines(child.log)}"
@@ -95,6 +102,7 @@ def _environment(num_processes: int) -> dict[str, str]:
         PYTHONWARNINGS="ignore",
     )
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them, whose memory was looked at
     if num_processes == 1:
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     root = str(Path(__file__).resolve().parents[1])

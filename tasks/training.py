@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks import files
-from tasks.checkpoints import is_disk_full, mark_complete, require_room, say_kept
-from tasks.errors import CapacityError, OutOfMemoryError, TrainingError, TransientError
+from tasks.checkpoints import drop_old, is_disk_full, mark_complete, require_room, say_kept
+from tasks.errors import CapacityError, OutOfMemoryError, TataraError, TrainingError, TransientError
 from tasks.lifeline import Stopped, lifeline
 
 RESULT = "result.json"
@@ -43,6 +43,8 @@ def fix_seeds(seed: int, *, deterministic: bool = False) -> None:
 
 class Keeper(TrainerCallback):
     """Checkpoints that are whole or not there, a heartbeat that says what goes on, and a last checkpoint on SIGTERM."""
+
+    keep_checkpoints = 2
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,7 +95,9 @@ class Keeper(TrainerCallback):
                 "learning_rate"
             )
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir or ".")
+            mark_complete(folder / f"checkpoint-{state.global_step}")
+            drop_old(folder, self.keep_checkpoints)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,7 +149,7 @@ def run_worker(folder: Path, work: Callable[[], None], *, stop_grace_s: float = 
             message = f"the disk below {folder} ran full ({error}): {kept}; free some space and run again"
             _fail(folder, CapacityError.__name__, message)
         else:
-            _fail(folder, type(error).__name__, str(error))
+            _fail(folder, type(error).__name__, str(error) if isinstance(error, TataraError) else repr(error))
         raise
 
 

@@ -148,7 +148,6 @@ def make_trainer(
         adam_beta2=0.95,
         optim="adamw_torch_fused",
         save_steps=spec.save_steps,
-        save_total_limit=2,  # the older one goes before the newer is marked whole
         logging_steps=max(1, spec.num_steps // 40),
         logging_first_step=True,
         report_to="none",

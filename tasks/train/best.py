@@ -29,6 +29,7 @@ class BestKeeper(Keeper):
 
     def __init__(self, trainer: SFTTrainer, spec: TrainSpec) -> None:
         self.trainer, self.spec = trainer, spec
+        self.keep_checkpoints = spec.keep_checkpoints
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the best adapter aside; end the run, with a checkpoint that says so, when patience is over."""

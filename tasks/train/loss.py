@@ -71,6 +71,21 @@ class FrozenHeadLoss(torch.autograd.Function):
         return grad_MH * grads[0], None, None
 
 
+@torch.no_grad()
+def has_plain_head(causal: Any) -> bool:  # Any: as for fuse_head
+    """Say whether the logits are hidden @ head.T and no more, by asking the model itself.
+
+    Granite and Cohere scale them, Gemma 2 caps them, Phi adds a bias: the loss would be of other logits. Call it in
+    eval mode, so that no generator moves. Cost: two passes of two tokens.
+    """
+    ids = torch.arange(2, device=causal.device)[None]
+    said = causal(input_ids=ids, use_cache=False).logits
+    plain = (
+        causal.base_model(input_ids=ids, use_cache=False).last_hidden_state @ causal.get_output_embeddings().weight.T
+    )
+    return torch.allclose(said.float(), plain.float(), rtol=1e-2, atol=1e-2 * said.abs().max().item())
+
+
 def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attributes nn.Module doesn't know
     """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before.
 

@@ -64,6 +64,21 @@ def training_needs(
     }
 
 
+def require_aligned(config: Config, spec: TrainSpec) -> None:
+    """Raise SpecError when torch's grouped GEMM can't multiply the experts: it wants rows of 16 bytes.
+
+    >>> from tasks.specs import LoraSpec
+    >>> spec = TrainSpec(lora=LoraSpec(target_modules=("q_proj",)))
+    >>> require_aligned({"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880}, spec)
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        return
+    step = 16 // (4 if spec.dtype == "float32" else 2)
+    odd = {name: config[name] for name in ("hidden_size", "intermediate_size") if config[name] % step}
+    if odd:
+        raise SpecError(f"the base has {odd}, but in {spec.dtype} its experts are trained in multiples of {step} only")
+
+
 def uses_fused_kernels(config: Config, spec: TrainSpec) -> bool:
     """Say whether our kernels run below this model: gpt-oss, unless the recipe says stock.
 

@@ -25,10 +25,11 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import CapacityError, MissingError, OutOfMemoryError, SpecError
+from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token, peak_flops
+from tasks.train.needs import require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
@@ -100,7 +101,10 @@ def available_processes(spec: TrainSpec) -> int:
 
     TATARA_TRAIN_PROCESSES lowers it, on a machine whose other GPUs are somebody else's.
     """
-    limit = int(os.environ.get("TATARA_TRAIN_PROCESSES") or spec.num_processes)
+    said = os.environ.get("TATARA_TRAIN_PROCESSES") or str(spec.num_processes)
+    if not said.isdecimal():
+        raise SpecError(f"TATARA_TRAIN_PROCESSES is {said!r}, expected a number of processes: change or unset it")
+    limit = int(said)
     return min(limit, len(machine.list_gpus()) or limit)
 
 
@@ -180,6 +184,7 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
 
 def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> Workload:
     shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
+    require_aligned(config, spec)
     targets = find_targets(shapes, spec.lora)
     return Workload(
         shapes=shapes,
@@ -201,7 +206,7 @@ def _run_planned(
     """
     folder = Path(job["folder"])
     kept = folder / "plans.json"  # those of earlier tries too: what ran out of memory once is not tried again
-    plans = [StepPlan(**plan) for plan in files.read_json(kept)] if kept.exists() else []
+    plans = _read_plans(kept)
     if not plans or plans[-1].num_rows != work.num_rows:  # the second: on another number of processes than before
         plans = [plan_step(work, gpu_room(work.spec))]
         require_training_memory(work, plans[0])
@@ -219,6 +224,17 @@ def _run_planned(
             files.write_json(kept, [asdict(plan) for plan in plans])
         else:
             return result, [_say_step(work, plan) for plan in plans]
+
+
+def _read_plans(path: Path) -> list[StepPlan]:
+    """Return the plans of earlier tries; none when they can't be read, since a step can always be planned again."""
+    try:
+        return [StepPlan(**plan) for plan in files.read_json(path)]
+    except FileNotFoundError:
+        return []
+    except (CorruptError, TypeError) as error:
+        logger.warning("%s is of no use (%s): the step is planned again", path, error)
+        return []
 
 
 def _say_step(work: Workload, plan: StepPlan) -> str:

@@ -63,7 +63,7 @@ def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
     """
     modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if _is_linear(name, shape)}
     parameters = {name: shape for name, shape in shapes.items() if len(shape) == 3}
-    hits: list[Target] = []
+    hits: dict[str, Target] = {}  # a weight that two targets hit gets one adapter
     for kind, targets, candidates in (
         ("target_modules", lora.target_modules, modules),
         ("target_parameters", lora.target_parameters, parameters),
@@ -72,8 +72,8 @@ def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
             matched = [name for name in candidates if is_hit(name, target)]
             if not matched:
                 raise SpecError(_nothing_hit(kind, target, sorted(candidates)))
-            hits.extend(_target(name, candidates[name], lora.rank) for name in matched)
-    return hits
+            hits |= {name: _target(name, candidates[name], lora.rank) for name in matched}
+    return list(hits.values())
 
 
 def first_trained_layer(targets: Sequence[Target]) -> int:

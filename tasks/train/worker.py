@@ -37,7 +37,7 @@ from tasks.models import dequantized
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
-from tasks.train.loss import FusedHeadTrainer, fuse_head
+from tasks.train.loss import FusedHeadTrainer, fuse_head, has_plain_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
 from tasks.train.plan import StepPlan
 from tasks.train.validation import evaluations, is_over
@@ -61,7 +61,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     best_step = load_best(trainer, spec)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        require_moved(trainer, start)
+        num_moving = (best_step or trainer.state.global_step) - (spec.warmup_steps > 0)  # a warm-up begins at rate 0
+        require_moved(trainer, start, num_moving)
         save_adapter(trainer, folder)
         metrics = read_metrics(folder / "metrics.jsonl")
         result = {
@@ -118,7 +119,8 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
-    trainer_class = FusedHeadTrainer if is_fused or not torch.cuda.is_available() else SFTTrainer
+    is_head_fused = is_fused or (not torch.cuda.is_available() and has_plain_head(model))
+    trainer_class = FusedHeadTrainer if is_head_fused else SFTTrainer
     trainer = trainer_class(
         model=model,
         args=trainer_arguments(folder, spec, plan),
@@ -129,7 +131,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     )
     trainer.remove_callback(PrinterCallback)
     widen_adapter(trainer.model)
-    if trainer_class is FusedHeadTrainer:
+    if is_head_fused:
         fuse_head(model)
     speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
     return trainer
@@ -190,7 +192,6 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
         "save_steps": spec.save_steps,
-        "save_total_limit": spec.keep_checkpoints,
         "eval_strategy": "steps" if spec.eval_steps else "no",
         "eval_steps": spec.eval_steps or None,
         "seed": spec.seed,
@@ -300,10 +301,13 @@ def remember_start(trainer: SFTTrainer, path: Path) -> dict[str, str]:
     return files.read_json(path)
 
 
-def require_moved(trainer: SFTTrainer, start: dict[str, str]) -> None:
-    """Raise TrainingError when a tensor is to the bit what it was; A has no gradient in the first step (B is zero)."""
+def require_moved(trainer: SFTTrainer, start: dict[str, str], num_moving: int) -> None:
+    """Raise TrainingError when a tensor is to the bit what it was before `num_moving` steps at a rate above 0.
+
+    A has no gradient in the first of them, since B is zero.
+    """
     now = _digest_adapter(trainer)
-    expected = {name for name in now if trainer.state.global_step > 1 or ".lora_B." in name}
+    expected = {name for name in now if num_moving > 1 or ".lora_B." in name}
     still = sorted(name for name in expected if now[name] == start.get(name))
     if still:
         raise TrainingError(

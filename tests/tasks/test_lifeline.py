@@ -64,6 +64,25 @@ def test_told_in_the_loop_it_finishes_its_step_and_elsewhere_it_stops_at_once(tm
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
+def test_told_twice_it_still_writes_down_why_it_ends(tmp_path: Path):
+    """A service manager tells the whole group, and our supervisor the trainer, at once."""
+    code = (
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from tasks import files, training\n"
+        "write = files.write_json\n"
+        "def write_and_be_told(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "    write(*args)\n"
+        "files.write_json = write_and_be_told\n"
+        "training.run_worker(Path(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))\n"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    told = json.loads((tmp_path / "failure.json").read_text())
+    assert told["error"] == "TransientError" and "told to stop (SIGTERM) in phase start" in told["message"]
+
+
 def test_one_that_does_not_end_kills_itself_also_when_its_parent_is_gone(tmp_path: Path):
     """Prefect's worker kills the flow 30 s after a cancel: nobody is left then who would end a trainer that hangs."""
     process = subprocess.Popen([sys.executable, "-c", DEAF, str(tmp_path), "0.7"], env=ENV, stdout=subprocess.DEVNULL)

@@ -27,3 +27,40 @@ def test_memory_is_said_with_numbers():
         subject.require_memory(10**15, "training", "use a smaller base")
     with pytest.raises(CapacityError, match=r"available: use a smaller base$"):
         subject.require_memory(10**15, "training", "use a smaller base")
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo "GPU-aaaa-1, NVIDIA H100 80GB HBM3, 81559, 300"
+echo "GPU-bbbb-2, NVIDIA H100 80GB HBM3, 81559, 80994"
+echo "GPU-cccc-3, NVIDIA L4, [N/A], [N/A]"
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "free_mib"),
+    [
+        (None, [300, 80994]),
+        ("1", [80994]),
+        ("GPU-bbbb", [80994]),
+        ("1,0", [80994, 300]),
+        ("", []),
+        ("-1", []),
+        ("2", []),
+        ("MIG-1f", [300, 80994]),
+        ("1,GPU-none,0", [80994]),
+    ],
+)
+def test_the_gpus_that_count_are_those_that_cuda_shows_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, free_mib: list[int]
+):
+    """nvidia-smi lists them all: the trainer would be planned for a GPU that it will not see."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    gpus = subject.list_gpus()
+    assert [gpu.free_bytes >> 20 for gpu in gpus] == free_mib
+    assert {gpu.name for gpu in gpus} <= {"NVIDIA H100 80GB HBM3"}

@@ -196,6 +196,11 @@ def unlearn_after_step_10() -> None:
     _change_loss(-1.0, 10)
 
 
+def unlearn_after_step_1() -> None:
+    """The first step is the best."""
+    _change_loss(-1.0, 1)
+
+
 def explode_after_step_12() -> None:
     """Ten times the loss, from then on."""
     _change_loss(10.0, 12)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tasks.artifacts import ArtifactStore
 from tasks.checkpoints import checkpoint_step, is_disk_full, latest_checkpoint
+from tasks.errors import CapacityError
+from tasks.train.run import train_adapter
 from tests.needs import mount_tmpfs
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, losses, start, wait_for_step
@@ -51,6 +54,18 @@ def test_no_checkpoint_is_begun_that_the_disk_can_not_take(tmp_path: Path, disk:
     assert f"resuming from checkpoint-{kept}" in (folder / "output.log").read_text()
     assert losses(folder) == losses(whole)
     assert adapter_digest(folder) == adapter_digest(whole)
+
+
+@pytest.mark.chaos
+def test_a_disk_without_a_byte_left_for_the_reason_is_named_all_the_same(tmp_path: Path, disk: Path):
+    packed, base = subject.make_artifacts(ArtifactStore(tmp_path / "home"), tmp_path)
+
+    def fill_up(record: dict[str, Any]) -> None:
+        if record["step"] == 6:
+            fill(disk, 0)
+
+    with pytest.raises(CapacityError, match=r"full.* free some space and run again"):
+        train_adapter(packed, base, SPEC, ArtifactStore(disk), fill_up)
 
 
 @pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])

@@ -44,10 +44,13 @@ def poison(inputs: dict[str, Any], folder: Path, row: int) -> dict[str, Any]:
     return {**inputs, "base_folder": str(folder / "base"), "packed_folder": str(folder / "packed")}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_nan_names_the_row_and_keeps_the_checkpoint_before(inputs: dict[str, Any], tmp_path: Path, accumulation: int):
+@pytest.mark.parametrize(("accumulation", "log_steps"), [(1, 1), (2, 1), (1, 5)])
+def test_nan_names_the_row_and_keeps_the_checkpoint_before(
+    inputs: dict[str, Any], tmp_path: Path, accumulation: int, log_steps: int
+):
     poisoned, row = poison(inputs, tmp_path, 3), 3
-    spec = SPEC.model_copy(update={"save_steps": 1, "gradient_accumulation": accumulation, "seed": 1})
+    changes = {"save_steps": 1, "gradient_accumulation": accumulation, "log_steps": log_steps, "seed": 1}
+    spec = SPEC.model_copy(update=changes)
     told = subject.run(poisoned, tmp_path / "run", spec)
     assert told["error"] == "TrainingError"
     found = re.search(

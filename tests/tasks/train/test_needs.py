@@ -7,11 +7,11 @@ import pytest
 
 from flows.recipes import resolve
 from tasks import machine
-from tasks.errors import CapacityError
+from tasks.errors import CapacityError, SpecError
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
 from tasks.train import run as subject
-from tasks.train.needs import say_needs
+from tasks.train.needs import require_aligned, say_needs
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
 from tasks.train.targets import find_targets
 
@@ -134,6 +134,16 @@ def test_a_gpu_that_is_too_small_or_busy_is_said_with_numbers(monkeypatch: pytes
     monkeypatch.setattr(machine, "list_gpus", list)
     with pytest.raises(CapacityError, match=r"there is no GPU and \d+\.\d GB of memory are available: use a machine"):
         subject.require_training_memory(work, plan_of(10**6, "none"))
+
+
+def test_experts_that_no_grouped_gemm_can_multiply_are_refused_before_training():
+    """torch says "strides should be multiple of 16 bytes", in the middle of the first step."""
+    spec = resolve("gptoss20b_lora_h100").train
+    odd = {"model_type": "gpt_oss", "hidden_size": 36, "intermediate_size": 32}
+    with pytest.raises(SpecError, match=r"\{'hidden_size': 36\}, but in bfloat16 .* multiples of 8 only"):
+        require_aligned(odd, spec)
+    require_aligned(odd, spec.model_copy(update={"dtype": "float32"}))
+    require_aligned({**odd, "model_type": "qwen2"}, spec)
 
 
 def test_parts_of_no_size_are_not_said():

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ def test_a_tensor_that_was_never_trained_fails_the_run_and_is_named(inputs: dict
     assert not (tmp_path / "adapter").exists()
 
 
+def test_the_first_step_moves_no_a_and_that_is_no_fault(inputs: dict[str, Any], tmp_path: Path):
+    """B is zero until then. The first is the best, or the only one above the warm-up's rate of 0."""
+    best = SPEC.model_copy(update={"max_steps": 4, "eval_steps": 1, "keep_best": True})
+    told = subject.run(inputs, tmp_path / "best", best, "unlearn_after_step_1")
+    assert told.get("best_step") == 1, told
+    warm = SPEC.model_copy(update={"max_steps": 2, "warmup_steps": 1})
+    told = subject.run(inputs, tmp_path / "warm", warm)
+    assert told.get("num_steps") == 2, told
+
+
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_checkpoint_without_a_part_is_torn_and_the_one_before_is_taken(
@@ -136,6 +147,27 @@ def test_a_checkpoint_without_a_part_is_torn_and_the_one_before_is_taken(
         (newest / "COMPLETE.json").write_text(json.dumps(names))
     assert checkpoint_step(latest_checkpoint(folder)) == 20
     assert not newest.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["zeros", "one bit"])
+def test_a_checkpoint_with_damaged_bytes_is_not_taken(whole: Path, tmp_path: Path, name: str, damage: str):
+    """Each try would end in torch's error about it, with a sound checkpoint beside it."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", folder)
+    newest = latest_checkpoint(folder)
+    assert newest is not None and checkpoint_step(newest) == 24
+    data = bytearray((newest / name).read_bytes())
+    if damage == "zeros":
+        data = bytearray(len(data))
+    elif name.endswith(".safetensors"):
+        data[8] ^= 1  # its weights carry no checksum: of one that loads, nothing tells
+    else:
+        with zipfile.ZipFile(newest / name) as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+        data[largest.header_offset + 200] ^= 1
+    (newest / name).write_bytes(bytes(data))
+    assert checkpoint_step(latest_checkpoint(folder)) == 20
 
 
 def test_tokens_go_on_where_they_were(inputs: dict[str, Any], whole: Path, tmp_path: Path):
@@ -189,3 +221,25 @@ def test_only_the_newest_checkpoints_are_kept(whole: Path):
         "checkpoint-20",
         "checkpoint-24",
     ]
+
+
+def test_a_fault_of_a_library_is_told_with_its_class(inputs: dict[str, Any], tmp_path: Path):
+    told = subject.run({**inputs, "base_folder": str(tmp_path / "gone")}, tmp_path / "run", SPEC)
+    assert told["message"].startswith(f"{told['error']}("), told
+
+
+def test_a_clock_that_was_set_back_costs_no_checkpoint(inputs: dict[str, Any], whole: Path, tmp_path: Path):
+    """Trainer's own rotation goes by the time of the folders: it would remove each checkpoint that it just wrote."""
+    process = start(inputs, tmp_path, SPEC)
+    wait_for_step(tmp_path, 10, process)
+    kill(process)
+    tomorrow = time.time() + 86400
+    for path in (tmp_path / "checkpoints").glob("checkpoint-*"):
+        os.utime(path, (tomorrow, tomorrow))
+    process = start(inputs, tmp_path, SPEC)
+    wait_for_step(tmp_path, 18, process)
+    kill(process)
+    kept = latest_checkpoint(tmp_path / "checkpoints", is_owner=False)
+    assert checkpoint_step(kept) >= 16
+    subject.run(inputs, tmp_path, SPEC)
+    assert_same(tmp_path, whole)

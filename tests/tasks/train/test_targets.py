@@ -23,6 +23,7 @@ def _lora(modules: tuple[str, ...] = (), parameters: tuple[str, ...] = (), rank:
         (("q_proj", "o_proj"), ()),
         (("1.self_attn.k_proj",), ("mlp.experts.down_proj",)),
         ((), ("0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj")),
+        (("q_proj", "self_attn.q_proj"), ("experts.down_proj", "1.mlp.experts.down_proj")),
     ],
 )
 def test_hits_and_their_sizes_are_pefts(modules: tuple[str, ...], parameters: tuple[str, ...]):

@@ -17,7 +17,7 @@ from tasks.errors import SpecError, TrainingError
 from tasks.merge.run import merge_adapter
 from tasks.metrics import read_metrics
 from tasks.specs import MergeSpec
-from tasks.train.run import train_adapter
+from tasks.train.run import _read_plans, available_processes, train_adapter
 from tests.tasks.train.runs import LORA, SPEC, make_artifacts
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_whole_only_with_all_its_files(tmp_path: Path):
         (checkpoint / name).write_text(name)
     assert not is_complete(checkpoint)
     mark_complete(checkpoint)
-    assert is_complete(checkpoint) and latest_checkpoint(tmp_path) == checkpoint
+    assert is_complete(checkpoint)
     (checkpoint / "optimizer.pt").unlink()  # Trainer would resume without a word, with a fresh optimizer
     assert not is_complete(checkpoint)
 
@@ -150,6 +150,21 @@ def test_a_warm_up_as_long_as_the_run_is_refused(trained: tuple[ArtifactStore, T
     spec = SPEC.model_copy(update={"max_steps": -1, "num_epochs": 1.0, "warmup_steps": 100})
     with pytest.raises(SpecError, match=r"warmup_steps = 100 but the run has \d+ optimizer steps \(\d+ packed rows\)"):
         train_adapter(packed, base, spec, store, lambda record: None)
+
+
+@pytest.mark.parametrize("written", ['[{"rows_per', '[{"rows_per_device": 2, "of another version": 1}]', "{}", "7"])
+def test_plans_that_can_not_be_read_are_made_again(tmp_path: Path, written: str):
+    (tmp_path / "plans.json").write_text(written)
+    assert _read_plans(tmp_path / "plans.json") == []
+    (tmp_path / "plans.json").unlink()
+    assert _read_plans(tmp_path / "plans.json") == []
+
+
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch):
+    for said in ("two", "-1", "1.5"):
+        monkeypatch.setenv("TATARA_TRAIN_PROCESSES", said)
+        with pytest.raises(SpecError, match=f"TATARA_TRAIN_PROCESSES is '{said}', expected a number"):
+            available_processes(SPEC)
 
 
 def test_merged_equals_peft(trained: tuple[ArtifactStore, TrainedAdapter]):
