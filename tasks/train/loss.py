@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.errors import DataError
 from tasks.gptoss.fused import fused
 from tasks.train.needs import HEAD_ROWS
 
@@ -115,8 +116,34 @@ def _loss_forward(
     return CausalLMOutput(loss=loss / torch.as_tensor(count).clamp(min=1))
 
 
-class FusedHeadTrainer(SFTTrainer):
-    """SFTTrainer for a model after `fuse_head`: the loss of the learnt positions only, and no metrics of logits."""
+class TokenMeanTrainer(SFTTrainer):
+    """SFTTrainer whose validation loss is the mean over learnt tokens, however rows are cut into passes.
+
+    Trainer's own is the mean over passes: a run that was cut anew after an out of memory would compare one kind with
+    another, and a pass with one learnt token would weigh as much as a full one.
+    """
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; `eval_loss` is the summed loss by the number of learnt tokens. Raises DataError without any."""
+        self._scored_2 = torch.zeros(2, dtype=torch.float64)  # loss, learnt tokens
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, count = self._scored_2.tolist()
+        if not count:
+            raise DataError("no validation row holds a token that is learnt: give a split with answers")
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / count
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score one pass, and add what it is made of."""
+        scored = super().prediction_step(model, inputs, *args, **kwargs)
+        loss, count = scored[0].detach().double(), (inputs["labels"][:, 1:] != -100).sum().to(scored[0].device)
+        of_ranks_R2 = self.gather_function(torch.stack([loss * count, count.double()])[None])
+        self._scored_2 += of_ranks_R2.sum(0).cpu()
+        return scored
+
+
+class FusedHeadTrainer(TokenMeanTrainer):
+    """The same for a model after `fuse_head`: the loss of the learnt positions only, and no metrics of logits."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

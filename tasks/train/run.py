@@ -35,7 +35,7 @@ from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_pl
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
-VERSION = 2
+VERSION = 3  # 3: validation losses are means over tokens
 TRAINER = "tasks.train.worker"
 logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at

@@ -37,7 +37,7 @@ from tasks.models import dequantized
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
-from tasks.train.loss import FusedHeadTrainer, fuse_head, has_plain_head
+from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
 from tasks.train.plan import StepPlan
 from tasks.train.validation import evaluations, is_over
@@ -120,7 +120,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
     is_head_fused = is_fused or (not torch.cuda.is_available() and has_plain_head(model))
-    trainer_class = FusedHeadTrainer if is_head_fused else SFTTrainer
+    trainer_class = FusedHeadTrainer if is_head_fused else TokenMeanTrainer
     trainer = trainer_class(
         model=model,
         args=trainer_arguments(folder, spec, plan),
