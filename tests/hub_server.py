@@ -106,6 +106,7 @@ class HubServer:
         self.ignored: set[str] = set()  # paths that are dropped whatever the client asks for
         self.xet_hashes: dict[str, str] = {}  # sha256 -> xet hash: those are pulled by xet
         self.requests: list[tuple[str, str]] = []
+        self.asked_paths: list[list[str]] = []  # of each preupload
         self.rules: list[Rule] = []
 
     def add_repo(self, kind: str, name: str, files: dict[str, bytes], **traits: bool) -> Repo:
@@ -144,12 +145,26 @@ class HubServer:
         """Every request that stored something, in order."""
         return [f"{m} {p}" for m, p in self.requests if m == "PUT" or "/commit/" in p or p.endswith("repos/create")]
 
+    def learn_xet_hashes(self, folder: Path) -> None:
+        """Let the files of `folder` that xet sent be pulled by xet: the real Hub learns their hashes from its CAS."""
+        import hf_xet
+
+        sent = {digest(path): path for path in folder.rglob("*") if path.is_file()}
+        wanted = {sha: path for sha, path in sent.items() if sha in self.sizes and sha not in self.blobs}
+        hashes = hf_xet.hash_files([str(path) for path in wanted.values()])
+        self.xet_hashes |= {sha: found.hash for sha, found in zip(wanted, hashes, strict=True)}
+
     def content(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """What a repo holds at a revision."""
         repo = self.repos[kind, name]
         commit = repo.resolve(revision)
         assert commit is not None
         return {path: self.blobs[sha] for path, sha in repo.commits[commit].items()}
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _Failures:
@@ -418,6 +433,7 @@ def _add_upload_routes(app: FastAPI, hub: HubServer) -> None:
     async def preupload(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
         repo = _repo(hub, request, kind, f"{owner}/{name}", write=not _is_pull(request, revision))
         tree, body = repo.commits[_commit_of(repo, revision)], await request.json()
+        hub.asked_paths.append([file["path"] for file in body["files"]])
         rules = body.get("gitIgnore")
         if rules is None:
             rules = hub.blobs[tree[".gitignore"]].decode() if ".gitignore" in tree else ""
@@ -488,9 +504,9 @@ def _add_upload_routes(app: FastAPI, hub: HubServer) -> None:
 
 
 def _xet_token(hub: HubServer) -> Response:
-    return JSONResponse(
-        {"casUrl": f"local://{hub.folder}/cas", "accessToken": "xet-jwt", "exp": int(time.time()) + 3600}
-    )
+    told = {"casUrl": f"local://{hub.folder}/cas", "accessToken": "xet-jwt", "exp": int(time.time()) + 3600}
+    names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+    return JSONResponse(told, headers={names[key]: str(value) for key, value in told.items()})
 
 
 def _is_pull(request: Request, revision: str) -> bool:
@@ -684,8 +700,9 @@ def hub_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     conftest sets it offline. Only the loopback endpoint is reachable.
     """
     from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _http, _xet
 
+    _xet.XET_CONNECTION_INFO_CACHE.clear()  # of another test's CAS
     hub = shared_hub()
     hub.reset(tmp_path / "hub-server")
     hub.tokens = {WRITE: ("ada", "write"), READ: ("ada", "read"), NOBODY: ("eve", "none")}
