@@ -8,6 +8,7 @@ Ring: edge (reads environment, talks to the Hub through huggingface_hub).
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ from tasks.errors import (
 )
 from tasks.specs import PublishSpec
 
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 _CLIENT_MODULES = frozenset({"httpx", "httpx2"})  # huggingface_hub 2.4 moved to httpx2
 
 
@@ -80,6 +82,8 @@ def _of_client(doing: str, error: BaseException) -> TataraError | None:
         return MissingError(f"{doing}: HF_HUB_OFFLINE is set; unset it, or name a local folder or file")
     if type(error).__module__.partition(".")[0] == "hf_xet" and isinstance(error, PermissionError):
         return RightsError(f"{doing}: the Hub's storage refused the token; it needs write access")
+    if told := _XET_STATUS.search(str(error)) if isinstance(error, ConnectionError) else None:
+        return _of_xet(doing, int(told[1]))
     is_short = isinstance(error, OSError) and str(error).startswith("Consistency check failed")
     if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors"):
         return AccessError(f"{doing}: the Hub's storage refused a file ({' '.join(str(error).split())})")
@@ -87,6 +91,21 @@ def _of_client(doing: str, error: BaseException) -> TataraError | None:
     if is_short or from_client or isinstance(error, (ConnectionError, TimeoutError)):
         return TransientError(f"{doing}: the Hub can't be reached ({type(error).__name__}); is this machine online?")
     return None
+
+
+def _of_xet(doing: str, status: int) -> TataraError:
+    """hf_xet calls each refusal a ConnectionError and keeps only the status, not what the Hub said."""
+    if status == 401:
+        return TokenError(f"{doing}: 401, the Hub's storage does not know the token; make a new one and set HF_TOKEN")
+    if status == 403:
+        return RightsError(
+            f"{doing}: 403, the Hub's storage refused: the token lacks write access, or the account's storage is full"
+        )
+    if status == 429:
+        return RateLimitError(f"{doing}: the Hub's storage answered 429, too many requests; it is retried later")
+    if status in {408, 425} or status >= 500:
+        return UnavailableError(f"{doing}: the Hub's storage answered {status}; it is retried")
+    return AccessError(f"{doing}: the Hub's storage refused with {status}; HF_HUB_DISABLE_XET=1 sends without it")
 
 
 def _of_response(doing: str, error: HfHubHTTPError) -> TataraError:

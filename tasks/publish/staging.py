@@ -2,7 +2,7 @@
 
     merged:  model files              + README.md, recipe.json, loss_curve.png
     adapter: adapter and tokenizer    + the same
-    both:    model files, adapter/    + the same
+    both:    model files, adapter/ without a second tokenizer + the same
 
 Ring: edge (disk).
 """
@@ -32,6 +32,8 @@ def stage(lineage: Lineage, spec: PublishSpec, repo_id: str, folder: Path) -> Pa
         link_all(Path(lineage.merged.model_folder), folder)
     if spec.what != "merged":
         _stage_adapter(lineage, folder / ADAPTER_FOLDER if spec.what == "both" else folder)
+    if spec.what == "adapter":
+        _stage_tokenizer(Path(lineage.base.model_folder), folder)
     files.write_text(folder / CARD, model_card(lineage, spec, repo_id))
     files.write_json(folder / RECIPE, reproduction(lineage))
     if lineage.records:
@@ -48,7 +50,9 @@ def _stage_adapter(lineage: Lineage, folder: Path) -> None:
     config["base_model_name_or_path"] = lineage.base_id or None
     config["revision"] = lineage.base_commit or None
     files.write_json(folder / "adapter_config.json", config)
-    base = Path(lineage.base.model_folder)
+
+
+def _stage_tokenizer(base: Path, folder: Path) -> None:
     for path in sorted({path for pattern in _TOKENIZER_FILES for path in base.glob(pattern) if path.is_file()}):
         link(path, folder / path.name)
 

@@ -44,16 +44,21 @@ def write_model(folder: Path, first: int = 0) -> None:
     (folder / "merge_ledger.json").write_text("[]")
 
 
-def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_model) -> MergedModel:
-    """Commit data set, packed rows, base, adapter and a merged model whose files `write` makes."""
+def make_merged(
+    store: ArtifactStore,
+    write: Callable[[Path], object] = write_model,
+    adapt: Callable[[Path], object] | None = None,
+    source: str = "shipped",
+) -> MergedModel:
+    """Commit data set, packed rows, base, adapter (`adapt` writes its files) and a merged model (`write` does)."""
     rows = {"num_train_rows": 8, "num_validation_rows": 2}
     dataset = _commit(
         store,
         FetchedDataset,
-        FetchSpec(source="shipped"),
+        FetchSpec(source=source),
         (),
         **rows,
-        source="shipped",
+        source=source,
         revision="a" * 64,
         is_chat=True,
         num_rejected_rows=0,
@@ -85,7 +90,7 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         TrainedAdapter,
         TrainSpec(lora=_LORA),
         (packed, base),
-        write_adapter,
+        lambda folder: write_adapter(folder, adapt),
         **losses,
         adapter_digest="d" * 64,
         base_folder=str(base_folder),
@@ -112,13 +117,15 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         return claim.commit(merged, spec=MergeSpec())
 
 
-def write_adapter(folder: Path) -> dict[str, str]:
+def write_adapter(folder: Path, adapt: Callable[[Path], object] | None) -> dict[str, str]:
     """Write what training leaves: the adapter as PEFT stores it, and its metrics."""
     (folder / "adapter").mkdir(exist_ok=True)
     write_shard(folder / "adapter" / "adapter_model.safetensors", bytes(range(200)))
     config = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "/home/ada/private/base", "revision": None}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter" / "README.md").write_text("what PEFT says")
+    if adapt:
+        adapt(folder / "adapter")
     lines = [json.dumps({"step": step, "num_steps": 10, "loss": 3.0 - step / 10}) for step in range(1, 11)]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return {"adapter_folder": str(folder / "adapter")}

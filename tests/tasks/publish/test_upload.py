@@ -244,6 +244,19 @@ def test_each_refusal_of_a_commit_has_its_own_error(
     assert hub.count("POST", "/commit/") == 1 and store.committed(PublishedModel) == []
 
 
+@pytest.mark.parametrize(("status", "kind"), [(401, TokenError), (403, RightsError)])
+def test_a_refusal_of_the_storage_is_final(
+    store: ArtifactStore, merged: MergedModel, hub: HubServer, status: int, kind: type[TataraError]
+):
+    """hf_xet calls it a ConnectionError: taken at its word, it would be tried again for a quarter of an hour."""
+    path = "/xet-write-token/|/objects/batch$"
+    rules = [hub.fail(method, path, times=1000, status=status) for method in ("GET", "POST")]
+    with pytest.raises(kind, match=f"publishing to ada/tuned: {status}") as caught:
+        publish_model(merged, SPEC, store, client(hub))
+    assert not is_transient(caught.value) and sum(rule.hits for rule in rules) == 1
+    assert set(tree(hub, "main")) == {".gitattributes"}
+
+
 def test_retry_after_is_waited_for(
     store: ArtifactStore, merged: MergedModel, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ):
