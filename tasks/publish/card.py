@@ -9,6 +9,7 @@ Ring: pure.
 
 import json
 import math
+import re
 from typing import Any
 
 import yaml
@@ -66,8 +67,9 @@ def front_matter(lineage: Lineage, spec: PublishSpec, name: str) -> str:
         values["base_model_relation"] = "adapter" if spec.what == "adapter" else "finetune"
     if hub_id(lineage.dataset.source):
         values["datasets"] = [lineage.dataset.source]
-    if lineage.data_card.languages:
-        values["language"] = list(lineage.data_card.languages)
+    languages = [name for name in lineage.data_card.languages if re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?", name)]
+    if languages:  # only codes: the Hub refuses the whole card for one that is none
+        values["language"] = languages
     if math.isfinite(lineage.adapter.validation_loss_after):
         values["model-index"] = [{"name": one_line(name), "results": [_result(lineage)]}]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)

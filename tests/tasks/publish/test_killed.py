@@ -150,6 +150,8 @@ def test_killed_at_any_moment(store: ArtifactStore, hub: HubServer, tmp_path: Pa
             raise
         if hub.count("POST", "/commit/"):
             break
+        for index in (hub.folder / "cas").rglob("*.redb"):  # the local CAS runs in the client: its index dies with it
+            index.unlink()
         assert ("model", REPO) not in hub.repos or set(held(hub)) == {".gitattributes"}
     finish(start(store, hub, tmp_path, xet=xet))
     assert held(hub).items() >= digests(merged).items()
