@@ -590,9 +590,12 @@ def _add_read_routes(app: FastAPI, hub: HubServer) -> None:
         found = {path: sha for path, sha in held.items() if not under or path.startswith(f"{under}/")}
         if under and not found:
             return _error(404, "Entry not found", "EntryNotFound")
+        folders = {path for path in _folders(list(found)) if not under or path.startswith(f"{under}/")}
         if request.query_params.get("recursive", "false").lower() != "true":
             found = {path: sha for path, sha in found.items() if str(Path(path).parent) == (under or ".")}
-        return JSONResponse([_entry(hub, path, sha) for path, sha in sorted(found.items())])
+            folders = {path for path in folders if str(Path(path).parent) == (under or ".")}
+        listed = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        return JSONResponse([*listed, *(_entry(hub, path, sha) for path, sha in sorted(found.items()))])
 
     @app.post("/api/{kind}/{owner}/{name}/paths-info/{revision:path}")
     async def paths_info(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:

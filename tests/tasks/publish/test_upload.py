@@ -83,6 +83,18 @@ def test_nothing_is_sent_when_the_branch_holds_it_although_the_manifest_is_lost(
     assert hub.count("POST", "/commit/") == 0
 
 
+def test_a_persons_words_in_the_card_are_kept(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    first = publish_model(merged, SPEC, store, client(hub))
+    hub.add_repo("model", REPO, {"README.md": b"---\nlicense: mit\n---\nmine"})
+    head = hub.repos["model", REPO].branches["main"]
+    again = publish_model(merged, SPEC, store, client(hub))
+    assert again.commit == head != first.commit and hub.count("POST", "/commit/") == 1
+    hub.repos["model", REPO].add("main", {SHARDS[0]: None})  # now something has to be sent: it goes beside their card
+    published = publish_model(merged, SPEC, store, client(hub))
+    assert hub.blobs[tree(hub, published.commit)["README.md"]].endswith(b"mine")
+    assert tree(hub, published.commit).items() >= digests(merged).items()
+
+
 def test_only_what_changed_is_sent(store: ArtifactStore, merged: MergedModel, hub: HubServer, tmp_path: Path):
     publish_model(merged, SPEC, store, client(hub))
     other_store = ArtifactStore(tmp_path / "other")
