@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCardData, RepoCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from prefect.utilities.callables import parameter_schema
 
-from flows.recipes import resolve
+from flows.finetune import finetune
+from flows.recipes import resolve, resolve_base
 from tasks.artifacts import ArtifactStore, FetchedDataset, MergedModel, PretrainedModel
 from tasks.publish.card import model_card
 from tasks.publish.facts import Lineage, SourceCard, command, reproduction
@@ -123,6 +126,7 @@ def test_the_recipe_makes_the_same_run_again(lineage: Lineage):
     assert recipe.train.model_dump(mode="json") == lineage.specs["train"]
     assert recipe.merge.model_dump(mode="json") == lineage.specs["merge"]
     assert (recipe.base.model, recipe.base.revision) == ("ada/base", "b" * 40)
+    jsonschema.validate(made, parameter_schema(finetune).model_dump())  # what the deployment enforces
     assert "finetune/h100" in command(lineage)
 
 
@@ -130,7 +134,10 @@ def test_a_base_that_was_made_here_is_made_again(lineage: Lineage):
     tiny = resolve("tiny")
     base = PretrainedModel(**lineage.base.model_dump(), num_steps=1, first_loss=2.0, last_loss=1.0)
     here = replace(lineage, base=base.model_copy(update={"origin": "pretrained 12345678"}))
-    made = reproduction(here)
+    specs = {**here.specs, "base": resolve_base(tiny).model_dump(mode="json")}
+    made = reproduction(replace(here, specs=specs))
+    assert resolve_base(tiny, made["base_changes"]) == resolve_base(tiny)
+    jsonschema.validate(made, parameter_schema(finetune).model_dump())
     assert resolve(made["recipe"], made["changes"]).base == tiny.base and "finetune/tiny" in command(here)
     assert "base_model" not in front(model_card(here, SPEC, "ada/tuned"))
 
