@@ -35,14 +35,14 @@ _PACKAGES = ("tatara", "torch", "transformers", "trl", "peft", "accelerate", "da
 logger = logging.getLogger(__name__)
 
 
-def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: HfApi, *, is_public: bool) -> Lineage:
+def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool) -> Lineage:
     """Collect the artifacts behind a model.
 
     Args:
         source: the merged model, or the adapter when nothing was merged.
         store: holds its ancestors.
         hub: asked for the cards of base and data.
-        is_public: whether it goes to the Hub; then a Hub that is away is an error, else the licence stays unknown.
+        goes_to_hub: whether it goes to the Hub; then a Hub that is away is an error, else the licence stays unknown.
     """
     adapter = source if isinstance(source, TrainedAdapter) else store.ancestor(source, TrainedAdapter)
     base, dataset = store.ancestor(adapter, BaseCheckpoint), store.ancestor(adapter, FetchedDataset)
@@ -60,8 +60,8 @@ def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: 
         changes=_changes(_manifest(store, merged)) if merged else [],
         records=read_metrics(adapter.path / "metrics.jsonl"),
         evaluations=read_metrics(adapter.path / "evaluations.jsonl"),
-        base_card=_base_card(base, _manifest(store, base).get("spec", {}), hub, is_public=is_public),
-        data_card=_data_card(dataset, hub, is_public=is_public),
+        base_card=_base_card(base, _manifest(store, base).get("spec", {}), hub, goes_to_hub=goes_to_hub),
+        data_card=_data_card(dataset, hub, goes_to_hub=goes_to_hub),
         versions=_versions(),
     )
 
@@ -76,30 +76,30 @@ def _changes(manifest: dict[str, Any]) -> list[dict[str, Any]]:  # Any: JSON val
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _base_card(base: BaseCheckpoint, spec: dict[str, Any], hub: HfApi, *, is_public: bool) -> SourceCard:  # Any: JSON
+def _base_card(base: BaseCheckpoint, spec: dict[str, Any], hub: HfApi, *, goes_to_hub: bool) -> SourceCard:  # Any: JSON
     if isinstance(base, PretrainedModel):  # made here: it is what its corpus allows
         return _local_card(_SHIPPED_CARD) if spec.get("corpus") == "shipped" else SourceCard()
     name, _, commit = base.origin.rpartition("@")
     if hub_id(name):
-        return _hub_card(hub, name, commit, "model", is_public=is_public)
+        return _hub_card(hub, name, commit, "model", goes_to_hub=goes_to_hub)
     return _local_card(Path(base.model_folder) / "README.md")
 
 
-def _data_card(dataset: FetchedDataset, hub: HfApi, *, is_public: bool) -> SourceCard:
+def _data_card(dataset: FetchedDataset, hub: HfApi, *, goes_to_hub: bool) -> SourceCard:
     if dataset.source == "shipped":
         return _local_card(_SHIPPED_CARD)
     if hub_id(dataset.source):
-        return _hub_card(hub, dataset.source, dataset.revision, "dataset", is_public=is_public)
+        return _hub_card(hub, dataset.source, dataset.revision, "dataset", goes_to_hub=goes_to_hub)
     return SourceCard()
 
 
-def _hub_card(hub: HfApi, name: str, commit: str, kind: str, *, is_public: bool) -> SourceCard:
+def _hub_card(hub: HfApi, name: str, commit: str, kind: str, *, goes_to_hub: bool) -> SourceCard:
     try:
         with hub_errors(f"the licence of {kind} {name}@{commit[:8]}"):
             ask = hub.model_info if kind == "model" else hub.dataset_info
             return _of_card(ask(name, revision=commit, timeout=10).card_data)
     except TransientError:
-        if is_public:
+        if goes_to_hub:
             raise
     except TataraError as error:  # gone, gated or offline: the card says that it is not known
         logger.info("%s", error)

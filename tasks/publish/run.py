@@ -57,19 +57,9 @@ def publish_model(
     with store.claim(PublishedModel, key) as claim:
         if claim.found and _is_still_there(claim.found, goal, spec, hub):
             return claim.found
-        lineage = lineage_of(source, store, hub, is_public=goal.place == "hub")
+        lineage = lineage_of(source, store, hub, goes_to_hub=goal.place == "hub")
         staging = stage(lineage, spec, goal.repo_id, claim.folder / "model")
-        if goal.place == "hub":
-            title = f"Publish {spec.what} {goal.digest[:12]} with Tatara"
-            keep_card = claim.found is not None
-            made = upload(
-                Job(hub=hub, repo_id=goal.repo_id, folder=staging, spec=spec, title=title, keep_card=keep_card)
-            )
-            published, url = staging, f"{hub.endpoint}/{goal.repo_id}/tree/{made.commit}"
-        else:
-            made = store_locally(staging, goal.snapshot, (spec.revision, spec.tag))
-            published, url = goal.snapshot, goal.snapshot.as_uri()
-            _say_local(spec, hub, published)
+        made, published, url = _send(staging, goal, spec, hub, keep_card=claim.found is not None)
         merged = source if isinstance(source, MergedModel) else None
         artifact = PublishedModel(
             key=key,
@@ -104,10 +94,18 @@ def _aim(source: MergedModel | TrainedAdapter, spec: PublishSpec, store: Artifac
     )
 
 
-def _say_local(spec: PublishSpec, hub: HfApi, folder: Path) -> None:
+def _send(staging: Path, goal: _Goal, spec: PublishSpec, hub: HfApi, *, keep_card: bool) -> tuple[Uploaded, Path, str]:
+    """Bring the folder to its place. Returns (what was made, the local folder that holds it, its URL)."""
+    if goal.place == "hub":
+        title = f"Publish {spec.what} {goal.digest[:12]} with Tatara"
+        job = Job(hub=hub, repo_id=goal.repo_id, folder=staging, spec=spec, title=title, keep_card=keep_card)
+        made = upload(job)
+        return made, staging, f"{hub.endpoint}/{goal.repo_id}/tree/{made.commit}"
+    made = store_locally(staging, goal.snapshot, (spec.revision, spec.tag))
     wanted = find_repo(spec)
     lacking = f"the repo {wanted} but no token" if wanted else f"no repo{'' if hub.token else ' and token'}"
-    logger.info("%s given: published locally at %s", lacking, folder)
+    logger.info("%s given: published locally at %s", lacking, goal.snapshot)
+    return made, goal.snapshot, goal.snapshot.as_uri()
 
 
 def _is_still_there(found: PublishedModel, goal: _Goal, spec: PublishSpec, hub: HfApi) -> bool:

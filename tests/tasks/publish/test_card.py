@@ -31,7 +31,7 @@ SPEC = PublishSpec(repo_id="ada/tuned")
 
 @pytest.fixture
 def lineage(store: ArtifactStore, merged: MergedModel) -> Lineage:
-    return lineage_of(merged, store, NOBODY, is_public=False)
+    return lineage_of(merged, store, NOBODY, goes_to_hub=False)
 
 
 def front(card: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_it_tells_the_whole_run(store: ArtifactStore, merged: MergedModel, hub: 
     assert ["digest of the model", merged.model_digest] in merge
     assert {"torch", "transformers", "trl", "peft", "python"} <= {row[0] for row in versions if row}
     assert "![Training loss" in card and held["loss_curve.png"].startswith(b"\x89PNG")
-    assert command(lineage_of(merged, store, NOBODY, is_public=False)) in card
+    assert command(lineage_of(merged, store, NOBODY, goes_to_hub=False)) in card
     assert json.dumps(json.loads(held["recipe.json"]), ensure_ascii=False, indent=2) in card
 
 
@@ -85,7 +85,7 @@ def test_the_hub_is_asked_for_the_data_sets_licence_at_its_commit(store: Artifac
     merged = make_merged(store, source="ada/rows")
     dataset = store.ancestor(merged, FetchedDataset)
     repo.commits[dataset.revision] = repo.commits["a" * 40]
-    card = model_card(lineage_of(merged, store, HfApi(endpoint=hub.url), is_public=True), SPEC, "ada/tuned")
+    card = model_card(lineage_of(merged, store, HfApi(endpoint=hub.url), goes_to_hub=True), SPEC, "ada/tuned")
     assert front(card)["datasets"] == ["ada/rows"] and front(card)["language"] == ["ja", "en"]
     assert ["licence of the data", "cc-by-4.0"] in tables(card)[0]
 
