@@ -237,6 +237,7 @@ OTHER = "You don't have the rights to create a commit"
         (422, {"X-Error-Message": "no"}, AccessError, r"the Hub refused with 422 \(no"),
     ],
 )
+@pytest.mark.parametrize("transfer", ["lfs"], indirect=True)  # a commit is the same request either way
 def test_each_refusal_of_a_commit_has_its_own_error(
     store: ArtifactStore,
     merged: MergedModel,
@@ -288,6 +289,7 @@ def test_retry_after_is_waited_for(
     [(REPO, ["repo.write"], True), ("ada", ["repo.write"], True), (REPO, ["repo.content.read"], False)],
 )
 @pytest.mark.parametrize("hub_knows", [True, False])
+@pytest.mark.parametrize("transfer", ["lfs"], indirect=True)
 def test_a_fine_grained_token_is_told_before_the_upload(
     store: ArtifactStore,
     merged: MergedModel,
