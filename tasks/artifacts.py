@@ -141,7 +141,11 @@ class MergedModel(Artifact):
 
 
 class PublishedModel(Artifact):
-    """Where the merged model was published, at which commit."""
+    """Where a model was published, at which commit.
+
+    `model_folder` and `model_digest` are what can be served from here: the merged model, also when only its
+    adapter was published; the adapter itself when nothing was merged.
+    """
 
     kind: ClassVar[str] = "published"
     place: str  # "hub" or "local"
@@ -150,6 +154,9 @@ class PublishedModel(Artifact):
     url: str
     model_folder: str
     model_digest: str
+    what: str = "merged"  # "merged", "adapter" or "both"
+    revision: str = "main"  # the branch that was written to, refs/pr/N of a pull request
+    pull_request: str = ""  # its URL
 
 
 class ServedModel(Artifact):

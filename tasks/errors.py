@@ -30,12 +30,28 @@ class AccessError(TataraError, PermissionError):
     """A credential is missing (401) or lacks a right (403)."""
 
 
+class TokenError(AccessError):
+    """No token, or one that is wrong or expired (401)."""
+
+
+class RightsError(AccessError):
+    """A valid token that lacks a right (403): read-only, another owner, too small a scope."""
+
+
+class GatedError(AccessError):
+    """A repository whose terms this account has not accepted."""
+
+
 class MissingError(TataraError, FileNotFoundError):
     """A model, data set, file or artifact that was asked for is not there."""
 
 
 class CapacityError(TataraError, OSError):
     """Too little disk or memory; the message says how much is needed and how much there is."""
+
+
+class StorageFullError(CapacityError):
+    """The account's storage on the Hub is used up. No retry makes room."""
 
 
 class OutOfMemoryError(TataraError, MemoryError):
@@ -64,6 +80,18 @@ class AttestationError(TataraError, RuntimeError):
 
 class TransientError(TataraError, ConnectionError):
     """The world was away for a moment: a timeout, a 429, a 5xx. Worth another try."""
+
+
+class UnavailableError(TransientError):
+    """A server answered 5xx, or another one got in between (408, 412, 425)."""
+
+
+class RateLimitError(TransientError):
+    """Too many requests (429); `retry_after_s` is what the server asked for, 0 when it did not say."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 _TRANSIENT_ERRNO = frozenset(

@@ -1,12 +1,14 @@
 """One place that turns the Hub client's exceptions into ours, so that each verb says the same.
 
-401 is a wrong token, 403 a token without the right, 404 a name that is not there (or private),
-429 and 5xx are weather.
+    401 TokenError   403 RightsError, GatedError, StorageFullError   404 MissingError     final
+    429 RateLimitError (with its Retry-After)   408, 412, 5xx UnavailableError             worth another try
+    no answer at all: TransientError
 
 Ring: edge (reads environment, talks to the Hub through huggingface_hub).
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +23,24 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
-from tasks.errors import AccessError, MissingError, SpecError, TataraError, TransientError
+from tasks.errors import (
+    AccessError,
+    GatedError,
+    MissingError,
+    RateLimitError,
+    RightsError,
+    SpecError,
+    StorageFullError,
+    TataraError,
+    TokenError,
+    TransientError,
+    UnavailableError,
+)
 from tasks.specs import PublishSpec
 
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 _CLIENT_MODULES = frozenset({"httpx", "httpx2"})  # huggingface_hub 2.4 moved to httpx2
 
 
@@ -62,27 +77,46 @@ def _of_client(doing: str, error: BaseException) -> TataraError | None:
     if isinstance(error, HFValidationError):
         return SpecError(f"{doing}: that is no name of a Hub repository, expected owner/name ({error})")
     if isinstance(error, LocalTokenNotFoundError):
-        return AccessError(f"{doing}: no token; set HF_TOKEN or the Hub Account block")
+        return TokenError(f"{doing}: no token; set HF_TOKEN or the Hub Account block")
     if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError that no retry mends
         return MissingError(f"{doing}: HF_HUB_OFFLINE is set; unset it, or name a local folder or file")
     if type(error).__module__.partition(".")[0] == "hf_xet" and isinstance(error, PermissionError):
-        return AccessError(f"{doing}: the Hub's storage refused the token; it needs write access")
+        return RightsError(f"{doing}: the Hub's storage refused the token; it needs write access")
+    if told := _XET_STATUS.search(str(error)) if isinstance(error, ConnectionError) else None:
+        return _of_xet(doing, int(told[1]))
     is_short = isinstance(error, OSError) and str(error).startswith("Consistency check failed")
+    if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors"):
+        return AccessError(f"{doing}: the Hub's storage refused a file ({' '.join(str(error).split())})")
     from_client = type(error).__module__.partition(".")[0] in _CLIENT_MODULES
     if is_short or from_client or isinstance(error, (ConnectionError, TimeoutError)):
         return TransientError(f"{doing}: the Hub can't be reached ({type(error).__name__}); is this machine online?")
     return None
 
 
+def _of_xet(doing: str, status: int) -> TataraError:
+    """hf_xet calls each refusal a ConnectionError and keeps only the status, not what the Hub said."""
+    if status == 401:
+        return TokenError(f"{doing}: 401, the Hub's storage does not know the token; make a new one and set HF_TOKEN")
+    if status == 403:
+        return RightsError(
+            f"{doing}: 403, the Hub's storage refused: the token lacks write access, or the account's storage is full"
+        )
+    if status == 429:
+        return RateLimitError(f"{doing}: the Hub's storage answered 429, too many requests; it is retried later")
+    if status in {408, 425} or status >= 500:
+        return UnavailableError(f"{doing}: the Hub's storage answered {status}; it is retried")
+    return AccessError(f"{doing}: the Hub's storage refused with {status}; HF_HUB_DISABLE_XET=1 sends without it")
+
+
 def _of_response(doing: str, error: HfHubHTTPError) -> TataraError:
     status = getattr(getattr(error, "response", None), "status_code", 0) or 0
     if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError: first
-        return AccessError(f"{doing}: the repository is gated; accept its terms on its Hub page with this account")
+        return GatedError(f"{doing}: the repository is gated; accept its terms on its Hub page with this account")
     if isinstance(error, RevisionNotFoundError):
         return MissingError(f"{doing}: no such revision; name an existing branch, tag or commit")
     if isinstance(error, RepositoryNotFoundError):
         if status == 401:
-            return AccessError(
+            return TokenError(
                 f"{doing}: 401, it is not there or this token may not see it; check the name and HF_TOKEN"
             )
         return MissingError(f"{doing}: 404, it does not exist (or is private and HF_TOKEN is not set)")
@@ -90,15 +124,35 @@ def _of_response(doing: str, error: HfHubHTTPError) -> TataraError:
 
 
 def _of_status(doing: str, status: int, error: HfHubHTTPError) -> TataraError:
+    told = error.server_message or "no message"
+    if status in {402, 403, 413, 507} and "storage" in told.lower():  # it says so in words only: hub issues 3049, 3325
+        return StorageFullError(
+            f"{doing}: {status}, the account's storage on the Hub is full ({told}): delete old repositories or "
+            "revisions there, enlarge its plan, or publish to another owner"
+        )
     if status == 401:
-        return AccessError(f"{doing}: 401, the token is wrong or expired; make a new one and set HF_TOKEN")
+        return TokenError(f"{doing}: 401, the token is wrong or expired; make a new one and set HF_TOKEN")
     if status == 403:
-        return AccessError(f"{doing}: 403, the token is valid but lacks this right; it needs write access")
+        return RightsError(f"{doing}: 403, the token is valid but lacks this right; it needs write access ({told})")
     if status == 404:
         return MissingError(f"{doing}: 404, not found")
-    if status in {408, 429} or status >= 500:
-        return TransientError(f"{doing}: the Hub answered {status}; it is retried")
-    return AccessError(f"{doing}: the Hub refused with {status} ({error.server_message or 'no message'})")
+    if status == 429:
+        return _of_rate_limit(doing, error)
+    if status in {408, 425} or status >= 500:
+        return UnavailableError(f"{doing}: the Hub answered {status}; it is retried")
+    if status == 412:
+        return UnavailableError(f"{doing}: 412, another commit came in between; it is retried on top of that one")
+    return AccessError(f"{doing}: the Hub refused with {status} ({told})")
+
+
+def _of_rate_limit(doing: str, error: HfHubHTTPError) -> RateLimitError:
+    """Read how long to wait from Retry-After, else from the Hub's own RateLimit header."""
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    asked = headers.get("retry-after", "").strip()  # a date is allowed too; the Hub sends seconds
+    seconds = int(asked) if asked.isdecimal() else limit.reset_in_seconds if limit and limit.remaining == 0 else 0
+    wait = f"in {seconds} s" if seconds else "later"
+    return RateLimitError(f"{doing}: the Hub answered 429, too many requests; it is retried {wait}", seconds)
 
 
 def find_repo(spec: PublishSpec) -> str:
@@ -119,28 +173,36 @@ def find_repo(spec: PublishSpec) -> str:
     return repo_id
 
 
-def require_target(hub: HfApi, repo_id: str, doing: str, *, private: bool) -> str:
+def require_target(hub: HfApi, repo_id: str, doing: str, *, private: bool, create_pr: bool = False) -> str:
     """Return the account that may publish to `repo_id`; nothing is created.
 
-    Raises: AccessError: 401 for a wrong token, 403 for one that may not write there, a public repo where a private
-        one is wanted; TransientError.
+    For a pull request the repo's own write right is not needed, only a token that may write.
+    Raises: TokenError for a wrong token, RightsError for one that may not write there, AccessError for a public
+        repo where a private one is wanted; TransientError.
     """
     account = _find_writer(hub, doing)
     info = find_model(hub, repo_id, doing)
     if info is None:
         if reason := lacking_right(account, repo_id):
-            raise AccessError(
+            raise RightsError(
                 f"{doing}: 403, {repo_id} is not there and can't be made: {reason}; choose another owner, or a token "
                 "with write access"
             )
         return account["name"]
     refuse_public(info, doing, private=private)
+    if not create_pr:
+        _require_write(hub, account, repo_id, doing)
+    return account["name"]
+
+
+def _require_write(hub: HfApi, account: dict[str, Any], repo_id: str, doing: str) -> None:  # Any: whoami's answer
+    """Ask the Hub whether this token may write to a repo that is there."""
     try:
         with hub_errors(doing):
             hub.auth_check(repo_id, write=True)
-    except MissingError:  # a Hub that does not know this question; the upload will tell
-        pass
-    return account["name"]
+    except MissingError:  # a Hub that does not know this question: what whoami says of the token has to do
+        if reason := lacking_right(account, repo_id, is_there=True):
+            raise RightsError(f"{doing}: 403, no write access to {repo_id}: {reason}") from None
 
 
 def find_model(hub: HfApi, repo_id: str, doing: str, revision: str | None = None) -> ModelInfo | None:
@@ -161,8 +223,8 @@ def refuse_public(info: ModelInfo, doing: str, *, private: bool) -> None:
         )
 
 
-def lacking_right(account: dict[str, Any], repo_id: str) -> str:  # Any: whoami's answer
-    """Return why this token can't make a repo, "" when nothing speaks against it.
+def lacking_right(account: dict[str, Any], repo_id: str, *, is_there: bool = False) -> str:  # Any: whoami's answer
+    """Return why this token can't make a repo, or write to one that is there; "" when nothing speaks against it.
 
     Source: huggingface.co/docs/hub/organizations-security (roles) and security-tokens (fine-grained ones).
 
@@ -178,16 +240,18 @@ def lacking_right(account: dict[str, Any], repo_id: str) -> str:  # Any: whoami'
     if roles.get(owner) == "read":
         return f"{account['name']}'s role in {owner} is read"
     scopes = (account.get("auth", {}).get("accessToken", {}).get("fineGrained") or {}).get("scoped")
-    if scopes is not None and not any(_may_make(scope, owner) for scope in scopes):
-        return f"the fine-grained token has no write access to the repos of {owner}"
+    named = {owner, repo_id.lower()} if is_there else {owner}
+    if scopes is not None and not any(_may_write(scope, named) for scope in scopes):
+        return f"the fine-grained token has no write access to {repo_id if is_there else f'the repos of {owner}'}"
     return ""
 
 
-def _may_make(scope: dict[str, Any], owner: str) -> bool:  # Any: whoami's answer
+def _may_write(scope: dict[str, Any], named: set[str]) -> bool:  # Any: whoami's answer
+    """Say whether a scope of a fine-grained token covers one of these owners or repos."""
     entity = scope.get("entity", {})
-    is_owner = entity.get("type") in {"user", "org"} and entity.get("name", "").lower() == owner
+    is_named = entity.get("type") in {"user", "org", "model"} and entity.get("name", "").lower() in named
     is_unknown = entity.get("type") not in {"user", "org", "model", "dataset", "space", "collection"}
-    return "repo.write" in scope.get("permissions", []) and (is_owner or is_unknown)
+    return "repo.write" in scope.get("permissions", []) and (is_named or is_unknown)
 
 
 def _find_writer(hub: HfApi, doing: str) -> dict[str, Any]:  # Any: whoami's answer
@@ -195,7 +259,7 @@ def _find_writer(hub: HfApi, doing: str) -> dict[str, Any]:  # Any: whoami's ans
     with hub_errors(doing):
         account = hub.whoami()
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise AccessError(f"{doing}: 403, the token of {account['name']} is read-only; it needs write access")
+        raise RightsError(f"{doing}: 403, the token of {account['name']} is read-only; it needs write access")
     return account
 
 

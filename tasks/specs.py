@@ -274,12 +274,21 @@ class MergeSpec(Spec):
 
 
 class PublishSpec(Spec):
-    """Where the merged model goes. Without a repo it stays in a local folder of Hub layout."""
+    """Where the model goes, and as what. Without a repo it stays in a local folder of Hub layout."""
 
     repo_id: str = Field(default="", description="owner/name on the Hub; empty: HF_REPO_NAME, else local only.")
     private: bool = True
-    revision: str = Field(default="main", description="Branch to publish to.")
+    revision: str = Field(default="main", description="Branch to publish to, or refs/pr/N of an open pull request.")
     ignore_patterns: tuple[str, ...] = ("*.tmp",)
+    what: Literal["merged", "adapter", "both"] = Field(
+        default="merged", description="both: the merged model, and the adapter in the folder adapter/."
+    )
+    tag: str = Field(default="", description="Tag that is put on the commit; one that holds something else is refused.")
+    create_pr: bool = Field(default=False, description="Open a pull request instead of writing to main.")
+    license: str = Field(default="", description="Licence id of the model (apache-2.0); empty: its base's.")
+    data_license: str = Field(default="", description="Licence of the data; empty: what its own card says.")
+
+    later: ClassVar[frozenset[str]] = frozenset({"what", "tag", "create_pr", "license", "data_license"})
 
     @field_validator("repo_id")
     @classmethod
@@ -287,6 +296,30 @@ class PublishSpec(Spec):
         if value and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
             raise ValueError(f"repo_id {value!r} is not owner/name")
         return value
+
+    @field_validator("revision", "tag")
+    @classmethod
+    def _is_ref(cls, value: str) -> str:
+        if re.fullmatch(r"[0-9a-f]{40}", value):
+            raise ValueError("a commit can't be written to: name a branch, and a tag if the result is to have a name")
+        if not re.fullmatch(r"refs/pr/\d+|(?!refs/)[\w.-]+(/[\w.-]+)*", value or "main"):
+            raise ValueError("expected a branch or tag name such as main or v1.0, or refs/pr/3")
+        return value
+
+    @field_validator("license", "data_license")
+    @classmethod
+    def _is_license_id(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.+ -]*", value):
+            raise ValueError("expected a licence id such as apache-2.0, cc-by-4.0 or other")
+        return value
+
+    @model_validator(mode="after")
+    def _goes_to_one_place(self) -> Self:
+        if not self.revision:
+            raise ValueError("revision is empty: name a branch, such as main")
+        if self.create_pr and (self.revision != "main" or self.tag):
+            raise ValueError("create_pr opens a pull request against main: leave revision at main and tag empty")
+        return self
 
 
 def is_address(host: str) -> bool:

@@ -1,21 +1,24 @@
 """A loopback Hugging Face Hub: the real client talks to it over HTTP, tests look inside.
 
-It speaks what `huggingface_hub` and `datasets` ask for: whoami-v2, repos/create, branches, validate-yaml,
-preupload, LFS batch + PUT + verify, NDJSON commits, revision and model info, trees, paths-info, resolve with
-ranges, xet write tokens (a CAS in a local folder). Like the real Hub, a new repo starts with a commit that
-holds `.gitattributes`; without a token a repo that may not be seen answers 401, with one 404.
+It speaks what `huggingface_hub` and `datasets` ask for: whoami-v2, repos/create, branches, tags, pull requests,
+validate-yaml, preupload with .gitignore rules, LFS batch + PUT + verify, NDJSON commits, revision and model info,
+trees, paths-info, resolve with ranges, xet tokens (a CAS in a local folder). Like the real Hub, a new repo starts
+with a commit that holds `.gitattributes`; without a token a repo that may not be seen answers 401, with one 404.
 
-`hub.fail(...)` makes the next matching requests go wrong, before or after they took effect.
+`hub.fail(...)` makes the next matching requests go wrong, before or after they took effect; `hub.hold(...)` lets
+them hang, for clients that are to be killed.
 """
 
+import asyncio
 import base64
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -42,11 +46,14 @@ class Rule:
     keep_bytes: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     hits: int = 0
+    skip: int = 0  # so many requests that match go through before it begins
+    run: Callable[[], object] | None = None  # called instead, and the request goes through
+    holds: bool = False  # it hangs instead until `times` is set to 0
 
 
 @dataclass
 class Repo:
-    """One model or data set: its commits (newest last), branches, and who may see it."""
+    """One model or data set: its commits (newest last), branches (pull requests too), tags, and who may see it."""
 
     kind: str
     name: str
@@ -54,6 +61,8 @@ class Repo:
     gated: bool = False
     commits: dict[str, dict[str, str]] = field(default_factory=dict)  # sha -> path -> sha256 of the content
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pulls: dict[int, str] = field(default_factory=dict)  # number -> title; its branch is refs/pr/<number>
 
     def add(self, branch: str, changes: dict[str, str | None]) -> str:
         """Commit `changes` (path -> sha256, None deletes) to `branch`; return the commit id."""
@@ -66,8 +75,15 @@ class Repo:
         return commit
 
     def resolve(self, revision: str) -> str | None:
-        """Return the commit of a branch or commit id, None when there is none."""
-        return self.branches.get(revision) or (revision if revision in self.commits else None)
+        """Return the commit of a branch, tag or commit id, None when there is none."""
+        named = self.branches.get(revision) or self.tags.get(revision)
+        return named or (revision if revision in self.commits else None)
+
+    def split(self, rest: str) -> tuple[str, str]:
+        """Return (revision, path) of `<revision>/<path>`: a revision may hold slashes."""
+        names = [name for name in (*self.branches, *self.tags) if rest == name or rest.startswith(f"{name}/")]
+        revision = max(names, key=len, default=rest.partition("/")[0])
+        return revision, rest[len(revision) + 1 :]
 
 
 class HubServer:
@@ -87,8 +103,10 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}  # sha256 -> content that arrived
         self.sizes: dict[str, int] = {}
         self.tampered: dict[str, str] = {}  # sha256 sent -> sha256 that the tree shows
-        self.ignored: set[str] = set()  # paths that a .gitignore rule of the repo drops
+        self.ignored: set[str] = set()  # paths that are dropped whatever the client asks for
+        self.xet_hashes: dict[str, str] = {}  # sha256 -> xet hash: those are pulled by xet
         self.requests: list[tuple[str, str]] = []
+        self.asked_paths: list[list[str]] = []  # of each preupload
         self.rules: list[Rule] = []
 
     def add_repo(self, kind: str, name: str, files: dict[str, bytes], **traits: bool) -> Repo:
@@ -111,6 +129,14 @@ class HubServer:
         self.rules.append(rule)
         return rule
 
+    def meanwhile(self, method: str, path: str, run: Callable[[], object]) -> Rule:
+        """Let something happen just before the next request that matches is answered as usual."""
+        return self.fail(method, path, run=run)
+
+    def hold(self, method: str, path: str) -> Rule:
+        """Let each request whose path matches hang until the rule's `times` is set to 0."""
+        return self.fail(method, path, times=1_000_000, holds=True)
+
     def count(self, method: str, path: str) -> int:
         """How many requests with this method had a path that matches."""
         return sum(m == method and re.search(path, p) is not None for m, p in self.requests)
@@ -119,12 +145,26 @@ class HubServer:
         """Every request that stored something, in order."""
         return [f"{m} {p}" for m, p in self.requests if m == "PUT" or "/commit/" in p or p.endswith("repos/create")]
 
+    def learn_xet_hashes(self, folder: Path) -> None:
+        """Let the files of `folder` that xet sent be pulled by xet: the real Hub learns their hashes from its CAS."""
+        import hf_xet
+
+        sent = {digest(path): path for path in folder.rglob("*") if path.is_file()}
+        wanted = {sha: path for sha, path in sent.items() if sha in self.sizes and sha not in self.blobs}
+        hashes = hf_xet.hash_files([str(path) for path in wanted.values()])
+        self.xet_hashes |= {sha: found.hash for sha, found in zip(wanted, hashes, strict=True)}
+
     def content(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         """What a repo holds at a revision."""
         repo = self.repos[kind, name]
         commit = repo.resolve(revision)
         assert commit is not None
         return {path: self.blobs[sha] for path, sha in repo.commits[commit].items()}
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _Failures:
@@ -139,12 +179,23 @@ class _Failures:
             return
         method, path = scope["method"], scope["path"]
         self.hub.requests.append((method, path))
-        rule = next((r for r in self.hub.rules if r.times > 0 and r.method == method and r.path.search(path)), None)
+        matching = [r for r in self.hub.rules if r.times > 0 and r.method == method and r.path.search(path)]
+        rule = next((r for r in matching if not r.skip), None)
+        for waiting in matching:
+            waiting.skip = max(0, waiting.skip - 1)
         if rule is None:
             await self.app(scope, receive, send)
             return
-        rule.times -= 1
         rule.hits += 1
+        if rule.holds:
+            while rule.times > 0:
+                await asyncio.sleep(0.02)
+            return
+        rule.times -= 1
+        if rule.run:
+            rule.run()
+            await self.app(scope, receive, send)
+            return
         if rule.after:
             await self.app(scope, receive, _swallow)
         else:
@@ -213,7 +264,7 @@ def _repo(hub: HubServer, request: Request, kind: str, name: str, *, write: bool
         if user is None:
             raise _RefusedError(401, "Invalid username or password.", "RepoNotFound")
         raise _RefusedError(404, "Repository not found", "RepoNotFound")
-    if write and not _may_write(hub, user, name):
+    if write and not _may_write(hub, user, name) and not _may_by_scope(hub, request, name):
         raise _RefusedError(403, "You don't have the rights to write to this repo with this token")
     return repo
 
@@ -223,6 +274,13 @@ def _may_write(hub: HubServer, user: tuple[str, str] | None, repo: str) -> bool:
     if user is None or user[1] != "write":
         return False
     return owner == user[0] or hub.orgs.get(user[0], {}).get(owner, "read") != "read"
+
+
+def _may_by_scope(hub: HubServer, request: Request, repo: str) -> bool:
+    secret = request.headers.get("authorization", "").removeprefix("Bearer ")
+    named = {repo, repo.partition("/")[0]}
+    scopes = hub.scopes.get(secret, [])
+    return any(s["entity"]["name"] in named and "repo.write" in s["permissions"] for s in scopes)
 
 
 def _commit_of(repo: Repo, revision: str) -> str:
@@ -290,7 +348,7 @@ def _add_account_routes(app: FastAPI, hub: HubServer) -> None:
         user = _user(hub, request)
         body = await request.json()
         name = f"{body.get('organization') or (user or ['nobody'])[0]}/{body['name']}"
-        if not _may_write(hub, user, name):
+        if not _may_write(hub, user, name) and not _may_by_scope(hub, request, name):
             return _error(403 if user else 401, "You don't have the rights to create a repo with this token")
         if (body.get("type", "model"), name) in hub.repos:
             told = {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
@@ -301,8 +359,46 @@ def _add_account_routes(app: FastAPI, hub: HubServer) -> None:
         return JSONResponse({"url": f"{hub.url}/{name}", "name": name})
 
     @app.post("/api/validate-yaml")
-    async def validate_yaml() -> dict[str, list[Any]]:
-        return {"errors": [], "warnings": []}
+    async def validate_yaml(request: Request) -> Response:
+        body = await request.json()
+        errors, warnings = _faults_of_card(body["content"])
+        told = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
+        return JSONResponse(told, 400 if errors else 200)
+
+
+def _faults_of_card(text: str) -> tuple[list[str], list[str]]:
+    """What the Hub says of a card's front matter: (errors, warnings)."""
+    found = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n", text, re.S)
+    if not found:
+        return [], ["empty or missing yaml metadata in repo card"]
+    try:
+        data = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        return [f"invalid yaml: {error}"], []
+    if not isinstance(data, dict):
+        return ["the metadata is no mapping"], []
+    errors = [f'"{key}" must be a string' for key in _STRINGS if not isinstance(data.get(key, ""), str)]
+    lists = {key: data.get(key, []) for key in _LISTS}
+    errors += [f'"{key}" must be an array' for key, value in lists.items() if not isinstance(value, list)]
+    ids = [data["base_model"]] if isinstance(data.get("base_model"), str) else []
+    ids += lists["datasets"] if isinstance(lists["datasets"], list) else []
+    errors += [f"{name!r} is no valid id" for name in ids if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))]
+    if data.get("license", "mit") not in _LICENSES:
+        errors.append(f'"license" must be one of {sorted(_LICENSES)}')
+    if data.get("base_model_relation", "adapter") not in {"adapter", "finetune", "merge", "quantized"}:
+        errors.append('"base_model_relation" is none that is known')
+    if any(not isinstance(r, dict) or not {"task", "dataset", "metrics"} <= r.keys() for r in _results(data)):
+        errors.append('"model-index" lacks task, dataset or metrics')
+    return errors, []
+
+
+def _results(data: dict[str, Any]) -> list[Any]:
+    return [result for model in data.get("model-index", []) for result in model.get("results", [])]
+
+
+_STRINGS = ("license", "library_name", "pipeline_tag", "license_name", "license_link", "base_model_relation")
+_LISTS = ("tags", "datasets", "language")
+_LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "gpl-3.0", "llama3.1", "gemma", "unknown", "other"}
 
 
 def _add_upload_routes(app: FastAPI, hub: HubServer) -> None:
@@ -314,16 +410,48 @@ def _add_upload_routes(app: FastAPI, hub: HubServer) -> None:
         repo.branches[branch] = repo.branches["main"]
         return JSONResponse({})
 
+    @app.post("/api/{kind}/{owner}/{name}/tag/{revision:path}")
+    async def tag(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
+        repo = _repo(hub, request, kind, f"{owner}/{name}", write=True)
+        asked, commit = (await request.json())["tag"], _commit_of(repo, revision)
+        if asked in repo.tags:
+            return _error(409, "Tag reference exists already")
+        repo.tags[asked] = commit
+        return JSONResponse({})
+
+    @app.get("/api/{kind}/{owner}/{name}/discussions")
+    async def discussions(request: Request, kind: str, owner: str, name: str) -> Response:
+        repo = _repo(hub, request, kind, f"{owner}/{name}")
+        said = {"status": "open", "isPullRequest": True, "createdAt": "2026-11-21T00:00:00.000Z"}
+        said |= {"repo": {"name": repo.name, "type": repo.kind}, "author": {"name": "ada"}}
+        return JSONResponse(
+            {"discussions": [{**said, "num": n, "title": t} for n, t in repo.pulls.items()], "count": len(repo.pulls)}
+            | {"start": 0}
+        )
+
     @app.post("/api/{kind}/{owner}/{name}/preupload/{revision:path}")
     async def preupload(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
-        repo = _repo(hub, request, kind, f"{owner}/{name}", write=True)
-        tree = repo.commits[_commit_of(repo, revision)]
-        return JSONResponse({"files": [_preuploaded(hub, tree, f) for f in (await request.json())["files"]]})
+        repo = _repo(hub, request, kind, f"{owner}/{name}", write=not _is_pull(request, revision))
+        tree, body = repo.commits[_commit_of(repo, revision)], await request.json()
+        hub.asked_paths.append([file["path"] for file in body["files"]])
+        rules = body.get("gitIgnore")
+        if rules is None:
+            rules = hub.blobs[tree[".gitignore"]].decode() if ".gitignore" in tree else ""
+        return JSONResponse({"files": [_preuploaded(hub, tree, f, rules.split()) for f in body["files"]]})
 
     @app.post("/{owner}/{name}.git/info/lfs/objects/batch")
     async def batch(request: Request, owner: str, name: str) -> Response:
-        _repo(hub, request, "models", f"{owner}/{name}", write=True)
-        objects = [_lfs_actions(hub, f"{owner}/{name}", o) for o in (await request.json())["objects"]]
+        return await batched(request, "models", f"{owner}/{name}")
+
+    @app.post("/datasets/{owner}/{name}.git/info/lfs/objects/batch")
+    async def dataset_batch(request: Request, owner: str, name: str) -> Response:
+        return await batched(request, "datasets", f"{owner}/{name}")
+
+    async def batched(request: Request, kind: str, name: str) -> Response:
+        body = await request.json()
+        _repo(hub, request, kind, name, write=body.get("ref", {}).get("name", "pull") != "pull")
+        prefix = "" if kind == "models" else f"{kind}/"
+        objects = [_lfs_actions(hub, prefix + name, o) for o in body["objects"]]
         return JSONResponse({"transfer": "basic", "objects": objects})
 
     @app.put("/storage/{sha}")
@@ -336,34 +464,70 @@ def _add_upload_routes(app: FastAPI, hub: HubServer) -> None:
 
     @app.post("/{owner}/{name}.git/info/lfs/verify")
     async def verify(request: Request, owner: str, name: str) -> Response:
-        _repo(hub, request, "models", f"{owner}/{name}", write=True)
+        return await verified(request, "models", f"{owner}/{name}")
+
+    @app.post("/datasets/{owner}/{name}.git/info/lfs/verify")
+    async def dataset_verify(request: Request, owner: str, name: str) -> Response:
+        return await verified(request, "datasets", f"{owner}/{name}")
+
+    async def verified(request: Request, kind: str, name: str) -> Response:
+        _repo(hub, request, kind, name)
         body = await request.json()
         whole = hub.sizes.get(body["oid"]) == body["size"]
         return Response() if whole else _error(422, "Size mismatch")
 
     @app.post("/api/{kind}/{owner}/{name}/commit/{revision:path}")
     async def commit(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
-        repo = _repo(hub, request, kind, f"{owner}/{name}", write=True)
-        _commit_of(repo, revision)
+        repo = _repo(hub, request, kind, f"{owner}/{name}", write=not _is_pull(request, revision))
+        head = _commit_of(repo, revision)
         lines = [json.loads(line) for line in (await request.body()).splitlines()]
-        oid = repo.add(revision, dict(change for line in lines for change in _changes(hub, line)))
-        return JSONResponse({"commitUrl": f"{hub.url}/{owner}/{name}/commit/{oid}", "commitOid": oid})
+        header = lines[0]["value"]
+        if header.get("parentCommit", head) != head:
+            return _error(412, "A commit has happened since. Please refresh and try again.")
+        pull = _open_pull(repo, head, header["summary"]) if request.query_params.get("create_pr") else 0
+        branch = f"refs/pr/{pull}" if pull else revision
+        oid = repo.add(branch, dict(change for line in lines for change in _changes(hub, line)))
+        answer = {"commitUrl": f"{hub.url}/{owner}/{name}/commit/{oid}", "commitOid": oid}
+        if pull:
+            answer["pullRequestUrl"] = f"{hub.url}/{owner}/{name}/discussions/{pull}"
+        return JSONResponse(answer)
 
     @app.get("/api/{kind}/{owner}/{name}/xet-write-token/{revision:path}")
-    async def xet_token(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
-        _repo(hub, request, kind, f"{owner}/{name}", write=True)
-        return JSONResponse(
-            {"casUrl": f"local://{hub.folder}/cas", "accessToken": "xet-jwt", "exp": int(time.time()) + 3600}
-        )
+    async def xet_write_token(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
+        _repo(hub, request, kind, f"{owner}/{name}", write=not _is_pull(request, revision))
+        return _xet_token(hub)
+
+    @app.get("/api/{kind}/{owner}/{name}/xet-read-token/{revision:path}")
+    async def xet_read_token(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
+        _open_gate(hub, request, _repo(hub, request, kind, f"{owner}/{name}"))
+        return _xet_token(hub)
 
 
-def _preuploaded(hub: HubServer, tree: dict[str, str], asked: dict[str, Any]) -> dict[str, Any]:
+def _xet_token(hub: HubServer) -> Response:
+    told = {"casUrl": f"local://{hub.folder}/cas", "accessToken": "xet-jwt", "exp": int(time.time()) + 3600}
+    names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+    return JSONResponse(told, headers={names[key]: str(value) for key, value in told.items()})
+
+
+def _is_pull(request: Request, revision: str) -> bool:
+    """Who may only read may still open a pull request, and commit to it."""
+    return bool(request.query_params.get("create_pr")) or revision.startswith("refs/pr/")
+
+
+def _open_pull(repo: Repo, head: str, title: str) -> int:
+    number = len(repo.pulls) + 1
+    repo.pulls[number], repo.branches[f"refs/pr/{number}"] = title, head
+    return number
+
+
+def _preuploaded(hub: HubServer, tree: dict[str, str], asked: dict[str, Any], rules: list[str]) -> dict[str, Any]:
     path = asked["path"]
+    is_ignored = path in hub.ignored or any(fnmatch(path, rule) for rule in rules)
     is_lfs = path.endswith(_LFS_SUFFIXES)
     known = tree.get(path)
     oid = known if known is None or is_lfs else _git_oid(hub.blobs[known])
     mode = "lfs" if is_lfs else "regular"
-    return {"path": path, "uploadMode": mode, "shouldIgnore": path in hub.ignored, "oid": oid}
+    return {"path": path, "uploadMode": mode, "shouldIgnore": is_ignored, "oid": oid}
 
 
 def _lfs_actions(hub: HubServer, name: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -391,6 +555,9 @@ def _add_read_routes(app: FastAPI, hub: HubServer) -> None:
         siblings = [_sibling(hub, path, sha) for path, sha in sorted(repo.commits[commit].items())]
         gated = "manual" if repo.gated else False
         body = {"id": full, "sha": commit, "private": repo.private, "gated": gated, "siblings": siblings}
+        card = hub.blobs.get(repo.commits[commit].get("README.md", ""), b"").decode()
+        if found := re.match(r"\A---\n(.*?)\n---\n", card, re.S):
+            body["cardData"] = yaml.safe_load(found[1])
         return JSONResponse({**body, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
 
     @app.get("/api/{kind}/{owner}/{name}/revision/{revision:path}")
@@ -410,20 +577,25 @@ def _add_read_routes(app: FastAPI, hub: HubServer) -> None:
     @app.get("/api/{kind}/{owner}/{name}/refs")
     async def refs(request: Request, kind: str, owner: str, name: str) -> Response:
         repo = _repo(hub, request, kind, f"{owner}/{name}")
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.branches.items()]
-        return JSONResponse({"branches": branches, "tags": [], "converts": []})
+        heads = {n: c for n, c in repo.branches.items() if not n.startswith("refs/")}
+        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in heads.items()]
+        tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": c} for n, c in repo.tags.items()]
+        return JSONResponse({"branches": branches, "tags": tags, "converts": []})
 
     @app.get("/api/{kind}/{owner}/{name}/tree/{rest:path}")
     async def tree(request: Request, kind: str, owner: str, name: str, rest: str) -> Response:
         repo = _repo(hub, request, kind, f"{owner}/{name}")
-        revision, _, under = rest.partition("/")
+        revision, under = repo.split(rest)
         held = repo.commits[_commit_of(repo, revision)]
         found = {path: sha for path, sha in held.items() if not under or path.startswith(f"{under}/")}
         if under and not found:
             return _error(404, "Entry not found", "EntryNotFound")
+        folders = {path for path in _folders(list(found)) if not under or path.startswith(f"{under}/")}
         if request.query_params.get("recursive", "false").lower() != "true":
             found = {path: sha for path, sha in found.items() if str(Path(path).parent) == (under or ".")}
-        return JSONResponse([_entry(hub, path, sha) for path, sha in sorted(found.items())])
+            folders = {path for path in folders if str(Path(path).parent) == (under or ".")}
+        listed = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        return JSONResponse([*listed, *(_entry(hub, path, sha) for path, sha in sorted(found.items()))])
 
     @app.post("/api/{kind}/{owner}/{name}/paths-info/{revision:path}")
     async def paths_info(request: Request, kind: str, owner: str, name: str, revision: str) -> Response:
@@ -469,13 +641,18 @@ def _file(hub: HubServer, request: Request, repo: Repo, revision: str, path: str
         refused = _error(404, "Entry not found", "EntryNotFound")
         refused.headers["X-Repo-Commit"] = commit
         return refused
-    data = hub.blobs[sha]
+    data, size = hub.blobs.get(sha, b""), hub.sizes[sha]  # what xet stored lies in its CAS
     etag = sha if path.endswith(_LFS_SUFFIXES) else _git_oid(data)
     headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
     if path.endswith(_LFS_SUFFIXES):
-        headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+        headers |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size)}
+    if sha in hub.xet_hashes:
+        route = f"{hub.url}/api/{repo.kind}s/{repo.name}/xet-read-token/{commit}"
+        headers |= {"X-Xet-Hash": hub.xet_hashes[sha], "X-Xet-Refresh-Route": route}
     if request.method == "HEAD":
-        return Response(headers={**headers, "Content-Length": str(len(data))})
+        return Response(headers={**headers, "Content-Length": str(size)})
+    if sha not in hub.blobs:
+        return _error(500, "only xet holds this file")
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if asked:
         first = int(asked[1])
@@ -526,8 +703,9 @@ def hub_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     conftest sets it offline. Only the loopback endpoint is reachable.
     """
     from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _http, _xet
 
+    _xet.XET_CONNECTION_INFO_CACHE.clear()  # of another test's CAS
     hub = shared_hub()
     hub.reset(tmp_path / "hub-server")
     hub.tokens = {WRITE: ("ada", "write"), READ: ("ada", "read"), NOBODY: ("eve", "none")}

@@ -70,6 +70,11 @@ def check_release(
     return _run_all(_late_checks(recipe, store, hub, host))
 
 
+def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
+    """Run the checks of a run that publishes and serves nothing; returns and raises as check_recipe does."""
+    return _run_all([lambda: _check_publish(recipe, hub), lambda: _check_free_disk(store)])
+
+
 def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]) -> list[Callable[[], str]]:
     return [
         lambda: _check_publish(recipe, hub),
@@ -187,8 +192,9 @@ def _check_publish(recipe: Recipe, hub: HfApi) -> str:
     if not hub.token or not repo_id:
         lacking = "repo" if hub.token else "token"
         return f"publish: no Hub {lacking} is given, the model stays in a local folder in Hub layout"
-    name = require_target(hub, repo_id, f"checking the Hub token for {repo_id}", private=recipe.publish.private)
-    return f"publish: as {name} to {repo_id}"
+    doing, spec = f"checking the Hub token for {repo_id}", recipe.publish
+    name = require_target(hub, repo_id, doing, private=spec.private, create_pr=spec.create_pr)
+    return f"publish: {spec.what} as {name} to {repo_id}{' by a pull request' if spec.create_pr else ''}"
 
 
 def _check_serving(recipe: Recipe, store: ArtifactStore, host: Mapping[str, str]) -> str:

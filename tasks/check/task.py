@@ -8,14 +8,8 @@ from tasks.artifacts import FetchedDataset
 from tasks.errors import is_worth_retrying
 from tasks.specs import PretrainSpec, Recipe, Spec
 
-_RETRYING = {
-    "retries": 2,
-    "retry_delay_seconds": [5, 30],
-    "retry_jitter_factor": 0.5,
-    "retry_condition_fn": is_worth_retrying,
-    "timeout_seconds": 300,
-    "cache_policy": NO_CACHE,  # the world changes
-}
+_WHEN = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_jitter_factor": 0.5, "timeout_seconds": 300}
+_RETRYING = {**_WHEN, "retry_condition_fn": is_worth_retrying, "cache_policy": NO_CACHE}  # the world changes
 
 
 @task(task_run_name="check-{name}", **_RETRYING)
@@ -44,6 +38,16 @@ def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str
 
     keep_recipe.fn(name, recipe, storage)
     _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host)))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_publish(name: str, recipe: Recipe, storage: str = "", hub_account: str = "") -> None:
+    """The same for a run that ends with the publication."""
+    from blocks.opening import open_hub, open_store
+    from tasks.check.run import check_publish
+
+    keep_recipe.fn(name, recipe, storage)
+    _show_checks(check_publish(recipe, open_store(storage), open_hub(hub_account)))
 
 
 @task(task_run_name="check-lengths-{dataset.short}", **_RETRYING)

@@ -3,7 +3,19 @@
 import pytest
 from huggingface_hub import HfApi, constants
 
-from tasks.errors import AccessError, CapacityError, MissingError, SpecError, TataraError, TransientError, is_transient
+from tasks.errors import (
+    AccessError,
+    CapacityError,
+    MissingError,
+    RateLimitError,
+    RightsError,
+    SpecError,
+    TataraError,
+    TokenError,
+    TransientError,
+    UnavailableError,
+    is_transient,
+)
 from tasks.hub import find_repo, hub_errors, pin_commit, require_target
 from tasks.specs import PublishSpec
 from tests.hub_server import (
@@ -178,6 +190,27 @@ def test_other_errors_pass_unchanged():
         with pytest.raises(type(error)) as caught, hub_errors("doing"):
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        ("Network error: Request error: HTTP status client error (401 Unauthorized), domain: http://h/", TokenError),
+        ("Network error: Request error: HTTP status client error (403 Forbidden), domain: http://h/", RightsError),
+        ("Network error: Request error: HTTP status client error (404 Not Found), domain: http://h/", AccessError),
+        ("Rate limited: Request error: HTTP status client error (429 Too Many Requests), domain: h", RateLimitError),
+        (
+            "Server error: Request error: HTTP status server error (503 Service Unavailable), domain: h",
+            UnavailableError,
+        ),
+        ("Network error: Request error: error decoding response body, domain: no-url", TransientError),
+    ],
+)
+def test_a_refusal_that_xet_calls_a_connection_error(told: str, kind: type[TataraError]):
+    """Texts of hf_xet 1.8.0, as it raised them against the loopback Hub."""
+    with pytest.raises(kind) as caught, hub_errors("doing"):
+        raise ConnectionError(told)
+    assert type(caught.value) is kind
 
 
 def test_the_cause_decides_behind_the_clients_wrapping():

@@ -270,8 +270,8 @@ def test_a_data_set_by_id_revision_split_and_columns(hub: HubServer, tmp_path: P
     assert "train" in said["split"]["message"] and "test" in said["split"]["message"]  # what exists
     assert said["column"]["error"] == "DataError" and "nope" in said["column"]["message"]
     assert said["missing"]["error"] == "MissingError" and "404" in said["missing"]["message"]
-    assert said["anonymous"]["error"] == "AccessError" and "401" in said["anonymous"]["message"]
-    assert said["wrong"]["error"] == "AccessError" and "401, the token is wrong" in said["wrong"]["message"]
+    assert said["anonymous"]["error"] == "TokenError" and "401" in said["anonymous"]["message"]
+    assert said["wrong"]["error"] == "TokenError" and "401, the token is wrong" in said["wrong"]["message"]
     assert said["elsewhere"]["error"] == "SpecError" and "set HF_ENDPOINT" in said["elsewhere"]["message"]
 
 
@@ -291,7 +291,7 @@ def test_the_first_rows_come_without_the_rest(hub: HubServer, tmp_path: Path):
     assert [row["messages"][1]["content"][:3] for row in said["some"]["train"]] == [f"a{i} " for i in range(5)]
     assert len(said["some"]["validation"]) == 5
     assert said["split"]["error"] == "DataError" and "test" in said["split"]["message"]
-    assert said["anonymous"]["error"] == "AccessError" and "401" in said["anonymous"]["message"]
+    assert said["anonymous"]["error"] == "TokenError" and "401" in said["anonymous"]["message"]
     assert not list((tmp_path / "hf-home" / "datasets").rglob("*.arrow"))
 
 
@@ -307,7 +307,7 @@ def test_a_failing_hub_never_yields_another_revisions_rows(hub: HubServer, tmp_p
         hub.fail(method, "/(resolve|tree|paths-info)/", times=1000, status=403) for method in ("GET", "HEAD", "POST")
     ]
     failed = in_a_process(hub, tmp_path, fetch)
-    assert "train" not in failed and failed["error"] in {"TransientError", "AccessError"}, failed
+    assert "train" not in failed and failed["error"] in {"TransientError", "RightsError"}, failed
     for rule in rules:
         rule.times = 0
     new = in_a_process(hub, tmp_path, fetch)

@@ -22,6 +22,7 @@ from tasks.artifacts import (
 from tasks.specs import FetchSpec, LoraSpec, MergeSpec, PackSpec, Spec, TrainSpec
 from tests.hub_server import hub_fixture  # noqa: F401  (the fixture `hub`)
 
+MADE = {"README.md", "recipe.json", "loss_curve.png"}  # what publishing adds to the model's files
 _LORA = LoraSpec(rank=4, alpha=8, target_parameters=("mlp.experts.down_proj",))
 
 
@@ -43,16 +44,21 @@ def write_model(folder: Path, first: int = 0) -> None:
     (folder / "merge_ledger.json").write_text("[]")
 
 
-def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_model) -> MergedModel:
-    """Commit data set, packed rows, base, adapter and a merged model whose files `write` makes."""
+def make_merged(
+    store: ArtifactStore,
+    write: Callable[[Path], object] = write_model,
+    adapt: Callable[[Path], object] | None = None,
+    source: str = "shipped",
+) -> MergedModel:
+    """Commit data set, packed rows, base, adapter (`adapt` writes its files) and a merged model (`write` does)."""
     rows = {"num_train_rows": 8, "num_validation_rows": 2}
     dataset = _commit(
         store,
         FetchedDataset,
-        FetchSpec(source="shipped"),
+        FetchSpec(source=source),
         (),
         **rows,
-        source="shipped",
+        source=source,
         revision="a" * 64,
         is_chat=True,
         num_rejected_rows=0,
@@ -64,12 +70,16 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         "num_learnt_tokens": 300,
     }
     packed = _commit(store, PackedDataset, PackSpec(), (dataset,), **rows, **counts, row_tokens=128, fill_pct=90.0)
+    base_folder = store.root / "a-base"
+    base_folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (base_folder / name).write_text("{}")
     base = _commit(
         store,
         BaseCheckpoint,
         MergeSpec(),
         (),
-        model_folder="/base",
+        model_folder=str(base_folder),
         origin="ada/base@" + "b" * 40,
         model_digest="c" * 64,
         num_parameters=40_000,
@@ -80,10 +90,10 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         TrainedAdapter,
         TrainSpec(lora=_LORA),
         (packed, base),
+        lambda folder: write_adapter(folder, adapt),
         **losses,
-        adapter_folder="/adapter",
         adapter_digest="d" * 64,
-        base_folder="/base",
+        base_folder=str(base_folder),
         base_digest="c" * 64,
         num_steps=10,
         num_trainable=64,
@@ -98,7 +108,7 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
             parents=(adapter.ref,),
             model_folder=str(model),
             model_digest=folder_digest(digest_files(model)),
-            base_folder="/base",
+            base_folder=str(base_folder),
             num_tensors=2,
             num_changed=1,
             num_shards=2,
@@ -107,11 +117,33 @@ def make_merged(store: ArtifactStore, write: Callable[[Path], object] = write_mo
         return claim.commit(merged, spec=MergeSpec())
 
 
+def write_adapter(folder: Path, adapt: Callable[[Path], object] | None) -> dict[str, str]:
+    """Write what training leaves: the adapter as PEFT stores it, and its metrics."""
+    (folder / "adapter").mkdir(exist_ok=True)
+    write_shard(folder / "adapter" / "adapter_model.safetensors", bytes(range(200)))
+    config = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "/home/ada/private/base", "revision": None}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter" / "README.md").write_text("what PEFT says")
+    if adapt:
+        adapt(folder / "adapter")
+    lines = [json.dumps({"step": step, "num_steps": 10, "loss": 3.0 - step / 10}) for step in range(1, 11)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return {"adapter_folder": str(folder / "adapter")}
+
+
 def _commit(
-    store: ArtifactStore, cls: type[Artifact], spec: Spec, parents: tuple[Artifact, ...], **values: object
+    store: ArtifactStore,
+    cls: type[Artifact],
+    spec: Spec,
+    parents: tuple[Artifact, ...],
+    write: Callable[[Path], dict[str, str]] = lambda folder: {},
+    **values: object,
 ) -> Artifact:
     with store.claim(cls, make_key(cls.kind, 1, spec, {}, parents)) as claim:
+        if claim.found:
+            return claim.found
         refs = tuple(parent.ref for parent in parents)
+        values |= write(claim.folder)
         artifact = cls.model_validate({"key": claim.key, "folder": str(claim.folder), "parents": refs, **values})
         return claim.commit(artifact, spec=spec)
 

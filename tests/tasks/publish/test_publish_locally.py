@@ -7,11 +7,11 @@ from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel
-from tasks.publish import run
+from tasks.publish import staging
 from tasks.publish.run import publish_model
 from tasks.specs import PublishSpec
 from tests import tiny
-from tests.tasks.publish.conftest import make_merged
+from tests.tasks.publish.conftest import MADE, make_merged
 
 NOBODY = HfApi(token=False)
 
@@ -31,7 +31,8 @@ def test_the_hub_client_resolves_it_offline(store: ArtifactStore, merged: Merged
         name: files.digest(Path(merged.model_folder) / name) for name in files.list_files(Path(merged.model_folder))
     }
     arrived = {name: files.digest(Path(found) / name) for name in files.list_files(Path(found))}
-    assert arrived.pop("README.md") and arrived == sent
+    assert arrived.pop("README.md") and arrived.pop("recipe.json") and arrived.pop("loss_curve.png")
+    assert arrived == sent
     assert [repo.repo_id for repo in scan_cache_dir(store.root / "hub").repos] == ["ada/tuned"]
 
 
@@ -81,7 +82,7 @@ def test_an_interrupted_publish_leaves_nothing_half(
     store: ArtifactStore, merged: MergedModel, monkeypatch: pytest.MonkeyPatch, links_made: int
 ):
     made = 0
-    link = run._link
+    link = staging.link
 
     def link_until_the_cut(source: Path, target: Path) -> None:
         nonlocal made
@@ -90,17 +91,17 @@ def test_an_interrupted_publish_leaves_nothing_half(
         made += 1
         link(source, target)
 
-    monkeypatch.setattr(run, "_link", link_until_the_cut)
+    monkeypatch.setattr(staging, "link", link_until_the_cut)
     with pytest.raises(PowerCutError):
         publish_model(merged, PublishSpec(repo_id="ada/tuned"), store, NOBODY)
     assert made == links_made and store.committed(PublishedModel) == []
     assert not (store.root / "hub/models--ada--tuned/snapshots" / merged.model_digest[:40]).exists()
     with pytest.raises(FileNotFoundError):
         snapshot_download("ada/tuned", cache_dir=store.root / "hub", local_files_only=True)
-    monkeypatch.setattr(run, "_link", link)
+    monkeypatch.setattr(staging, "link", link)
     published = publish_model(merged, PublishSpec(repo_id="ada/tuned"), store, NOBODY)
     found = snapshot_download("ada/tuned", cache_dir=store.root / "hub", local_files_only=True)
-    assert {*files.list_files(Path(found))} == {*files.list_files(Path(merged.model_folder)), "README.md"}
+    assert {*files.list_files(Path(found))} == {*files.list_files(Path(merged.model_folder)), *MADE}
     assert [path.name for path in (store.root / "hub/models--ada--tuned/snapshots").iterdir()] == [published.commit]
 
 

@@ -1,5 +1,6 @@
 """publish_model against a loopback Hub, through the real huggingface_hub client."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -8,11 +9,11 @@ from huggingface_hub import HfApi, constants
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel
-from tasks.errors import AccessError, CorruptError, SpecError, TransientError, is_transient
+from tasks.errors import AccessError, CorruptError, SpecError, TransientError, UnavailableError, is_transient
 from tasks.publish.run import publish_model
 from tasks.specs import PublishSpec
 from tests.hub_server import READ, WRITE, HubServer
-from tests.tasks.publish.conftest import make_merged, write_model
+from tests.tasks.publish.conftest import MADE, make_merged, write_model
 
 REPO = "ada/tuned"
 SPEC = PublishSpec(repo_id=REPO)
@@ -31,6 +32,7 @@ def test_a_model_arrives_whole_in_a_new_private_repo(store: ArtifactStore, merge
     published = publish_model(merged, SPEC, store, client(hub))
     held = hub.content("model", REPO)
     card = held.pop("README.md").decode()
+    assert held.pop("loss_curve.png").startswith(b"\x89PNG") and json.loads(held.pop("recipe.json"))
     assert held.pop(".gitattributes")
     assert held == sent_files(merged)
     assert merged.model_digest in card and "base_model: ada/base" in card and "rank 4" in card
@@ -143,7 +145,7 @@ def test_an_older_models_weights_go_and_a_persons_files_stay(store: ArtifactStor
     hub.add_repo("model", REPO, old, private=True)
     publish_model(merged, SPEC, store, client(hub))
     held = set(hub.content("model", REPO))
-    assert held == {*sent_files(merged), "README.md", ".gitattributes", "notes.md"}
+    assert held == {*sent_files(merged), *MADE, ".gitattributes", "notes.md"}
 
 
 def test_a_wrong_token_is_401(store: ArtifactStore, merged: MergedModel, hub: HubServer):
@@ -233,11 +235,35 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(
     store: ArtifactStore, merged: MergedModel, hub: HubServer, status: int
 ):
     hub.fail("POST", "/commit/", status=status, after=True)
+    published = publish_model(merged, SPEC, store, client(hub))
+    assert hub.count("POST", "/commit/") == 1
+    assert published.commit == hub.repos["model", REPO].branches["main"]
+    assert len(hub.repos["model", REPO].commits) == 2  # the initial one and ours
+
+
+def test_a_commit_whose_answer_and_head_are_lost_is_found_by_the_next_run(
+    store: ArtifactStore, merged: MergedModel, hub: HubServer
+):
+    hub.fail("POST", "/commit/", status=503, after=True)
+    rule = hub.fail("GET", "/revision/main$", times=1000, skip=1)
     with pytest.raises(TransientError):
         publish_model(merged, SPEC, store, client(hub))
     stored = hub.repos["model", REPO].branches["main"]
+    assert rule.hits and set(hub.content("model", REPO)) > {"config.json"}
+    rule.times = 0
     assert publish_model(merged, SPEC, store, client(hub)).commit == stored
-    assert len(hub.repos["model", REPO].commits) == 2  # the initial one and ours
+    assert len(hub.repos["model", REPO].commits) == 2 and hub.count("POST", "/commit/") == 1
+
+
+def test_a_commit_that_came_in_between_is_seen(store: ArtifactStore, merged: MergedModel, hub: HubServer):
+    """Ours names the head that it was compared with: what it deletes or leaves was decided by looking at that one."""
+    shard = "model-00003-of-00003.safetensors"
+    hub.meanwhile("POST", "/commit/", lambda: hub.add_repo("model", REPO, {shard: b"of another model"}))
+    with pytest.raises(UnavailableError, match="412, another commit came in between"):
+        publish_model(merged, SPEC, store, client(hub))
+    assert store.committed(PublishedModel) == [] and "config.json" not in hub.content("model", REPO)
+    publish_model(merged, SPEC, store, client(hub))
+    assert set(hub.content("model", REPO)) == {*sent_files(merged), *MADE, ".gitattributes"}
 
 
 def test_an_interrupted_upload_sends_only_what_is_missing(store: ArtifactStore, merged: MergedModel, hub: HubServer):

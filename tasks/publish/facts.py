@@ -1,0 +1,85 @@
+"""What is known of a model that is published: values only, collected by lineage.py and told by card.py.
+
+Ring: pure.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.artifacts import (
+    BaseCheckpoint,
+    FetchedDataset,
+    MergedModel,
+    PackedDataset,
+    PretrainedModel,
+    TrainedAdapter,
+)
+from tasks.publish.names import hub_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCard:
+    """What the card of a base or a data set says; empty where it says nothing."""
+
+    license: str = ""
+    license_name: str = ""
+    license_link: str = ""
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """The artifacts behind one model, their knobs, and what was measured on the way."""
+
+    base: BaseCheckpoint
+    dataset: FetchedDataset
+    packed: PackedDataset
+    adapter: TrainedAdapter
+    merged: MergedModel | None
+    specs: dict[str, dict[str, Any]]  # verb -> knobs (Any: JSON values)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # the merge's ledger, one entry a tensor
+    records: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    base_card: SourceCard = SourceCard()
+    data_card: SourceCard = SourceCard()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base_id(self) -> str:
+        """The base's name on the Hub, "" when it was made here or lies in a folder."""
+        return hub_id(self.base.origin.rpartition("@")[0])
+
+    @property
+    def base_commit(self) -> str:
+        """The commit of a base from the Hub."""
+        return self.base.origin.rpartition("@")[2] if self.base_id else ""
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the base was trained from scratch by Tatara."""
+        return isinstance(self.base, PretrainedModel)
+
+
+def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
+    """Return the parameters of the flow `finetune` that make this model again.
+
+    Every knob up to the merge is written out, and moving names (a branch of the data, of the base) are replaced by
+    the commits that they meant; of the named recipe only what comes after counts.
+    """
+    specs = lineage.specs
+    changes: dict[str, Any] = {verb: dict(specs[verb]) for verb in ("fetch", "pack", "train", "merge") if verb in specs}
+    if "fetch" in changes and hub_id(lineage.dataset.source):
+        changes["fetch"]["revision"] = lineage.dataset.revision
+    if lineage.is_made_here:
+        changes["base"] = {"model": "pretrain:tiny"}
+        return {"recipe": "tiny", "changes": changes, "base_changes": specs.get("base", {})}
+    changes["base"] = {"model": lineage.base_id or lineage.base.origin, "revision": lineage.base_commit or "main"}
+    is_quantized = specs.get("train", {}).get("quantization", "none") != "none"
+    return {"recipe": "qwen_qlora_16gb" if is_quantized else "gptoss20b_lora_h100", "changes": changes}
+
+
+def command(lineage: Lineage) -> str:
+    """Return the one command that runs `recipe.json`."""
+    recipe = reproduction(lineage)["recipe"]
+    deployment = {"tiny": "tiny", "qwen_qlora_16gb": "qlora-16gb"}.get(recipe, "h100")
+    return f'prefect deployment run finetune/{deployment} --watch --params "$(cat recipe.json)"'
