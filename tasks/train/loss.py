@@ -137,7 +137,9 @@ class TokenMeanTrainer(SFTTrainer):
         """Score one pass, and add what it is made of."""
         scored = super().prediction_step(model, inputs, *args, **kwargs)
         loss, count = scored[0].detach().double(), (inputs["labels"][:, 1:] != -100).sum().to(scored[0].device)
-        of_ranks_R2: Any = self.gather_function(torch.stack([loss * count, count.double()])[None])  # typed loosely there
+        of_ranks_R2: Any = self.gather_function(
+            torch.stack([loss * count, count.double()])[None]
+        )  # typed loosely there
         self._scored_2 += of_ranks_R2.sum(0).cpu()
         return scored
 
