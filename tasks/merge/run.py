@@ -3,7 +3,7 @@
     headers -> plan.py -> for each shard: stream.py (copy | add | dequantise) -> writer.py (write, hash) -> rename
                      and beside it worker.py: PEFT's own deltas, compared in the end -> merge_ledger.json -> rename
 
-The model is never built: a megabyte of a tensor is in memory at a time. A delta is added in float32 and rounded
+The model is never built: a quarter of a megabyte is in memory at a time. A delta is added in float32 and rounded
 once; what the adapter does not touch is copied as bytes.
 
 Ring: edge.
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tasks import files
 from tasks.artifacts import (
@@ -99,15 +101,29 @@ def merge_folders(base_folder: Path, adapter_folder: Path, target: Path, spec: M
         )
         written = sum(files.list_files(partial).values())
         files.require_disk(partial, plan.total_bytes - written + (64 << 20), "merging")
-        with _disk_errors(partial), PeftSide.started(adapter_folder, base_folder, beside) as peft:
+        with _disk_errors(partial), _one_thread(), PeftSide.started(adapter_folder, base_folder, beside) as peft:
             ledger = write_model(plan, base, deltas, partial)
-            _write_side_files(base_folder, config, partial, spec)
+            write_side_files(base_folder, config, partial, spec)
             with Reader.opened(partial) as merged:
                 ledger["peft"] = peft.check(plan, base, deltas, merged)
             files.write_json(partial / LEDGER, ledger)
     shutil.rmtree(beside)
     partial.rename(target)
     files.fsync_folder(target.parent)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: pieces are small, and threads that wait for each other's end cost more than they do.
+
+    Reading and adding, writing, and hashing have a thread each.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -182,7 +198,7 @@ def write_model(plan: MergePlan, base: Reader, deltas: Reader, folder: Path) -> 
     return {**ledger, **rows}
 
 
-def _write_side_files(base_folder: Path, config: dict[str, Any], folder: Path, spec: MergeSpec) -> None:
+def write_side_files(base_folder: Path, config: dict[str, Any], folder: Path, spec: MergeSpec) -> None:
     """Copy tokenizer, template and generation config; write the config without a stale quantisation."""
     for path in sorted(base_folder.iterdir()):
         if path.is_file() and path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED:

@@ -2,12 +2,13 @@
 
     base piece -> float32 (+ scale * left @ right) -> one rounding to the stored type, or MXFP4 blocks
 
-A piece is about a megabyte: its passes stay in the processor's cache, and no tensor is ever held whole but one
+A piece is 256 KB: its passes stay in the processor's cache, and no tensor is ever held whole but one
 expert of an MXFP4 base or output.
 
 Ring: edge (reads).  Shapes: E experts, I in-features, O out-features, M, N rows and columns as stored.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from tasks.merge.plan import Change, Output, Stored
 from tasks.merge.reader import DTYPES, Reader
 from tasks.merge.writer import is_finite
 
-_PIECE_VALUES = 1 << 19
+_PIECE_VALUES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,8 @@ def _made(output: Output, base: Reader, deltas: Reader, tally: Tally) -> Iterato
         if tally.norm == 0.0:
             raise ShapeError(f"the adapter's change of {output.name} is zero: its LoRA B never moved from its start")
     scale = change.scale if change else 1.0
+    if pairs and math.frexp(scale)[0] == 0.5:  # a power of two moves no digit: multiply the thin matrix
+        pairs, scale = [(left * scale, right) for left, right in pairs], 1.0
     if len(output.stored) == 2:
         yield from _packed(output, base, pairs, scale, tally)
     elif pairs is None and len(output.sources) == 1:
@@ -128,7 +131,8 @@ def _added(output: Output, base: Reader, pairs: Factors | None, scale: float) ->
             sums = total[:count].copy_(values)
             if pairs:
                 left, right = pairs[expert]
-                sums += torch.mm(left[first : first + count], right, out=delta[:count]).mul_(scale)
+                product = torch.mm(left[first : first + count], right, out=delta[:count])
+                sums += product if scale == 1.0 else product.mul_(scale)
             _require_finite(output, sums, values)
             yield sums.to(dtype, copy=True)
 
