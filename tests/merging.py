@@ -64,7 +64,7 @@ def stream(
         plan = plan_merge(
             opened.headers, deltas.headers, config, dtype=stored, experts=given.experts, shard_bytes=given.shard_bytes
         )
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         ledger = write_model(plan, opened, deltas, target)
     write_side_files(base, files.read_json(base / "config.json"), target, given)
     return ledger
