@@ -61,6 +61,16 @@ def copy(base: Path, adapter: Path, target: Path, dtype: str) -> None:
     fsync_all(target)
 
 
+def stream(base: Path, adapter: Path, target: Path, dtype: str) -> None:
+    """The merge without PEFT's check, which costs the same few seconds for a model of any size."""
+    import torch
+
+    from tests.merging import stream as write
+
+    torch.set_num_threads(1)
+    write(base, adapter, target, dtype=dtype)
+
+
 def ours(base: Path, adapter: Path, target: Path, dtype: str) -> None:
     """The merge as the task does it, PEFT's check and digests included."""
     from tasks.merge.run import merge_folders
@@ -80,7 +90,7 @@ def peft(base: Path, adapter: Path, target: Path, dtype: str) -> None:
     fsync_all(target)
 
 
-WAYS = {"cp": copy, "ours": ours, "peft": peft}
+WAYS = {"cp": copy, "stream": stream, "ours": ours, "peft": peft}
 
 
 def run_way(way: str, work: Path, dtype: str) -> dict[str, float]:
@@ -103,6 +113,8 @@ def child(way: str, work: str, dtype: str) -> None:
         assert peft.PeftModel
     if way == "ours":
         import tasks.merge.run  # noqa: F401
+    if way == "stream":
+        import tests.merging  # noqa: F401
     folder = Path(work)
     start, times = time.perf_counter(), os.times()
     WAYS[way](folder / "base", folder / "adapter", folder / way, dtype)
@@ -161,7 +173,8 @@ def measure(gb: float, work: Path) -> dict[str, Any]:  # Any: JSON values
     for way in WAYS:
         for what in ("s", "cpu_s", "peak_mb"):
             line[f"{way}_{what}"] = round(statistics.median(found[way][what] for found in rounds), 2)
-    line["share_of_cp_pct"] = round(100 * statistics.median(r["cp"]["s"] / r["ours"]["s"] for r in rounds))
+    for way in ("stream", "ours", "peft"):
+        line[f"{way}_share_of_cp_pct"] = round(100 * statistics.median(r["cp"]["s"] / r[way]["s"] for r in rounds))
     line["rounds_s"] = [{way: round(found[way]["s"], 2) for way in WAYS} for found in rounds]
     line["bfloat16"] = compare(work, "bfloat16")
     for way in ("ours", "peft"):

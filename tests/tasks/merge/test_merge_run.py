@@ -155,7 +155,7 @@ def test_two_merges_at_once_make_one_model(tmp_path: Path):
     both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(2)]
     first, second = (process.communicate()[0] for process in both)
     assert first == second and json.loads(first)["num_changed"] == 4
-    assert [found.model_dump() for found in store.committed(subject.MergedModel)] == [json.loads(first)]
+    assert [found.model_dump(mode="json") for found in store.committed(subject.MergedModel)] == [json.loads(first)]
     assert subject.merge_adapter(adapter, SPEC, store).key == json.loads(first)["key"]
 
 
@@ -178,12 +178,13 @@ def test_a_disk_that_fills_is_said_and_nothing_appears(
     with pytest.raises(CapacityError, match=r"the disk filled while merging .*No space left.*finished shards are kept"):
         subject.merge_folders(wide / "base", wide / "adapter", target, SPEC)
     partial = target.with_name("model.partial")
-    assert not target.exists() and len(list(target.parent.glob("*.ledger.json"))) == 1
-    assert [path.name for path in partial.iterdir()] == ["model-00001-of-00003.safetensors"]
+    done = {path.name for path in partial.iterdir()}  # nothing torn
+    assert not target.exists() and 0 < len(done) < 3
+    assert {f"{name}.ledger.json" for name in done} == {path.name for path in target.parent.glob("*.ledger.json")}
     subprocess.run(["mount", "-o", "remount,size=40m", str(tmp_path / "disk")], check=True)
-    before = next(partial.iterdir()).stat().st_mtime_ns
+    before = {name: (partial / name).stat().st_mtime_ns for name in done}
     assert len(stream(wide / "base", wide / "adapter", partial, shard_bytes=1_000_000)["shards"]) == 3
-    assert (partial / "model-00001-of-00003.safetensors").stat().st_mtime_ns == before
+    assert {name: (partial / name).stat().st_mtime_ns for name in done} == before
 
 
 def _break(path: Path, name: str, value: float) -> None:
