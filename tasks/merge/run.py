@@ -3,7 +3,7 @@
     headers -> plan.py -> for each shard: stream.py (copy | add | dequantise) -> writer.py (write, hash) -> rename
                      and beside it worker.py: PEFT's own deltas, compared in the end -> merge_ledger.json -> rename
 
-The model is never built: a quarter of a megabyte is in memory at a time. A delta is added in float32 and rounded
+The model is never built: a few megabytes are in memory at a time. A delta is added in float32 and rounded
 once; what the adapter does not touch is copied as bytes.
 
 Ring: edge.

@@ -2,8 +2,8 @@
 
     base piece -> float32 (+ scale * left @ right) -> one rounding to the stored type, or MXFP4 blocks
 
-A piece is 256 KB: its passes stay in the processor's cache, and no tensor is ever held whole but one
-expert of an MXFP4 base or output.
+A piece is 4 MB, so that three threads rarely wait for each other, and is made in parts of half a megabyte, whose
+passes stay in the processor's cache. No tensor is ever held whole; of an MXFP4 base or output it is one expert.
 
 Ring: edge (reads).  Shapes: E experts, I in-features, O out-features, M, N rows and columns as stored.
 """
@@ -21,7 +21,7 @@ from tasks.merge.plan import Change, Output, Stored
 from tasks.merge.reader import DTYPES, Reader
 from tasks.merge.writer import is_finite
 
-_PIECE_VALUES = 1 << 17
+_PIECE_VALUES, _CACHED_VALUES = 1 << 21, 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def _added(output: Output, base: Reader, pairs: Factors | None, scale: float) ->
     """Rows of the parameter, in its own orientation."""
     rows, columns = output.shape[-2:]
     dtype, step = DTYPES[output.stored[0].dtype], max(1, _PIECE_VALUES // columns)
-    total, delta = (torch.empty(min(step, rows), columns) for _ in range(2))
+    total, delta = (torch.empty(max(1, min(_CACHED_VALUES // columns, rows)), columns) for _ in range(2))
     for expert in range(output.num_experts or 1):
         unpacked = _unpacked(output, base, expert) if len(output.sources) == 2 else None
         for first in range(0, rows, step):
@@ -128,13 +128,17 @@ def _added(output: Output, base: Reader, pairs: Factors | None, scale: float) ->
                 values = base.read(output.sources[0], at, count * columns).reshape(count, columns)
             else:
                 values = unpacked[:, first : first + count].T
-            sums = total[:count].copy_(values)
-            if pairs:
-                left, right = pairs[expert]
-                product = torch.mm(left[first : first + count], right, out=delta[:count])
-                sums += product if scale == 1.0 else product.mul_(scale)
-            _require_finite(output, sums, values)
-            yield sums.to(dtype, copy=True)
+            piece = torch.empty(count, columns, dtype=dtype)
+            for row in range(0, count, len(total)):
+                part, sums = values[row : row + len(total)], total[: count - row]
+                sums.copy_(part)
+                if pairs:
+                    left, right = pairs[expert]
+                    product = torch.mm(left[first + row : first + row + len(sums)], right, out=delta[: len(sums)])
+                    sums += product if scale == 1.0 else product.mul_(scale)
+                _require_finite(output, sums, part)
+                piece[row : row + len(sums)] = sums
+            yield piece
 
 
 def _unpacked(output: Output, base: Reader, expert: int) -> torch.Tensor:

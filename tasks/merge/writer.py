@@ -25,7 +25,7 @@ from tasks.merge.reader import DTYPES, bytes_of
 T = TypeVar("T")
 BLOCK_BYTES = 4096  # what file systems share extents by
 _PIECE_BYTES, _COPY_BYTES = 1 << 20, 64 << 20
-_WAITING = 16  # pieces between two threads: 4 MB
+_WAITING = 3  # pieces between two threads: 12 MB
 _CANT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
