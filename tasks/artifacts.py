@@ -138,6 +138,8 @@ class MergedModel(Artifact):
     num_changed: int
     num_shards: int
     total_bytes: int
+    experts: str = "plain"  # or "mxfp4"
+    mxfp4_error: float = 0.0  # largest relative error of a tensor that was made MXFP4 again
 
 
 class PublishedModel(Artifact):

@@ -269,7 +269,12 @@ class PretrainSpec(Spec):
 class MergeSpec(Spec):
     """How the adapter is added to its base."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"experts"})
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    experts: Literal["plain", "mxfp4"] = Field(
+        default="plain", description="Experts in dtype, or as MXFP4 blocks again (a quarter of the size, rounded)."
+    )
     shard_bytes: int = Field(default=10_000_000_000, ge=1_000_000, description="Largest shard (10 GB, as in the seed).")
 
 

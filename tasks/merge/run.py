@@ -1,24 +1,23 @@
-"""Stream the base's shards on the CPU, add the adapter's deltas, write bf16 shards.
+"""Stream the base's shards on the CPU, add the adapter's deltas, write the merged shards.
 
-    headers -> plan.py -> for each shard: for each tensor: copy | add | dequantise -> rename -> ledger.json
+    headers -> plan.py -> for each shard: stream.py (copy | add | dequantise) -> writer.py (write, hash) -> rename
+                     and beside it worker.py: PEFT's own deltas, compared in the end -> merge_ledger.json -> rename
 
-The model is never built: one tensor (of 3-D ones: one expert) is in memory at a time. A delta is
-added in float32 and rounded once.
+The model is never built: a few megabytes are in memory at a time. A delta is added in float32 and rounded
+once; what the adapter does not touch is copied as bytes.
 
 Ring: edge.
 """
 
-import json
+import errno
 import logging
 import shutil
-import struct
 from collections.abc import Iterator
-from hashlib import sha256
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from tasks import files
 from tasks.artifacts import (
@@ -30,48 +29,28 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import CorruptError, MissingError, ShapeError
-from tasks.gptoss.mxfp4 import dequantize
-from tasks.merge.delta import expert_deltas, linear_delta
-from tasks.merge.plan import MergePlan, Output, plan_merge, shard_names
+from tasks.errors import CapacityError, CorruptError, MissingError, ShapeError
+from tasks.gptoss.mxfp4 import QUANTIZATION_CONFIG
+from tasks.merge.peft_check import PeftSide
+from tasks.merge.plan import MergePlan, plan_merge, shard_names
+from tasks.merge.reader import Reader
+from tasks.merge.shard import write_shard
+from tasks.models import require_mxfp4
 from tasks.specs import MergeSpec
 
-VERSION = 1
+VERSION = 2
 LEDGER = "merge_ledger.json"
-_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 _NOT_COPIED = {"config.json", "model.safetensors.index.json"}
 _SIDE_FILES = (".json", ".jinja", ".model", ".txt")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 logger = logging.getLogger(__name__)
-
-
-class Reader:
-    """Random access to the tensors of a folder of safetensors files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.headers: dict[str, dict[str, Any]] = {}  # Any: dtype, shape, data_offsets
-        self._file_of: dict[str, Path] = {}
-        for shard in files.weight_files(folder):
-            for name, entry in files.read_safetensors_header(shard)[0].items():
-                self.headers[name] = entry
-                self._file_of[name] = shard
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor, mapped from disk."""
-        with safe_open(str(self._file_of[name]), framework="pt") as handle:
-            return handle.get_tensor(name)
-
-    def experts(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the slices along the first axis, one in memory at a time."""
-        with safe_open(str(self._file_of[name]), framework="pt") as handle:
-            lazy = handle.get_slice(name)
-            for index in range(lazy.get_shape()[0]):
-                yield lazy[index]
 
 
 def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, store: ArtifactStore) -> MergedModel:
     """Merge the adapter into its base; a second call returns the finished model.
 
-    Raises: SpecError (kind of adapter), ShapeError (does not fit, unused, without effect),
+    Raises: SpecError (kind of adapter), ShapeError (does not fit, unused, without effect, not PEFT's delta),
         MissingError or CorruptError (the base is gone or another; torn file, value that is not finite),
         CapacityError (disk).
     """
@@ -80,21 +59,9 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, store: ArtifactStore
         if claim.found:
             return claim.found
         require_same_base(adapter, store)
-        base, deltas = Reader(Path(adapter.base_folder)), Reader(Path(adapter.adapter_folder))
-        config = files.read_json(Path(adapter.adapter_folder) / "adapter_config.json")
-        element_bytes = _DTYPES[spec.dtype][1]
-        plan = plan_merge(
-            base.headers, deltas.headers, config, element_bytes=element_bytes, shard_bytes=spec.shard_bytes
-        )
-        partial, target = claim.folder / "model.partial", claim.folder / "model"
+        target = claim.folder / "model"
         if not target.exists():
-            written = sum(files.list_files(partial).values()) if partial.exists() else 0
-            files.require_disk(claim.folder, plan.total_bytes - written + (64 << 20), "merging")
-            ledger = write_model(plan, base, deltas, partial, spec)
-            _write_side_files(Path(adapter.base_folder), partial, spec)
-            files.write_json(partial / LEDGER, ledger)
-            partial.rename(target)
-            files.fsync_folder(claim.folder)
+            merge_folders(Path(adapter.base_folder), Path(adapter.adapter_folder), target, spec)
         ledger = files.read_json(target / LEDGER)
         digests = {**ledger["shards"], **_side_digests(target, ledger["shards"])}
         artifact = MergedModel(
@@ -104,12 +71,73 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, store: ArtifactStore
             model_folder=str(target),
             model_digest=folder_digest(digests),
             base_folder=adapter.base_folder,
-            num_tensors=len(plan.outputs),
+            num_tensors=ledger["num_tensors"],
             num_changed=len(ledger["changes"]),
-            num_shards=len(plan.shards),
-            total_bytes=plan.total_bytes,
+            num_shards=len(ledger["shards"]),
+            total_bytes=ledger["total_bytes"],
+            experts=spec.experts,
+            mxfp4_error=max((row["mxfp4_error"] for row in ledger["requantized"]), default=0.0),
         )
-        return claim.commit(artifact, spec=spec, about={"digests": digests, "ledger": ledger["changes"]})
+        about = {"digests": digests, "ledger": ledger["changes"], "peft": ledger["peft"]}
+        return claim.commit(artifact, spec=spec, about={**about, "requantized": ledger["requantized"]})
+
+
+def merge_folders(base_folder: Path, adapter_folder: Path, target: Path, spec: MergeSpec) -> None:
+    """Make the folder `target`, whole or not at all; what a killed try left beside it is used. Raises: see above."""
+    partial, beside = target.with_name(f"{target.name}.partial"), target.with_name("peft")
+    partial.mkdir(parents=True, exist_ok=True)
+    files.remove_strays(partial)  # a kill inside a shard leaves up to 10 GB, which would be digested and published
+    config = files.read_json(base_folder / "config.json")
+    if stored := config.get("quantization_config"):
+        require_mxfp4(stored)
+    with Reader.opened(base_folder) as base, Reader.opened(adapter_folder) as deltas:
+        plan = plan_merge(
+            base.headers,
+            deltas.headers,
+            files.read_json(adapter_folder / "adapter_config.json"),
+            dtype=_DTYPES[spec.dtype],
+            experts=spec.experts,
+            shard_bytes=spec.shard_bytes,
+        )
+        written = sum(files.list_files(partial).values())
+        files.require_disk(partial, plan.total_bytes - written + (64 << 20), "merging")
+        with _disk_errors(partial), _one_thread(), PeftSide.started(adapter_folder, base_folder, beside) as peft:
+            ledger = write_model(plan, base, deltas, partial)
+            write_side_files(base_folder, config, partial, spec)
+            with Reader.opened(partial) as merged:
+                ledger["peft"] = peft.check(plan, base, deltas, merged)
+            files.write_json(partial / LEDGER, ledger)
+    shutil.rmtree(beside)
+    partial.rename(target)
+    files.fsync_folder(target.parent)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: pieces are small, and threads that wait for each other's end cost more than they do.
+
+    Reading and adding, writing, and hashing have a thread each.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Say a full disk as what it is: room was looked at before, but others write too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise CapacityError(
+            f"the disk filled while merging below {folder} ({error.strerror}; {files.free_bytes(folder) / 1e9:.1f} GB "
+            "are free): free some space and run it again, finished shards are kept"
+        ) from error
 
 
 def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
@@ -138,134 +166,46 @@ def _side_digests(folder: Path, shards: dict[str, str]) -> dict[str, str]:
     return {name: files.digest(folder / name) for name in files.list_files(folder) if name not in shards}
 
 
-def write_model(plan: MergePlan, base: Reader, deltas: Reader, folder: Path, spec: MergeSpec) -> dict[str, Any]:
+def write_model(plan: MergePlan, base: Reader, deltas: Reader, folder: Path) -> dict[str, Any]:  # Any: JSON values
     """Write every shard and the index; shards that an earlier try finished are kept.
 
-    Returns the ledger: {"shards": file -> sha256, "changes": [one entry per changed tensor]}.
+    Returns the ledger: {"shards": file -> sha256, "changes": [a row per changed parameter], "adapter": [a row per
+        adapter tensor], "requantized": [a row per parameter made MXFP4 again], "num_tensors", "total_bytes"}.
+    Raises: ShapeError when a tensor of the adapter was not used.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files.remove_strays(folder)  # a kill inside a shard leaves up to 10 GB, which would be digested and published
     names = shard_names(len(plan.shards))
-    ledger: dict[str, Any] = {"shards": {}, "changes": []}  # Any: JSON values
+    ledger: dict[str, Any] = {"num_tensors": len(plan.outputs), "total_bytes": plan.total_bytes, "shards": {}}
+    rows: dict[str, list[Any]] = {"changes": [], "adapter": [], "requantized": []}
     for number, (name, outputs) in enumerate(zip(names, plan.shards, strict=True), start=1):
         record = folder.parent / f"{name}.ledger.json"  # beside the shard, renamed first: a shard without it is redone
-        if not (record.exists() and (folder / name).exists()):
-            write_shard(outputs, base, deltas, folder / name, record, spec)
+        size = (folder / name).stat().st_size if (folder / name).exists() else -1
+        if not (record.exists() and files.read_json(record)["bytes"] == size):
+            write_shard(outputs, base, deltas, folder / name, record)
         done = files.read_json(record)
         ledger["shards"][name] = done["sha256"]
-        ledger["changes"].extend(done["changes"])
+        for kind, found in rows.items():
+            found.extend(done[kind])
         logger.info("merged shard %d/%d, %.2f GB", number, len(names), (folder / name).stat().st_size / 1e9)
+    if unused := deltas.headers.keys() - {row["tensor"] for row in rows["adapter"]}:
+        raise ShapeError(f"adapter tensors that were not merged: {', '.join(sorted(unused))}")
     if len(names) > 1:
-        weight_map = {o.name: name for name, outputs in zip(names, plan.shards, strict=True) for o in outputs}
+        shards = zip(names, plan.shards, strict=True)
+        weight_map = {stored.name: name for name, outputs in shards for o in outputs for stored in o.stored}
         files.write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map},
         )
-    return ledger
+    return {**ledger, **rows}
 
 
-def write_shard(
-    outputs: tuple[Output, ...], base: Reader, deltas: Reader, path: Path, record: Path, spec: MergeSpec
-) -> None:
-    """Stream one shard to disk, hashing as it goes; then write down what was changed in it."""
-    dtype_name, element_bytes = _DTYPES[spec.dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Any: safetensors header entries
-    offset = 0
-    for output in outputs:
-        end = offset + output.num_elements * element_bytes
-        header[output.name] = {"dtype": dtype_name, "shape": list(output.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    changes: list[dict[str, Any]] = []  # Any: JSON values
-    hasher = sha256()
-    with files.aside(path) as temporary, temporary.open("wb") as handle:
-        _put(handle, hasher, struct.pack("<Q", len(text)) + text)
-        for output in outputs:
-            norm = 0.0
-            for piece, squared in merged_pieces(output, base, deltas, getattr(torch, spec.dtype)):
-                norm += squared
-                _put(handle, hasher, piece.contiguous().view(torch.uint8).numpy())
-            if output.change:
-                changes.append(_entry(output, norm**0.5, path.name))
-        handle.flush()
-    files.write_json(record, {"sha256": hasher.hexdigest(), "changes": changes})
-
-
-def _put(handle: BinaryIO, hasher: Any, data: Any) -> None:  # Any: hashlib's type is private; bytes or an array
-    handle.write(data)
-    hasher.update(data)
-
-
-def _entry(output: Output, norm: float, shard: str) -> dict[str, Any]:  # Any: JSON values
-    if norm == 0.0:
-        raise ShapeError(f"the adapter's change of {output.name} is zero: its LoRA B never moved from its start")
-    assert output.change is not None
-    return {
-        "tensor": output.name,
-        "shape": list(output.shape),
-        "lora_A": output.change.a_key,
-        "lora_B": output.change.b_key,
-        "scale": output.change.scale,
-        "delta_norm": norm,
-        "shard": shard,
-    }
-
-
-def merged_pieces(
-    output: Output, base: Reader, deltas: Reader, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield (piece of the merged tensor in storage order, squared norm of its delta).
-
-    Raises: CorruptError when a value is not finite.
-    """
-    change = output.change
-    if len(output.shape) != 3:
-        weight = base.tensor(output.sources[0])
-        if change is None:
-            yield weight.to(dtype), 0.0
-            return
-        delta = linear_delta(deltas.tensor(change.a_key), deltas.tensor(change.b_key), scale=change.scale)
-        yield _added(output, weight, delta, dtype)
-        return
-    added = (
-        expert_deltas(
-            deltas.tensor(change.a_key),
-            deltas.tensor(change.b_key),
-            num_experts=output.shape[0],
-            scale=change.scale,
-        )
-        if change
-        else None
-    )
-    for weight in _experts(output, base):
-        yield _added(output, weight, next(added), dtype) if added else (weight.to(dtype), 0.0)
-
-
-def _experts(output: Output, base: Reader) -> Iterator[torch.Tensor]:
-    if not output.is_quantized:
-        yield from base.experts(output.sources[0])
-        return
-    blocks, scales = (base.experts(name) for name in output.sources)
-    for block, scale in zip(blocks, scales, strict=True):
-        yield dequantize(block[None], scale[None], torch.bfloat16)[0]
-
-
-def _added(output: Output, weight: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    merged = weight.float() + delta
-    if not torch.isfinite(merged).all():
-        raise CorruptError(f"merging {output.name} gives values that are not finite: base or adapter is damaged")
-    return merged.to(dtype), float(delta.double().pow(2).sum())
-
-
-def _write_side_files(base_folder: Path, folder: Path, spec: MergeSpec) -> None:
+def write_side_files(base_folder: Path, config: dict[str, Any], folder: Path, spec: MergeSpec) -> None:
     """Copy tokenizer, template and generation config; write the config without a stale quantisation."""
     for path in sorted(base_folder.iterdir()):
         if path.is_file() and path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED:
             with files.aside(folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    config = files.read_json(base_folder / "config.json")
-    for stale in ("quantization_config", "torch_dtype", "_name_or_path"):
-        config.pop(stale, None)
-    config["dtype"] = spec.dtype
-    files.write_json(folder / "config.json", config)
+    stale = {"quantization_config", "torch_dtype", "_name_or_path"}
+    kept = {name: value for name, value in config.items() if name not in stale} | {"dtype": spec.dtype}
+    if spec.experts == "mxfp4":
+        kept["quantization_config"] = QUANTIZATION_CONFIG
+    files.write_json(folder / "config.json", kept)

@@ -25,7 +25,7 @@ def merge_adapter(adapter: TrainedAdapter, spec: MergeSpec, storage: str = "") -
 
     store = open_store(storage)
     merged = run.merge_adapter(adapter, spec, store)
-    changes = (store.manifest(MergedModel, merged.key) or {})["about"]["ledger"]
-    show_markdown("merge-ledger", report.ledger_markdown(merged, changes), "Which tensor got which change")
-    show_table("merge-changes", changes, "One row for each changed tensor: LoRA pair, scale, norm, shard")
+    about = (store.manifest(MergedModel, merged.key) or {})["about"]
+    show_markdown("merge-ledger", report.ledger_markdown(merged, about), "Which tensor got which change")
+    show_table("merge-changes", about["ledger"], "One row for each changed tensor: LoRA pair, scale, norm, shard")
     return merged

@@ -1,5 +1,7 @@
 """Our MXFP4 values are transformers' values, to the bit, for every nibble and every scale."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,3 +62,42 @@ def test_tensors_that_do_not_belong_together_are_named(blocks: tuple[int, ...], 
         subject.dequantize(
             torch.zeros(blocks, dtype=torch.uint8), torch.zeros(scales, dtype=torch.uint8), torch.float32
         )
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 4), st.integers(0, 254), st.integers(0, 40))
+def test_what_the_format_holds_comes_back_exactly(seed: int, rows: int, groups: int, low: int, spread: int):
+    blocks, scales = _random(seed, 1, rows, groups, low, min(254, low + spread))
+    values = subject.dequantize_rows(blocks, scales)
+    values = torch.where(torch.isfinite(values), values, 0.0)
+    assert torch.equal(subject.dequantize_rows(*subject.quantize(values)), values)
+
+
+def _nearest(value: float, exponent: int) -> float:
+    """The value of the grid next to `value`, ties to the even code, by trying all."""
+    grid = [(abs(value) / 2.0**exponent - size, code, size) for code, size in enumerate(subject.FP4_VALUES[:8])]
+    return min(grid, key=lambda item: (abs(item[0]), item[1] % 2))[2] * 2.0**exponent
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32), st.integers(-20, 20))
+def test_each_block_is_rounded_at_the_better_of_two_scales(numbers: list[float], shift: int):
+    values = torch.tensor(numbers, dtype=torch.float32) * 2.0**shift
+    stored = subject.dequantize_rows(*subject.quantize(values)).double()
+    largest = values.abs().max().item()
+    if largest == 0:
+        assert not stored.any()
+        return
+    first = math.frexp(largest)[1] - 3  # OCP Microscaling v1.0, 6.3
+    tried = [[_nearest(value, exponent) for value in values.tolist()] for exponent in (first, first + 1)]
+    errors = [sum((size - abs(v)) ** 2 for size, v in zip(sizes, values.tolist(), strict=True)) for sizes in tried]
+    error = (stored - values.double()).square().sum().item()
+    assert error == pytest.approx(min(errors), rel=1e-4)
+    assert (torch.sign(stored) * torch.sign(values) >= 0).all()
+
+
+def test_the_second_scale_is_worth_it():
+    values = torch.randn(64, 320, generator=torch.Generator().manual_seed(0)) * 0.02
+    sizes = values.abs().unflatten(-1, (-1, 32))
+    ocp = torch.frexp(sizes.amax(-1, keepdim=True)).exponent - 3
+    alone = torch.ldexp(subject._rounded(sizes, ocp)[1], 2 * ocp).sum().sqrt() / values.norm()
+    ours = (subject.dequantize_rows(*subject.quantize(values)) - values).norm() / values.norm()
+    assert ours < 0.99 * alone < 0.12

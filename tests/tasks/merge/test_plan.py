@@ -35,8 +35,8 @@ BASE = {
     f"{EXPERTS}.down_proj": _header(E, INNER, HIDDEN),
 }
 QUANTIZED = {name: header for name, header in BASE.items() if not name.endswith("down_proj")} | {
-    f"{EXPERTS}.down_proj_blocks": _header(E, HIDDEN, INNER // 32, 16),
-    f"{EXPERTS}.down_proj_scales": _header(E, HIDDEN, INNER // 32),
+    f"{EXPERTS}.down_proj_blocks": _header(E, HIDDEN, INNER // 32, 16) | {"dtype": "U8"},
+    f"{EXPERTS}.down_proj_scales": _header(E, HIDDEN, INNER // 32) | {"dtype": "U8"},
 }
 
 
@@ -56,7 +56,9 @@ ADAPTER = {**LINEAR, **GATE_UP, **DOWN}
 
 
 def _plan(base: Any = BASE, adapter: Any = ADAPTER, shard_bytes: int = 10**9, **config: Any) -> subject.MergePlan:
-    return subject.plan_merge(base, adapter, {**CONFIG, **config}, element_bytes=2, shard_bytes=shard_bytes)
+    return subject.plan_merge(
+        base, adapter, {**CONFIG, **config}, dtype="BF16", experts="plain", shard_bytes=shard_bytes
+    )
 
 
 def _changes(plan: subject.MergePlan) -> dict[str, str]:
@@ -82,16 +84,17 @@ def test_real_peft_keys_and_order(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     from tasks.files import read_json
-    from tasks.merge.run import Reader
+    from tasks.merge.reader import Reader
     from tests.tiny import make_model
 
     targets = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
     make_model().save_pretrained(tmp_path / "base")
     get_peft_model(make_model(), config).save_pretrained(tmp_path / "adapter")
-    base, adapter = Reader(tmp_path / "base").headers, Reader(tmp_path / "adapter").headers
+    with Reader.opened(tmp_path / "base") as opened, Reader.opened(tmp_path / "adapter") as given:
+        base, adapter = opened.headers, given.headers
     stored = read_json(tmp_path / "adapter/adapter_config.json")
-    plan = subject.plan_merge(base, adapter, stored, element_bytes=2, shard_bytes=10**9)
+    plan = subject.plan_merge(base, adapter, stored, dtype="BF16", experts="plain", shard_bytes=10**9)
     changed = {output.name: output.change for output in plan.outputs if output.change}
     assert sorted(changed) == sorted(
         f"model.layers.{layer}.{name}"
@@ -106,10 +109,11 @@ def test_quantised_base_gives_the_plain_tensor():
     outputs = {output.name: output for output in _plan(base=QUANTIZED).outputs}
     down = outputs[f"{EXPERTS}.down_proj"]
     assert down.shape == (E, INNER, HIDDEN)
-    assert down.sources == (f"{EXPERTS}.down_proj_blocks", f"{EXPERTS}.down_proj_scales")
-    assert down.is_quantized and down.change is not None
+    assert [source.name for source in down.sources] == [f"{EXPERTS}.down_proj_blocks", f"{EXPERTS}.down_proj_scales"]
+    assert [(stored.name, stored.dtype) for stored in down.stored] == [(f"{EXPERTS}.down_proj", "BF16")]
+    assert down.change is not None and not down.is_copied
     assert set(outputs) == set(BASE)
-    assert not outputs[f"{EXPERTS}.gate_up_proj"].is_quantized
+    assert len(outputs[f"{EXPERTS}.gate_up_proj"].sources) == 1
 
 
 def test_scale_follows_the_config():
@@ -144,39 +148,52 @@ def test_what_does_not_fit_is_named(base: Any, adapter: Any, message: str):
         _plan(base=base, adapter=adapter)
 
 
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"peft_type": "IA3"}, "adapter is of type IA3, expected LORA"),
-        ({"use_dora": True}, "uses DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-        ({"trainable_token_indices": [1]}, "uses trainable tokens"),
-        ({"rank_pattern": {"a": 1}}, "uses rank_pattern"),
-        ({"alpha_pattern": {"a": 1}}, "uses alpha_pattern"),
-        ({"layer_replication": [[0, 1]]}, "uses layer replication"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
-        ({"bias": "all"}, "uses bias=all"),
-        (
-            {"use_dora": True, "bias": "lora_only"},
-            "uses DoRA, bias=lora_only, which can't be merged here: use PEFT's merge",
-        ),
-    ],
-)
-def test_kinds_that_are_not_plain_lora_are_refused_by_name(config: dict[str, Any], named: str):
-    with pytest.raises(SpecError, match=named):
-        _plan(**config)
-
-
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 60))
 def test_shards_keep_order_and_size(sizes: list[int], capacity: int):
-    outputs = [subject.Output(name=str(i), shape=(size,), sources=("s",), change=None) for i, size in enumerate(sizes)]
-    shards = subject._shards(outputs, 2, 2 * capacity)
+    stored = [subject.Stored(name=str(index), dtype="BF16", shape=(size,)) for index, size in enumerate(sizes)]
+    outputs = [subject.Output(name=s.name, shape=s.shape, sources=(s,), stored=(s,), change=None) for s in stored]
+    shards = subject._shards(outputs, 2 * capacity)
     assert [output for shard in shards for output in shard] == outputs
-    assert all(sum(o.num_elements for o in shard) <= capacity or len(shard) == 1 for shard in shards)
+    assert all(sum(o.num_bytes for o in shard) <= 2 * capacity or len(shard) == 1 for shard in shards)
     for shard, following in pairwise(shards):  # no shard could have taken the next tensor
-        assert sum(o.num_elements for o in shard) + following[0].num_elements > capacity
-    plan = subject.MergePlan(shards=shards, element_bytes=2)
+        assert sum(o.num_bytes for o in shard) + following[0].num_bytes > 2 * capacity
+    plan = subject.MergePlan(shards=shards)
     assert (plan.total_bytes, plan.outputs) == (2 * sum(sizes), outputs)
+    assert all(output.is_copied for output in plan.outputs)
+
+
+def test_mxfp4_output_is_named_and_laid_out_as_gpt_oss_stores_it():
+    plan = subject.plan_merge(QUANTIZED, LINEAR, CONFIG, dtype="BF16", experts="mxfp4", shard_bytes=10**9)
+    stored = {tensor.name: (tensor.dtype, tensor.shape) for output in plan.outputs for tensor in output.stored}
+    assert stored[f"{EXPERTS}.down_proj_blocks"] == ("U8", (E, HIDDEN, INNER // 32, 16))
+    assert stored[f"{EXPERTS}.gate_up_proj_blocks"] == ("U8", (E, 2 * INNER, HIDDEN // 32, 16))
+    assert stored[f"{EXPERTS}.gate_up_proj_scales"] == ("U8", (E, 2 * INNER, HIDDEN // 32))
+    assert stored[f"{EXPERTS}.gate_up_proj_bias"] == ("BF16", (E, 2 * INNER))
+    copied = {output.name for output in plan.outputs if output.is_copied}
+    assert f"{EXPERTS}.down_proj" in copied  # MXFP4 before, and not touched
+    assert copied == {output.name for output in plan.outputs} - {f"{QUERY}.weight", f"{EXPERTS}.gate_up_proj"}
+    widths = [subject.ELEMENT_BYTES[tensor.dtype] for output in plan.outputs for tensor in output.stored]
+    assert widths == sorted(widths, reverse=True)  # an odd number of bytes must not shift a wider tensor
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({f"{QUERY}.weight": _header(48, HIDDEN)}, "mxfp4 but the base has no fused experts"),
+        ({**BASE, f"{EXPERTS}.down_proj": _header(E, 40, HIDDEN)}, r"down_proj \(4, 40, 64\) has no multiple of 32"),
+        ({**BASE, "a": {**_header(3), "dtype": "F8_E4M3"}}, "base tensor a is of type F8_E4M3: name its bf16"),
+    ],
+)
+def test_a_base_that_can_not_be_stored_so_is_named(base: Any, message: str):
+    with pytest.raises(SpecError, match=message):
+        subject.plan_merge(base, LINEAR, CONFIG, dtype="BF16", experts="mxfp4", shard_bytes=10**9)
+
+
+def test_integers_stay_what_they_are():
+    base = {**BASE, "counts": {**_header(7), "dtype": "I64"}, "half": {**_header(7), "dtype": "F16"}}
+    outputs = {output.name: output for output in _plan(base=base).outputs}
+    assert outputs["counts"].is_copied and outputs["counts"].stored[0].dtype == "I64"
+    assert not outputs["half"].is_copied and outputs["half"].stored[0].dtype == "BF16"
 
 
 def test_plan_is_cut_into_shards_and_counts_bytes():
