@@ -47,6 +47,8 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/qlora-16gb",
             "pretrain/tiny",
             "release/h100",
+            "evaluate/h100",
+            "evaluate/tiny",
             "ingest-traces/every-5-minutes",
         ]
     )
@@ -119,6 +121,7 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
     [
         ("finetune", "finetune", Recipe, 60),
         ("release", "release", Recipe, 60),
+        ("evaluation", "evaluate", Recipe, 60),
         ("pretrain", "pretrain", PretrainSpec, 25),
     ],
 )

@@ -19,9 +19,10 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 SHARED = r"tasks\.(artifacts|checkpoints|divergence|environment|specs|errors|files|hub|lifeline|liveness|machine|metrics|models|processes|procfs|recorder|row_order|supervision|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
-    (r"tasks/(?P<verb>train|verify)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
+    (r"tasks/(?P<verb>train|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.(prefect_ui|pictures)"),
     (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/evaluate/prompts\.py", rf"tasks\.evaluate\.\w+|tasks\.pack\.render|{SHARED}"),  # asks as training rendered
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),
     (r"tasks/\w+\.py", SHARED),
