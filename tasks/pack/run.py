@@ -151,6 +151,7 @@ def _about(
             "validation": length_stats([document.num_tokens for document in validation]),
         },
         "num_dropped": len(dropped),
+        "dropped_rows": sorted({document.row_id for document in dropped}),
         "sample": {
             "prompt": tokenizer.decode(train[0].prompt_ids),
             "answer": tokenizer.decode(train[0].answer_ids[:400]),

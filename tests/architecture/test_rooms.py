@@ -29,6 +29,7 @@ TABLE: list[tuple[str, str]] = [
     (r"blocks/(opening|storage)\.py", r"blocks\.\w+|tasks\.artifacts"),  # they open the artifact store
     (r"blocks/\w+\.py", r"blocks\.\w+"),
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
+    (r"deployments/provenance/\w+\.py", r"deployments\.provenance\.\w+|tasks\.traces\.(?!task$)\w+|tasks\.(artifacts|errors|files)"),  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
@@ -36,7 +37,7 @@ TABLE: list[tuple[str, str]] = [
 ]  # fmt: skip
 PURE_MAY = (
     r"tasks\.(artifacts|environment|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
-    r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked"
+    r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked|deployments\.provenance\.lineage"
 )
 IMPURE = {
     "os", "shutil", "subprocess", "socket", "ssl", "tempfile", "threading", "multiprocessing", "asyncio", "time",

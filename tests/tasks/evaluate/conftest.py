@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import (
-    Artifact,
-    ArtifactStore,
-    BaseCheckpoint,
-    MergedModel,
-    PackedDataset,
-    PublishedModel,
-    ServedModel,
-    TrainedAdapter,
-)
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, ServedModel
 from tasks.evaluate.prompts import SHIPPED
 from tasks.fetch.run import fetch_dataset
 from tasks.pack.run import pack_dataset
-from tasks.specs import EvaluateSpec, FetchSpec, PackSpec, ServeSpec
+from tasks.specs import EvaluateSpec, FetchSpec, PackSpec
+from tests.chain import commit_chain
 from tests.tiny import byte_tokenizer, make_base, make_model, write_chats
 
 NUM_QUESTIONS, NUM_SAFETY = 6, 4
@@ -40,73 +32,7 @@ class Line:
 
     def serve(self, url: str, digest: str = "tuned", folder: Path | None = None) -> ServedModel:
         """Commit the chain from an adapter to a model that is served at `url`."""
-        model = str(folder or self.tuned_folder)
-        adapter = _commit(
-            self.store,
-            TrainedAdapter(
-                **_names(self.store, TrainedAdapter, digest, self.packed, self.base),
-                adapter_folder=model,
-                adapter_digest=f"adapter-{digest}",
-                base_folder=self.base.model_folder,
-                base_digest=self.base.model_digest,
-                num_steps=1,
-                num_trainable=1,
-                first_loss=5.0,
-                last_loss=1.0,
-                validation_loss_before=5.0,
-                validation_loss_after=1.0,
-            ),
-        )
-        merged = _commit(
-            self.store,
-            MergedModel(
-                **_names(self.store, MergedModel, digest, adapter),
-                model_folder=model,
-                model_digest=digest,
-                base_folder=self.base.model_folder,
-                num_tensors=1,
-                num_changed=1,
-                num_shards=1,
-                total_bytes=1 << 20,
-            ),
-        )
-        published = _commit(
-            self.store,
-            PublishedModel(
-                **_names(self.store, PublishedModel, digest, merged),
-                place="local",
-                repo_id="local/tiny",
-                commit="c" * 40,
-                url="file:///",
-                model_folder=model,
-                model_digest=digest,
-            ),
-        )
-        return _commit(
-            self.store,
-            ServedModel(
-                **_names(self.store, ServedModel, f"{digest}-{url}", published),
-                model_folder=model,
-                model_digest=digest,
-                served_model_name="tiny",
-                dtype="float32",
-                vllm_url=url,
-                gateway_url="http://127.0.0.1:1",
-                reused=False,
-            ),
-        )
-
-
-def _names(store: ArtifactStore, cls: type[Artifact], seed: str, *parents: Artifact) -> dict[str, Any]:
-    from hashlib import sha256
-
-    key = sha256(f"{cls.kind}{seed}".encode()).hexdigest()
-    return {"key": key, "folder": str(store.folder(cls, key)), "parents": tuple(parent.ref for parent in parents)}
-
-
-def _commit(store: ArtifactStore, artifact: Any) -> Any:
-    with store.claim(type(artifact), artifact.key) as claim:
-        return claim.found or claim.commit(artifact, spec=ServeSpec(max_model_len=512))
+        return commit_chain(self.store, self.packed, self.base, folder or self.tuned_folder, digest=digest, url=url)
 
 
 def write_suite(folder: Path) -> Path:
