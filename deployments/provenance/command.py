@@ -94,15 +94,30 @@ class Found:
         return [f"rows {', '.join(ids[:_SHOWN_IDS])}{more}"]
 
     def _coverage_notes(self, node: Node) -> list[str]:
-        """Say where a row of the data set may have been left out."""
-        if node.kind != "packed" or node.is_cleared or not node.about.get("num_dropped"):
+        """Say where a row of the data set may have been left out: too long for packing, or not reached by training."""
+        if node.is_cleared or not self.rows:
+            return []
+        if node.kind == "adapter":
+            return _unreached(node, self.lineage)
+        if node.kind != "packed" or not node.about.get("num_dropped"):
             return []
         dropped = node.about.get("dropped_rows")
-        ours = {row.row_id for row in self.rows}
         if dropped is None:
             return [f"{node.about['num_dropped']} documents were too long and dropped: this row may be one of them"]
-        gone = sorted(ours & set(dropped))
+        gone = sorted({row.row_id for row in self.rows} & set(dropped))
         return [f"DROPPED here, too long: {', '.join(gone)}"] if gone else []
+
+
+def _unreached(adapter: Node, lineage: Lineage) -> list[str]:
+    """Say how many packed rows a training of less than an epoch learnt."""
+    per_step = 1
+    for name in ("rows_per_device", "gradient_accumulation", "num_processes"):
+        per_step *= adapter.spec.get(name, 1)
+    learnt = adapter.fields.get("num_steps", 0) * per_step
+    [rows] = [
+        lineage.get(ref).fields.get("num_train_rows", 0) for ref in adapter.parents if ref.startswith("packed/")
+    ] or [0]
+    return [f"learnt {learnt} of {rows} packed rows: this one may not be among them"] if learnt < rows else []
 
 
 def _values(branch: Branch) -> Json:
@@ -152,6 +167,7 @@ def read_lineage(root: Path) -> Lineage:
                     created_at=manifest["created_at"],
                     fields=fields,
                     about=manifest.get("about") or {},
+                    spec=manifest.get("spec") or {},
                 )
             except (CorruptError, OSError, KeyError, TypeError, ValueError):
                 continue  # half a folder is no artifact; its step makes it again

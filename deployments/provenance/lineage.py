@@ -18,7 +18,7 @@ _CHECKS = ("health", "evaluation", "decision")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One artifact. `fields` is what Prefect carries of it, `about` what its manifest adds; empty when cleared away."""
+    """One artifact. `fields` is what Prefect carries of it; a cleared one has only its name."""
 
     ref: str
     folder: str = ""
@@ -26,6 +26,7 @@ class Node:
     created_at: str = ""
     fields: Json = field(default_factory=dict[str, Any])
     about: Json = field(default_factory=dict[str, Any])
+    spec: Json = field(default_factory=dict[str, Any])
 
     @property
     def kind(self) -> str:

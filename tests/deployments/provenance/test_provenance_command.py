@@ -260,6 +260,20 @@ def test_a_row_that_packing_dropped_is_told(made: Made):
     assert "DROPPED" not in "\n".join(subject.explain(other, made.store.root, made.variables).lines())
 
 
+def test_a_training_of_less_than_an_epoch_may_have_missed_the_row(made: Made):
+    """The chain's adapters made one step of one row, its packed set has eight."""
+    row_id, _ = _a_row(made, "train")
+    text = "\n".join(subject.explain(row_id, made.store.root, made.variables).lines())
+    assert text.count("learnt 1 of 8 packed rows: this one may not be among them") == 2
+    [node] = subject.read_lineage(made.store.root).of_kind("packed")
+    adapter = subject.Node(ref="adapter/a", folder="/x", parents=(node.ref,), fields={"num_steps": 4}, spec={})
+    assert subject._unreached(adapter, subject.read_lineage(made.store.root))
+    whole = subject.Node(
+        ref="adapter/a", folder="/x", parents=(node.ref,), fields={"num_steps": 4}, spec={"rows_per_device": 2}
+    )
+    assert not subject._unreached(whole, subject.read_lineage(made.store.root))
+
+
 def made_node(made: Made):
     return subject.read_lineage(made.store.root).get(made.dataset.ref)
 
