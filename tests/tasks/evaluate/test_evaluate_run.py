@@ -50,6 +50,19 @@ def test_endpoint_and_files_give_the_same_figures(line: Line, endpoint: Any):
         )
 
 
+def test_both_stop_at_the_first_end_token_and_keep_it(line: Line, endpoint: Any):
+    from tasks.evaluate.endpoint import EndpointModel
+    from tasks.evaluate.worker import FilesModel
+
+    prompt = byte_tokenizer()("q1?").input_ids
+    models = EndpointModel(endpoint.url, "tiny", 30.0), FilesModel(line.tuned_folder, "float32", "cpu")
+    unstopped = [model.generate(prompt, 6, []) for model in models]
+    assert unstopped[0] == unstopped[1] and len(unstopped[0]) == 6
+    stop = unstopped[0][2]
+    expected = unstopped[0][: unstopped[0].index(stop) + 1]
+    assert [model.generate(prompt, 6, [stop]) for model in models] == [expected, expected]
+
+
 def test_loss_is_that_of_the_trainers_own_arithmetic(line: Line):
     """Nats per answer token, as the cross entropy over labels that hide the prompt."""
     import pyarrow.parquet as pq

@@ -105,6 +105,12 @@ def test_the_likeliest_choice_by_byte_is_chosen(values: list[list[float]]):
     assert found.is_chosen == all(by_hand[0] > other for other in by_hand[1:])  # a tie is not right
 
 
+def test_a_tie_is_not_right():
+    [question] = parse(Question, [_line(wrong=["11", "22", "33"])], "q")
+    found = judge_question(question, [[-1.0]] * 4, "")
+    assert not found.is_chosen and found.chosen == "33"
+
+
 def test_a_longer_choice_is_not_punished_for_its_length():
     assert per_byte([-1.0] * 4, "abcd") == per_byte([-1.0], "a")
 
