@@ -104,8 +104,9 @@ def test_a_tune_that_learnt_is_promoted_and_nothing_is_measured_twice(line: Line
     assert (len(endpoint.bodies), len(line.store.committed(Evaluation))) == (num_asked, stamp)
 
 
-def test_the_base_under_the_candidates_name_is_refused_with_figures(line: Line):
-    """Its files are the tune's, its digest too; only the endpoint tells, and it is asked."""
+def test_the_base_under_the_candidates_name_is_refused_with_figures(line: Line, endpoint: Any):
+    """Its files are the tune's, its digest too, and that was measured before; only the endpoint tells, and is asked."""
+    assert subject.evaluate_candidate(line.serve(endpoint.url), line.spec, line.store, show_into([]), {}).promoted
     with serve(line.base_model, byte_tokenizer()) as server:
         served, shown = line.serve(server.url), Shown()
         with pytest.raises(
