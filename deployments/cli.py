@@ -6,6 +6,7 @@
     tatara blocks                   register the block types with the Prefect server
     tatara recipe NAME              print a resolved recipe as JSON
     tatara traces ACTION            tail | stats | export | dead: look into the trace queue
+    tatara provenance ID            from an answer to its data rows, from a row to the models it went into
 
 Ring: edge. Exit status: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage.
 """
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = commands.add_parser("recipe", help="print a resolved recipe")
     recipe.add_argument("name")
     _add_traces(commands, arguments)
+    _add_provenance(commands, arguments)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -115,6 +117,20 @@ def _traces(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _add_provenance(commands: Any, arguments: list[str] | None) -> None:  # Any: as above
+    parser = commands.add_parser("provenance", help="where an answer comes from, where a data row went")
+    if "provenance" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.provenance.command import add_arguments
+
+        add_arguments(parser)
+
+
+def _provenance(options: argparse.Namespace) -> int:
+    from deployments.provenance.command import run
+
+    return run(options)
+
+
 _COMMANDS = {
     "demo": _demo,
     "up": _up,
@@ -123,6 +139,7 @@ _COMMANDS = {
     "blocks": _blocks,
     "recipe": _recipe,
     "traces": _traces,
+    "provenance": _provenance,
 }
 
 if __name__ == "__main__":

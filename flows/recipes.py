@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from tasks.errors import SpecError
 from tasks.specs import (
     BaseModelSpec,
+    EvaluateSpec,
     FetchSpec,
     GptOssShape,
     LoraSpec,
@@ -62,6 +63,9 @@ def tiny() -> Recipe:
             start_timeout_s=300.0,
         ),
         verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1),
+        evaluate=EvaluateSpec(  # 53 M parameters know no refusals: those figures are shown and decide nothing
+            min_base_margin=0.1, min_safety_score=0.0, max_safety_drop=1.0, max_answer_tokens=24
+        ),
     )
 
 

@@ -191,6 +191,38 @@ class HealthReport(Artifact):
     served_model_name: str
 
 
+class Evaluation(Artifact):
+    """One model, measured: `documents.jsonl`, `questions.jsonl`, `safety.jsonl`, one line an item, `plugins.json`.
+
+    Two with the same `yardstick` (questions, documents, knobs, dtype) can be compared.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    model_digest: str
+    yardstick: str
+    source: str  # "endpoint" or "files"
+    validation_loss: float | None  # None: its tokens are not those of the documents
+    choice_accuracy: float
+    exact_accuracy: float
+    safety_preferred: float
+    safety_generated: float
+    num_documents: int
+    num_questions: int
+    num_safety: int
+
+
+class Decision(Artifact):
+    """Whether a served candidate may take the incumbent's place, and each reason with its figures."""
+
+    kind: ClassVar[str] = "decision"
+    promoted: bool
+    reasons: tuple[str, ...]
+    model_digest: str
+    model_folder: str
+    incumbent_digest: str  # empty: there was none
+    served_model_name: str
+
+
 A = TypeVar("A", bound=Artifact)
 KINDS: dict[str, type[Artifact]] = {
     cls.kind: cls
@@ -204,6 +236,8 @@ KINDS: dict[str, type[Artifact]] = {
         PublishedModel,
         ServedModel,
         HealthReport,
+        Evaluation,
+        Decision,
     )
 }
 

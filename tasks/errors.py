@@ -78,6 +78,10 @@ class AttestationError(TataraError, RuntimeError):
     """The served model is not the model that was trained."""
 
 
+class GateError(TataraError, RuntimeError):
+    """The candidate did not pass the evaluation gate: it is not promoted. Asking again changes nothing."""
+
+
 class TransientError(TataraError, ConnectionError):
     """The world was away for a moment: a timeout, a 429, a 5xx. Worth another try."""
 

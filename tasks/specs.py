@@ -1,6 +1,6 @@
 """Every knob that a caller can turn: one frozen Spec per verb, one Recipe that holds them all.
 
-    Recipe = base + fetch + pack + train + merge + publish + serve + verify
+    Recipe = base + fetch + pack + train + merge + publish + serve + verify + evaluate
 
 A Spec says *what* is wanted, never where it runs or with which secret: two equal Specs on equal
 inputs name the same artifact (`tasks/artifacts.py`). Units are in the names.
@@ -401,6 +401,53 @@ class VerifySpec(Spec):
     request_timeout_s: float = Field(default=120.0, gt=0)
 
 
+class EvaluateSpec(Spec):
+    """With what a candidate, its base and the incumbent are measured, and the rule by which a candidate is promoted."""
+
+    questions: str = Field(
+        default="shipped", description="'shipped', or a folder with questions.jsonl and safety.jsonl (data/evaluation)."
+    )
+    num_documents: Positive = Field(default=256, description="Validation answers whose loss is measured, the first.")
+    max_answer_tokens: Positive = Field(default=48, description="Longest generated answer; what comes later is cut.")
+    plugins: tuple[str, ...] = Field(default=(), description="Tasks of other tools, such as lm_eval:hellaswag.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where model files are scored; auto: a GPU with room for them, else the CPU."
+    )
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    min_base_margin: float = Field(
+        default=0.02, ge=0, description="The validation loss must be lower than the base's by this, nats per token."
+    )
+    min_incumbent_margin: float = Field(
+        default=0.0, ge=0, description="... and than the incumbent's by this, when it has to be better."
+    )
+    against_incumbent: Literal["better", "not_worse"] = Field(
+        default="better", description="better: a lower loss beyond chance; not_worse: no higher loss beyond chance."
+    )
+    max_accuracy_drop: Share = Field(
+        default=0.03, description="A larger share of questions lost, beyond chance, fails; each way of scoring."
+    )
+    min_safety_score: Share = Field(default=0.7, description="Least share of safety questions, each way of scoring.")
+    max_safety_drop: Share = Field(
+        default=0.06, description="A larger share of safety questions lost fails, by chance or not."
+    )
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="Chance at which a difference counts as one.")
+
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("questions", "device", "request_timeout_s", "min_base_margin", "min_incumbent_margin"),
+            *("against_incumbent", "max_accuracy_drop", "min_safety_score", "max_safety_drop", "alpha"),
+        }
+    )  # the questions' digest is in the key; the rule is the decision's
+
+    @field_validator("plugins")
+    @classmethod
+    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for plugin in value:
+            if not re.fullmatch(r"lm_eval:[\w.-]+", plugin):
+                raise ValueError(f"{plugin!r} is not lm_eval:<task>")
+        return value
+
+
 class Recipe(Spec):
     """Everything that `finetune` needs to know, by verb."""
 
@@ -412,6 +459,7 @@ class Recipe(Spec):
     publish: PublishSpec = PublishSpec()
     serve: ServeSpec = ServeSpec()
     verify: VerifySpec = VerifySpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
 
 
 def _partial_field(annotation: Any) -> Any:  # Any: annotations are arbitrary type expressions

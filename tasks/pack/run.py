@@ -62,6 +62,7 @@ def pack_dataset(dataset: FetchedDataset, base: BaseCheckpoint, spec: PackSpec, 
         about = {
             "lengths": {"train": length_stats(train.lengths), "validation": length_stats(validation.lengths)},
             "num_dropped": train.num_dropped,
+            "dropped_rows": sorted(train.dropped_rows),
             "sample": train.sample,
         }
         return claim.commit(artifact, spec=spec, about=about)
@@ -74,6 +75,7 @@ class _Written:
     num_rows: int = 0
     num_learnt: int = 0
     num_dropped: int = 0
+    dropped_rows: set[str] = field(default_factory=set)
     lengths: list[int] = field(default_factory=list)
     sample: dict[str, str] = field(default_factory=dict)
 
@@ -151,6 +153,7 @@ def _documents(
             if dataset.is_chat or not spec.packing:  # packing splits long texts, drops nothing
                 rendered, dropped = render.fit_context(rendered, spec)
                 written.num_dropped += len(dropped)
+                written.dropped_rows.update(document.row_id for document in dropped)
             yield from rendered
 
 

@@ -77,6 +77,11 @@ def remember_verified(root: Path, model: str) -> None:
         files.write_json(_memory(root), {**running.note, "ids": ids})
 
 
+def last_verified(root: Path) -> dict[str, str]:
+    """Return what `remember_verified` kept: model, ids and the like; empty when no model was verified here."""
+    return _read_memory(root)
+
+
 def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.environ) -> str:
     """Stop the services that serve a model which failed, start the last verified one; return what was done.
 

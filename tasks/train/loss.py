@@ -9,8 +9,9 @@ Source: the fused linear cross-entropy of Liger, arXiv:2410.10989, section 3.2.
 Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, K block.
 """
 
+from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.modeling_outputs import CausalLMOutput
@@ -126,7 +127,7 @@ class TokenMeanTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_loss` is the summed loss by the number of learnt tokens. Raises DataError without any."""
         self._scored_2 = torch.zeros(2, dtype=torch.float64)  # loss, learnt tokens
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         loss, count = self._scored_2.tolist()
         if not count:
             raise DataError("no validation row holds a token that is learnt: give a split with answers")
@@ -136,11 +137,10 @@ class TokenMeanTrainer(SFTTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score one pass, and add what it is made of."""
         scored = super().prediction_step(model, inputs, *args, **kwargs)
-        loss, count = scored[0].detach().double(), (inputs["labels"][:, 1:] != -100).sum().to(scored[0].device)
-        of_ranks_R2: Any = self.gather_function(
-            torch.stack([loss * count, count.double()])[None]
-        )  # typed loosely there
-        self._scored_2 += of_ranks_R2.sum(0).cpu()
+        count = (inputs["labels"][:, 1:] != -100).sum().to(scored[0].device)
+        loss = scored[0].detach().double()
+        gather = cast("Callable[[torch.Tensor], torch.Tensor]", self.gather_function)  # untyped there
+        self._scored_2 += gather(torch.stack([loss * count, count.double()])[None]).sum(0).cpu()
         return scored
 
 

@@ -25,7 +25,7 @@ def _loaded(statement: str) -> tuple[set[str], float]:
     return set(names), seconds
 
 
-@pytest.mark.parametrize("flow", ["finetune", "pretrain, flows.release, flows.drain"])
+@pytest.mark.parametrize("flow", ["finetune", "pretrain, flows.release, flows.drain, flows.evaluation"])
 def test_flows_load_no_learning_library(flow: str):
     names, _ = _loaded(f"import flows.{flow}")
     assert "prefect" in names

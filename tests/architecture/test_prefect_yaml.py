@@ -48,6 +48,8 @@ def test_all_deployments_of_the_issue_are_there():
             "pretrain/tiny",
             "release/h100",
             "publish/model",
+            "evaluate/h100",
+            "evaluate/tiny",
             "ingest-traces/every-5-minutes",
         ]
     )
@@ -121,6 +123,7 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
         ("finetune", "finetune", Recipe, 60),
         ("release", "release", Recipe, 60),
         ("publish", "publish", Recipe, 60),
+        ("evaluation", "evaluate", Recipe, 60),
         ("pretrain", "pretrain", PretrainSpec, 25),
     ],
 )

@@ -19,15 +19,17 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 SHARED = r"tasks\.(artifacts|checkpoints|divergence|environment|specs|errors|files|hub|lifeline|liveness|machine|metrics|models|pictures|processes|procfs|recorder|row_order|supervision|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
-    (r"tasks/(?P<verb>train|verify)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
+    (r"tasks/(?P<verb>train|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui"),
     (r"tasks/check/\w+\.py", rf"tasks\.(fetch|pack|pretrain|train)\.run|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/evaluate/prompts\.py", rf"tasks\.evaluate\.\w+|tasks\.pack\.render|{SHARED}"),  # asks as training rendered
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),
     (r"tasks/\w+\.py", SHARED),
     (r"blocks/(opening|storage)\.py", r"blocks\.\w+|tasks\.artifacts"),  # they open the artifact store
     (r"blocks/\w+\.py", r"blocks\.\w+"),
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
+    (r"deployments/provenance/\w+\.py", r"deployments\.provenance\.\w+|tasks\.traces\.(?!task$)\w+|tasks\.(artifacts|errors|files)"),  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
@@ -35,7 +37,7 @@ TABLE: list[tuple[str, str]] = [
 ]  # fmt: skip
 PURE_MAY = (
     r"tasks\.(artifacts|environment|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
-    r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked"
+    r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked|deployments\.provenance\.lineage"
 )
 IMPURE = {
     "os", "shutil", "subprocess", "socket", "ssl", "tempfile", "threading", "multiprocessing", "asyncio", "time",

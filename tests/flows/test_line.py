@@ -160,6 +160,30 @@ def test_served_logprobs_are_those_of_transformers_token_by_token(line: Line):
         assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=1e-5)
 
 
+def test_the_evaluation_gate_measures_vllm_and_model_files_alike(line: Line, tmp_path: Path):
+    """Log-probabilities and greedy answers of real vLLM against transformers, and the tune against its base."""
+    from tasks.artifacts import ServedModel
+    from tasks.evaluate.kept import read_results
+    from tasks.evaluate.run import evaluate_candidate, evaluate_model
+    from tasks.evaluate.subjects import Subject, make_yardstick
+    from tests.tasks.evaluate.conftest import write_suite
+
+    served = line.store.committed(ServedModel)[-1]
+    changes = {"questions": str(write_suite(tmp_path / "suite")), "max_answer_tokens": 6, "min_base_margin": 0.02}
+    spec = change(line.recipe.evaluate, changes)
+    decision = evaluate_candidate(served, spec, line.store, lambda *told: None, {})
+    assert decision.promoted, decision.reasons
+    yardstick = make_yardstick(served, spec, line.store)
+    asked = read_results(next(e for ref in decision.parents if (e := line.store.load(ref)).kind == "evaluation"))
+    opened = read_results(
+        evaluate_model(Subject(model_digest="as files", folder=Path(served.model_folder)), yardstick, line.store)
+    )
+    assert asked.validation_loss == pytest.approx(opened.validation_loss, abs=1e-3)
+    for ours, theirs in zip([*asked.questions, *asked.safety], [*opened.questions, *opened.safety], strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, abs=1e-3)
+        assert ours.said == theirs.said, ours.id
+
+
 def test_an_untrained_merge_is_no_better_than_the_base(line: Line):
     """Merged files that are served faithfully but hold no tune: only the comparison with the base finds it."""
     published = line.store.committed(PublishedModel)[-1]

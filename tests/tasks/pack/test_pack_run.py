@@ -129,6 +129,8 @@ def test_document_over_the_row_is_named_or_dropped(made: Any):
     manifest = store.manifest(PackedDataset, packed.key)
     assert manifest is not None
     assert manifest["about"]["num_dropped"] == sum(length > capacity for length in lengths)
+    too_long = {d.row_id for d in render.render_chats(source, TOKENIZER, PackSpec()) if d.num_tokens > capacity}
+    assert set(manifest["about"]["dropped_rows"]) == too_long
 
 
 def test_nothing_left_is_said(made: Any):

@@ -56,8 +56,9 @@ async def stream_query(request):
     if (PLAN["query"].pop(0) if PLAN["query"] else "ok") == "503":
         return web.Response(status=503)
     wanted = set(query["filter"]["call_ids"])
-    found = {row["id"] for row in ROWS if row["id"] in wanted and row["project_id"] == query["project_id"]}
-    return web.Response(text="".join(json.dumps({"id": id}) + "\n" for id in found))
+    found = {row["id"]: row for row in ROWS if row["id"] in wanted and row["project_id"] == query["project_id"]}
+    lines = [json.dumps({name: row.get(name) for name in query["columns"]}) + "\n" for row in found.values()]
+    return web.Response(text="".join(lines))
 
 
 async def misbehave(request):
