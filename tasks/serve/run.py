@@ -7,13 +7,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from huggingface_hub import HfApi
+
 from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
 from tasks.errors import MissingError
 from tasks.serve import services
 from tasks.serve.settings import NO_OVERRIDES, service_settings
+from tasks.serve.weights import locate_model, require_merged_files
 from tasks.specs import ServeSpec
 
 VERSION = 1
+ANONYMOUS = HfApi(token=False)
 
 
 def serve_model(
@@ -22,6 +26,7 @@ def serve_model(
     store: ArtifactStore,
     host: Mapping[str, str] = NO_OVERRIDES,
     run_id: str = "",
+    hub: HfApi = ANONYMOUS,
 ) -> ServedModel:
     """Serve the published model; always runs, since the answer depends on the world.
 
@@ -31,9 +36,13 @@ def serve_model(
         store: its root holds the services' records and logs.
         host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
         run_id: of the flow run that serves; in the headers of the gateway's answers and in its traces.
-    Raises: PortTakenError, CapacityError or MissingError before anything starts; ServiceError with
-        the last lines of the log when a service dies or does not answer in time.
+        hub: fetches the published commit when the local folder is gone.
+    Raises: CorruptError when the published files are not the merged ones, PortTakenError, CapacityError or
+        MissingError, all before anything starts; ServiceError with the last lines of the log when a service dies
+        or does not answer in time.
     """
+    published = locate_model(published, hub)
+    require_merged_files(published, store)
     settings = service_settings(published.model_folder, spec, store.root, host)
     settings = replace(settings, ids=_ids(published, store, run_id))
     spec = settings.spec

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     timeout_seconds=3600,
     cache_policy=NO_CACHE,  # always runs: the answer depends on the world
 )
-def serve_model(published: PublishedModel, spec: ServeSpec, storage: str = "", serving_host: str = "") -> ServedModel:
+def serve_model(
+    published: PublishedModel, spec: ServeSpec, storage: str = "", serving_host: str = "", hub_account: str = ""
+) -> ServedModel:
     """Start vLLM, then the gateway; what serves this model already is kept."""
     from prefect.runtime import flow_run
 
-    from blocks.opening import open_host, open_store
+    from blocks.opening import open_host, open_hub, open_store
     from tasks.prefect_ui import show_link
     from tasks.serve import run
 
-    served = run.serve_model(published, spec, open_store(storage), open_host(serving_host), flow_run.id or "")
+    store, host, hub = open_store(storage), open_host(serving_host), open_hub(hub_account)
+    served = run.serve_model(published, spec, store, host, flow_run.id or "", hub)
     show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served
 
