@@ -61,7 +61,7 @@ def tiny() -> Recipe:
             cpu_kv_cache_bytes=64 << 20,
             start_timeout_s=300.0,
         ),
-        verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1),
+        verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1, may_break_format=True),
     )
 
 

@@ -31,8 +31,11 @@ def verify_model(served: ServedModel, spec: VerifySpec, storage: str = "") -> He
     store = open_store(storage)
     try:
         report = run.verify_model(served, spec, store, show)
-    except AttestationError:  # what failed must not stay in front of clients
-        get_run_logger().error("%s", handover.restore(store.root, served.model_folder))
+    except AttestationError:  # what failed must not stay in front of clients; a candidate never was
+        if not served.candidate_slot:
+            get_run_logger().error("%s", handover.restore(store.root, served.model_folder))
         raise
+    if served.candidate_slot:
+        return report
     handover.remember_verified(store.root, served.model_folder)
     return report
