@@ -62,6 +62,10 @@ class AttestationError(TataraError, RuntimeError):
     """The served model is not the model that was trained."""
 
 
+class PromotionError(TataraError, RuntimeError):
+    """A new model was not promoted: it did worse than the one that serves, or a person said no."""
+
+
 class TransientError(TataraError, ConnectionError):
     """The world was away for a moment: a timeout, a 429, a 5xx. Worth another try."""
 

@@ -47,6 +47,8 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/qlora-16gb",
             "pretrain/tiny",
             "release/h100",
+            "promote/h100",
+            "promote/tiny",
             "ingest-traces/every-5-minutes",
         ]
     )
