@@ -66,6 +66,8 @@ def run_action(action: str, settings: ServiceSettings) -> int:
     for service in filter(None, (now.vllm, now.candidate, now.gateway)):
         pid = f"pid {service.pid}" if service.pid else ""
         print(f"{service.name:8} {service.state:9} {service.url:24} {pid:12} {service.model}".rstrip())
+        if service.restarts or service.why:
+            print(f"         started again {service.restarts} times{': ' if service.why else ''}{service.why}")
     return 0 if now.is_ready else 3
 
 

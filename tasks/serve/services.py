@@ -13,54 +13,39 @@ Trap: the model folder's path says nothing about its weights. A re-merged model 
 
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tasks import files, processes
 from tasks.environment import without_secrets
 from tasks.errors import ServiceError, TransientError
-from tasks.procfs import read_start_ticks
+from tasks.procfs import send_signal
 from tasks.serve.asking import get_json
 from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
 from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
+from tasks.serve.looking import (
+    ServicesStatus,
+    ServiceStatus,
+    follow,
+    is_alive,
+    is_gateway_ready,
+    status,
+    this_process,
+)
 from tasks.serve.preflight import check_memory, check_model, check_ports, has_cpu_build
 from tasks.serve.settings import ROOT, SERVICES, SLOTS, ServiceSettings, digest_of
-from tasks.serve.traffic import active_slot, read_shares, share_of, write_traffic
+from tasks.serve.traffic import read_shares, share_of, write_traffic
 
-__all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "restart", "start", "status", "stop"]
+__all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "follow", "restart", "start", "status", "stop"]
 
 _POLL_S = 0.25
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceStatus:
-    """How one service is: "stopped", "starting" (it runs but does not answer) or "ready"."""
-
-    name: str
-    state: str
-    pid: int
-    url: str
-    log: Path
-    model: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServicesStatus:
-    """How both services are; `reused` says that start() found the right vLLM running."""
-
-    vllm: ServiceStatus
-    gateway: ServiceStatus
-    reused: bool = False
-    candidate: ServiceStatus | None = None  # beside the one that serves: a promotion's, or what a killed one left
-
-    @property
-    def is_ready(self) -> bool:
-        """Say whether both answer."""
-        return self.vllm.state in {"ready", "elsewhere"} and self.gateway.state == "ready"
 
 
 def start(settings: ServiceSettings) -> ServicesStatus:
@@ -86,33 +71,18 @@ def start(settings: ServiceSettings) -> ServicesStatus:
         return status(settings, reused=reused)
 
 
-def follow(settings: ServiceSettings) -> ServiceSettings:
-    """Return the settings for the slot that serves now."""
-    return replace(settings, slot=active_slot(settings.folder))
-
-
 def end_candidate(settings: ServiceSettings) -> bool:
     """Stop what waits in the other slot; return whether something did. Raises TransientError while a promotion runs."""
     waiting = processes.find_alive(settings.identity_file(settings.other_slot))
     if waiting is None:
         return False
     promoter = waiting.note.get("promoter", "")
-    if promoter != this_process() and _is_alive(promoter):
+    if promoter != this_process() and is_alive(promoter):
         raise TransientError(
             f"a promotion (pid {promoter.partition('@')[0]}) has a new model in {settings.other_slot}: wait until it "
             "ends, or cancel its flow run"
         )
     return end(settings, settings.other_slot)
-
-
-def this_process() -> str:
-    """Return what tells this process from every other that this boot of the machine has seen."""
-    return f"{os.getpid()}@{read_start_ticks(os.getpid())}"
-
-
-def _is_alive(promoter: str) -> bool:
-    pid, _, ticks = promoter.partition("@")
-    return pid.isdigit() and str(read_start_ticks(int(pid))) == ticks
 
 
 def _give_all(settings: ServiceSettings, *, reused: bool) -> None:
@@ -138,34 +108,6 @@ def restart(settings: ServiceSettings) -> ServicesStatus:
     """Stop both and start them anew."""
     stop(settings)
     return start(settings)
-
-
-def status(settings: ServiceSettings, *, reused: bool = False) -> ServicesStatus:
-    """Look at both services; starts and stops nothing. Cost: two requests to loopback."""
-    settings = follow(settings)
-    host, spec = reach(settings.spec.host), settings.spec
-    vllm = _look_at_vllm(settings, settings.vllm_port)
-    candidate = _look_at_candidate(settings)
-    if not settings.uses_own_vllm:
-        vllm = ServiceStatus(name="vllm", state="elsewhere", pid=0, url=settings.vllm_url, log=vllm.log)
-    gateway_url = f"http://{host}:{spec.gateway_port}"
-    gateway = _look(settings, "gateway", gateway_url, lambda: _is_gateway_ready(gateway_url))
-    return ServicesStatus(vllm=vllm, gateway=gateway, reused=reused, candidate=candidate)
-
-
-def _look_at_vllm(settings: ServiceSettings, port: int) -> ServiceStatus:
-    url = f"http://{reach(settings.spec.host)}:{port}"
-    found = _look(settings, settings.slot, url, lambda: get_json(f"{url}/health")[0] == 200)
-    return replace(found, name="vllm")
-
-
-def _look_at_candidate(settings: ServiceSettings) -> ServiceStatus | None:
-    beside = replace(settings, slot=settings.other_slot)
-    running = processes.find_alive(beside.identity_file(beside.slot))
-    if running is None:
-        return None
-    found = replace(_look_at_vllm(beside, beside.vllm_port), name="candidate")
-    return found if _is_alive(running.note.get("promoter", "")) else replace(found, state="abandoned")
 
 
 def plan_vllm(settings: ServiceSettings) -> processes.Program:
@@ -252,7 +194,7 @@ def wait_for_vllm(settings: ServiceSettings, running: processes.Identity) -> Non
 def wait_for_gateway(settings: ServiceSettings, running: processes.Identity) -> None:
     """Return when the gateway answers and reaches vLLM. Raises ServiceError."""
     url = f"http://{reach(settings.spec.host)}:{settings.spec.gateway_port}"
-    _wait(settings, "gateway", running, lambda: _is_gateway_ready(url), timeout_s=60.0)
+    _wait(settings, "gateway", running, lambda: is_gateway_ready(url), timeout_s=60.0)
 
 
 def ensure(
@@ -271,7 +213,8 @@ def ensure(
                 (settings.scratch / kind).mkdir(parents=True, exist_ok=True)
         if program.log.exists():
             program.log.replace(program.log.with_suffix(".log.old"))
-        running = processes.start_detached(program)
+        settings.state_file(name).unlink(missing_ok=True)
+        running = processes.start_detached(supervised(settings, program))
     elif not running.note:  # found by its marker: its record was lost
         processes.write_identity(program.identity_file, replace(running, note=program.note))
     try:
@@ -279,13 +222,22 @@ def ensure(
     except BaseException:  # also Ctrl-C: a service that nobody waits for is an orphan
         end(settings, name)
         raise
+    send_signal(running.pid, running.started, signal.SIGUSR1)  # from here on its supervisor starts it again
     return reused
+
+
+def supervised(settings: ServiceSettings, program: processes.Program) -> processes.Program:
+    """Return the program under a supervisor: started again when it dies, its log rotated."""
+    name = program.identity_file.stem
+    argv = (sys.executable, "-I", "-S", str(_SUPERVISOR), str(settings.state_file(name)), str(program.log), "--")
+    return replace(program, argv=(*argv, *program.argv))
 
 
 def end(settings: ServiceSettings, name: str) -> bool:
     """Stop a service with all its children; return whether it ran."""
     ended = processes.stop(settings.identity_file(name))
     settings.identity_file(name).unlink(missing_ok=True)
+    settings.state_file(name).unlink(missing_ok=True)
     if ended:
         _logger.info("stopped %s", name)
     return ended
@@ -319,17 +271,3 @@ def _wait(
 def _tail(settings: ServiceSettings, log: Path) -> str:
     text = processes.last_lines(log)
     return text.replace(settings.hf_token, "<HF_TOKEN>") if settings.hf_token else text
-
-
-def _look(settings: ServiceSettings, name: str, url: str, is_ready: Callable[[], bool]) -> ServiceStatus:
-    running = processes.find_alive(settings.identity_file(name))
-    log = settings.log(name)
-    if running is None:
-        return ServiceStatus(name=name, state="stopped", pid=0, url=url, log=log)
-    state = "ready" if is_ready() else "starting"
-    return ServiceStatus(name=name, state=state, pid=running.pid, url=url, log=log, model=running.note.get("model", ""))
-
-
-def _is_gateway_ready(url: str) -> bool:
-    code, body = get_json(f"{url}/health")
-    return code == 200 and body.get("gateway") == "ok" and body.get("vllm") is True

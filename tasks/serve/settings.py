@@ -50,6 +50,10 @@ class ServiceSettings:
         """Return the file that says which process is the service."""
         return self.folder / f"{name}.json"
 
+    def state_file(self, name: str) -> Path:
+        """Return the file in which a service's supervisor says what became of it."""
+        return self.folder / f"{name}.state"
+
     def log(self, name: str) -> Path:
         """Return the file that takes the service's stdout and stderr."""
         return self.folder / f"{name}.log"

@@ -25,6 +25,7 @@ from tasks.serve.services import ServiceSettings
 from tasks.serve.traffic import read_shares
 from tasks.specs import ServeSpec
 from tests.ports import free_port
+from tests.waiting import wait_for
 
 FAKE = """\
     #!{python} -E
@@ -127,14 +128,27 @@ def test_other_knobs_are_served_anew(settings: ServiceSettings):
     assert "4096" in Path(f"/proc/{second.vllm.pid}/cmdline").read_text().split("\0")
 
 
-def test_killed_vllm_is_started_again(settings: ServiceSettings):
+def test_killed_supervisor_takes_vllm_with_it_and_the_next_start_brings_both(settings: ServiceSettings):
     first = services.start(settings)
     os.kill(first.vllm.pid, signal.SIGKILL)
-    while procfs.read_start_ticks(first.vllm.pid) is not None:
-        time.sleep(0.01)
+    wait_for(lambda: not processes._find_marked(settings.identity_file("vllm")))
     assert services.status(settings).vllm.state == "stopped"
     second = services.start(settings)
     assert second.is_ready and second.vllm.pid != first.vllm.pid
+
+
+@pytest.mark.parametrize("name", ["vllm", "gateway"])
+def test_a_service_that_dies_is_started_again_by_itself(settings: ServiceSettings, name: str):
+    first = services.start(settings)
+    (child,) = set(processes._find_marked(settings.identity_file(name))) - {first.vllm.pid, first.gateway.pid}
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: getattr(services.status(settings), name).restarts == 1)
+    wait_for(lambda: services.status(settings).is_ready)
+    now = services.status(settings)
+    assert (now.vllm.pid, now.gateway.pid) == (first.vllm.pid, first.gateway.pid)  # the supervisors'
+    assert services.start(settings).reused
+    services.stop(settings)
+    assert _marked(settings) == []
 
 
 def test_lost_or_torn_record_is_made_again_from_what_runs(settings: ServiceSettings):
@@ -143,13 +157,13 @@ def test_lost_or_torn_record_is_made_again_from_what_runs(settings: ServiceSetti
     (settings.folder / "gateway.json").unlink()
     second = services.start(settings)
     assert (second.reused, second.vllm.pid, second.gateway.pid) == (True, first.vllm.pid, first.gateway.pid)
-    assert set(_marked(settings)) == {second.vllm.pid, second.gateway.pid}
+    assert {second.vllm.pid, second.gateway.pid} < set(_marked(settings))
     assert services.status(settings).vllm.model == settings.model  # it is written down again
 
 
 def test_children_in_other_sessions_end_too(settings: ServiceSettings):
     services.start(_with_mode(settings, "child"))
-    assert len(_marked(settings)) == 3
+    assert len(_marked(settings)) == 5  # both with their supervisors, and the child
     services.stop(settings)
     assert _marked(settings) == []
 
