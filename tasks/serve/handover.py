@@ -44,7 +44,7 @@ def release_gpu(root: Path) -> str | None:
         if running is None or not _holds_gpu(running):
             return None
         files.write_json(settings.vacancy, running.note)
-        processes.stop(identity_file)
+        services.end(settings, settings.slot)
         model = running.note.get("model", "a model")
         return (
             f"stopped our vLLM (pid {running.pid}, it served {model}) to free the GPU; the gateway stays and says so, "

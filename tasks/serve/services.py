@@ -11,6 +11,7 @@ Trap: the model folder's path says nothing about its weights. A re-merged model 
       the digest.
 """
 
+import json
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tasks import files, processes
+from tasks import files, machine, processes
 from tasks.environment import without_secrets
 from tasks.errors import ServiceError, TransientError
 from tasks.procfs import send_signal
@@ -165,6 +166,8 @@ def _program(
         note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
         note["fingerprint"] = fingerprint_model(settings)
         note["promoter"] = this_process()
+        if note["device"] == "gpu":
+            note["gpu_free_bytes"] = json.dumps([gpu.free_bytes for gpu in machine.list_gpus()])
     return processes.Program(
         argv=tuple(argv),
         variables=variables,
@@ -235,7 +238,14 @@ def supervised(settings: ServiceSettings, program: processes.Program) -> process
 
 def end(settings: ServiceSettings, name: str) -> bool:
     """Stop a service with all its children; return whether it ran."""
+    running = processes.read_identity(settings.identity_file(name))
     ended = processes.stop(settings.identity_file(name))
+    if ended and running is not None and running.note.get("gpu_free_bytes"):
+        missing = machine.wait_for_gpu_memory(json.loads(running.note["gpu_free_bytes"]))
+        if missing:
+            _logger.warning(
+                "%s is gone but its GPU memory is not all free: %s (does somebody else use it?)", name, missing
+            )
     settings.identity_file(name).unlink(missing_ok=True)
     settings.state_file(name).unlink(missing_ok=True)
     if ended:
