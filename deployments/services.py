@@ -23,6 +23,7 @@ from tasks.errors import SpecError, TataraError
 from tasks.serve import services
 from tasks.serve.command import DEFAULT_MODEL
 from tasks.serve.settings import ServiceSettings
+from tasks.serve.traffic import active_slot
 from tasks.specs import ServeSpec, is_address
 
 ACTIONS = ("start", "stop", "restart", "status")
@@ -62,9 +63,11 @@ def run_action(action: str, settings: ServiceSettings) -> int:
         return 0
     act = {"start": services.start, "restart": services.restart, "status": services.status}[action]
     now = act(settings)
-    for service in (now.vllm, now.gateway):
+    for service in filter(None, (now.vllm, now.candidate, now.gateway)):
         pid = f"pid {service.pid}" if service.pid else ""
         print(f"{service.name:8} {service.state:9} {service.url:24} {pid:12} {service.model}".rstrip())
+        if service.restarts or service.why:
+            print(f"         started again {service.restarts} times{': ' if service.why else ''}{service.why}")
     return 0 if now.is_ready else 3
 
 
@@ -103,7 +106,7 @@ def check_host(host: str) -> None:
 
 
 def _read_note(folder: Path) -> dict[str, str]:
-    found = (processes.find_alive(folder / f"{name}.json") for name in ("vllm", "gateway"))
+    found = (processes.find_alive(folder / f"{name}.json") for name in (active_slot(folder), "gateway"))
     return next((running.note for running in found if running is not None), {})
 
 

@@ -62,7 +62,7 @@ def tiny() -> Recipe:
             cpu_kv_cache_bytes=64 << 20,
             start_timeout_s=300.0,
         ),
-        verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1),
+        verify=VerifySpec(max_logprob_gap=0.005, min_base_margin=0.1, may_break_format=True),
         evaluate=EvaluateSpec(  # 53 M parameters know no refusals: those figures are shown and decide nothing
             min_base_margin=0.1, min_safety_score=0.0, max_safety_drop=1.0, max_answer_tokens=24
         ),

@@ -172,6 +172,7 @@ class ServedModel(Artifact):
     vllm_url: str
     gateway_url: str
     reused: bool
+    candidate_slot: str = ""  # where it waits beside the model that serves; empty: it serves
 
 
 class HealthReport(Artifact):
@@ -189,6 +190,9 @@ class HealthReport(Artifact):
     answer: str
     gateway_url: str
     served_model_name: str
+    adapter_gap: float = 0.0  # mean |served - base with the adapter, by PEFT|, token by token
+    trainer_gain: float = 0.0  # what the trainer's validation loss fell by
+    num_greedy_tokens: int = 0  # greedy tokens that were compared
 
 
 class Evaluation(Artifact):

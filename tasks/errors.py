@@ -82,6 +82,10 @@ class GateError(TataraError, RuntimeError):
     """The candidate did not pass the evaluation gate: it is not promoted. Asking again changes nothing."""
 
 
+class PromotionError(TataraError, RuntimeError):
+    """A new model was not promoted: it did worse than the one that serves, or a person said no."""
+
+
 class TransientError(TataraError, ConnectionError):
     """The world was away for a moment: a timeout, a 429, a 5xx. Worth another try."""
 

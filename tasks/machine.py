@@ -5,6 +5,7 @@ Ring: edge (reads /proc, cgroups and nvidia-smi; changes nothing).  Units: bytes
 
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,29 @@ def list_gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     return parse_gpus(answer, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def wait_for_gpu_memory(free_before: list[int], timeout_s: float = 30.0, tolerance_bytes: int = 1 << 30) -> str:
+    """Wait until each GPU has as much free memory again as it had; return what is missing after that, else empty.
+
+    A process that held a GPU is gone before its driver has given everything back.
+
+    Args:
+        free_before: free bytes of each GPU, in nvidia-smi's order, before the process was started.
+        timeout_s: how long to wait.
+        tolerance_bytes: what somebody else may have taken since.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        now = [gpu.free_bytes for gpu in list_gpus()]
+        missing = [
+            f"GPU {number}: {free / 1e9:.1f} GB are free, {before / 1e9:.1f} were"
+            for number, (free, before) in enumerate(zip(now, free_before, strict=False))
+            if free < before - tolerance_bytes
+        ]
+        if not missing or time.monotonic() > deadline:
+            return "; ".join(missing)
+        time.sleep(0.5)
 
 
 def parse_gpus(answer: str, visible: str | None = None) -> list[Gpu]:

@@ -1,6 +1,6 @@
 """Every knob that a caller can turn: one frozen Spec per verb, one Recipe that holds them all.
 
-    Recipe = base + fetch + pack + train + merge + publish + serve + verify + evaluate
+    Recipe = base + fetch + pack + train + merge + publish + serve + verify + evaluate + promote
 
 A Spec says *what* is wanted, never where it runs or with which secret: two equal Specs on equal
 inputs name the same artifact (`tasks/artifacts.py`). Units are in the names.
@@ -345,6 +345,9 @@ class ServeSpec(Spec):
     host: str = Field(default="127.0.0.1", description="Address to bind; loopback unless told otherwise.")
     vllm_port: int = Field(default=8000, ge=1, le=65535)
     gateway_port: int = Field(default=8001, ge=1, le=65535)
+    second_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of a new vLLM beside the old one; 0: two or three above vllm_port."
+    )
     served_model_name: str = "gpt-oss-20b"
     max_model_len: Positive = 8192
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
@@ -353,6 +356,14 @@ class ServeSpec(Spec):
     cpu_kv_cache_bytes: Positive = 256 << 20
     start_timeout_s: float = Field(default=1200.0, gt=0)
     extra_args: tuple[str, ...] = ()
+
+    @property
+    def port_beside(self) -> int:
+        """Where a promotion starts the new vLLM while the old one serves."""
+        if self.second_port:
+            return self.second_port
+        above = self.vllm_port + (2 if self.vllm_port < 65500 else -20)
+        return above if above != self.gateway_port else above + 1
 
     @field_validator("host")
     @classmethod
@@ -375,6 +386,8 @@ class ServeSpec(Spec):
     def _ports_differ(self) -> Self:
         if self.vllm_port == self.gateway_port:
             raise ValueError(f"vllm_port and gateway_port are both {self.vllm_port}: choose two ports")
+        if self.second_port in {self.vllm_port, self.gateway_port}:
+            raise ValueError(f"second_port is {self.second_port}, as is another port: choose three ports")
         return self
 
 
@@ -389,10 +402,25 @@ class VerifySpec(Spec):
         default=0.25,
         gt=0,
         lt=1,
-        description="Largest mean |served - merged| token by token, as a share of |merged - base|.",
+        description="Largest mean |served - merged| token by token, as a share of |merged - base|; in float32 a fifth "
+        "of it counts, in float16 a half.",
     )
     min_base_margin: float = Field(
         default=0.05, gt=0, description="Served must beat the base by at least this, nats per token."
+    )
+    max_gain_mismatch: float = Field(
+        default=0.25,
+        gt=0,
+        lt=1,
+        description="Largest difference of served minus base from what the trainer's validation loss fell by, as a "
+        "share of that; three standard errors are added when only a part of the answers is scored.",
+    )
+    num_greedy_prompts: int = Field(default=2, ge=0, description="Prompts whose greedy answers are compared.")
+    greedy_tokens: Positive = Field(default=16, description="Tokens of each greedy answer.")
+    may_break_format: bool = Field(
+        default=False,
+        description="Let a model pass whose answer holds markers of the chat format, as those of a toy may: it is "
+        "said in the report only.",
     )
     question: str = Field(
         default="たたら製鉄とは何ですか？", description="Asked through the gateway; shown in the report."
@@ -448,6 +476,20 @@ class EvaluateSpec(Spec):
         return value
 
 
+class PromoteSpec(Spec):
+    """How a published model takes over from the one that serves."""
+
+    strategy: Literal["auto", "blue_green", "replace"] = Field(
+        default="auto", description="blue_green starts it beside the old one; auto: where memory holds both."
+    )
+    canary_share: float = Field(default=0.1, ge=0, lt=1, description="Share of requests at first; 0: all at once.")
+    canary_requests: Positive = Field(default=100, description="Requests after which the new model is judged.")
+    canary_s: float = Field(default=600.0, gt=0, description="Judged after this long when fewer came.")
+    max_error_excess: Share = Field(default=0.02, description="Error rate allowed above the old model's.")
+    max_latency_ratio: float = Field(default=1.5, ge=1, description="Mean time of an answer, of the old model's.")
+    drain_s: float = Field(default=600.0, gt=0, description="For the old model's last answers to end.")
+
+
 class Recipe(Spec):
     """Everything that `finetune` needs to know, by verb."""
 
@@ -460,6 +502,7 @@ class Recipe(Spec):
     serve: ServeSpec = ServeSpec()
     verify: VerifySpec = VerifySpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    promote: PromoteSpec = PromoteSpec()
 
 
 def _partial_field(annotation: Any) -> Any:  # Any: annotations are arbitrary type expressions

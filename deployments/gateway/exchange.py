@@ -27,7 +27,7 @@ from deployments.gateway.line import LINE
 from deployments.gateway.pool import ConnectFailedError
 from deployments.gateway.replies import RETRY_SOON, RefusedError
 from deployments.gateway.routing import CHAT, COMPLETIONS, Ask, BadRequestError, Choice, read_ask, why_not_short
-from deployments.gateway.upstream import Upstream
+from deployments.gateway.upstream import NO_IDS, Upstream
 from deployments.gateway.wire import BrokenReplyError, Headers, Reply, SilentServerError
 from tasks.traces.responses_stream import ResponsesAssembler
 from tasks.traces.stream import StreamAssembler
@@ -43,19 +43,15 @@ class Exchange:
 
     __slots__ = (
         "_deadline", "_expired", "_has_place", "_head", "_hung_up", "_line", "_phase", "_scope", "_seen", "_task",
-        "_upstream", "ask", "assembler", "began", "endpoint", "gateway", "key",
+        "_upstream", "ask", "assembler", "began", "endpoint", "failed", "gateway", "key",
         "recording", "reply", "started", "status", "withholds_usage",
     )  # fmt: skip
 
     def __init__(self, gateway: "Gateway", endpoint: str, scope: Scope) -> None:
         self.gateway = gateway
         self.endpoint = endpoint
-        self.recording = recording = gateway.recorder.begin(endpoint)
+        self.recording = gateway.recorder.begin(endpoint)
         settings = gateway.settings
-        recording.model_digest = settings.model_digest or None
-        recording.adapter_digest = settings.adapter_digest or None
-        recording.run_id = settings.run_id or None
-        recording.key_name = recording.upstream = None
         self._task = asyncio.current_task()
         self.began = asyncio.get_running_loop().time()
         self._deadline = self.began + settings.body_timeout_s
@@ -68,6 +64,7 @@ class Exchange:
         self.assembler: StreamAssembler | ResponsesAssembler | None = None
         self.started = False  # the answer's head was sent
         self.status = 0
+        self.failed = False  # the model server's fault
         self.withholds_usage = False
         self._upstream: Upstream | None = None
         self._has_place = self._seen = self._hung_up = self._expired = False
@@ -110,6 +107,7 @@ class Exchange:
         if self.recording.finished:
             return
         self.status = http_status
+        self.failed = status == "upstream_error" and not 400 <= http_status < 500  # a stream's break has 200
         self.recording.finish(status, http_status, response, error=error, stream=stream)
         if isinstance(response, dict):
             self.gateway.charge(self.key, response.get("usage"))
@@ -121,7 +119,7 @@ class Exchange:
             (b"x-request-id", self.recording.trace_id.encode()),
             (b"x-tatara-route", choice.route.encode()),
             (b"x-tatara-reason", choice.reason.encode()),
-            *self.gateway.ids,
+            *(self._upstream.id_headers if self._upstream is not None else ()),
         ]
 
     def hold_head(self) -> None:
@@ -190,9 +188,7 @@ class Exchange:
     async def _open(self, choice: Choice) -> Reply | None:
         """Ask the servers of a route until one answers; None when none can."""
         for upstream in self.gateway.fleet.order(choice.route):
-            self._leave_upstream()
-            self._upstream, self.recording.upstream = upstream, upstream.name
-            upstream.num_running += 1
+            self._go_to(upstream)
             try:
                 body, self.withholds_usage = await body_for(upstream, self.ask, self.gateway.settings)
                 lines = lines_for(
@@ -200,6 +196,7 @@ class Exchange:
                 )
                 return await upstream.ask(upstream.post(self.ask.path, lines, body), self._note)
             except ConnectFailedError:
+                upstream.counts.failed += 1
                 continue
             except BrokenReplyError:  # it may have worked on it: nobody else is asked the same
                 self._seen = True
@@ -213,6 +210,9 @@ class Exchange:
         self.reply = reply
 
     async def _send_maintenance(self, send: Send) -> None:
+        if self._seen and self._upstream is not None:
+            self._upstream.counts.failed += 1
+        self._go_to(None)
         ask, recording = self.ask, self.recording
         created_s = recording.started_us // 1_000_000
         said = (ask, self.gateway.settings.maintenance_message, recording.trace_id, created_s)
@@ -274,22 +274,29 @@ class Exchange:
             return RefusedError(408, f"the body took longer than {settings.body_timeout_s:g} s", "body_too_slow", close)
         return RefusedError(504, f"the request took longer than {settings.total_timeout_s:g} s", "timeout")
 
-    def _leave_upstream(self) -> None:
+    def _go_to(self, upstream: Upstream | None) -> None:
+        """Leave the server that was asked, for the next one or for none: its ids go into headers and trace."""
         if self._upstream is not None:
             self._upstream.num_running -= 1
-            self._upstream = None
+        self._upstream = upstream
+        if upstream is not None:
+            upstream.num_running += 1
+        self.recording.note_upstream(upstream.name if upstream else None, upstream.ids if upstream else NO_IDS)
 
     def _let_go(self) -> None:
         if self._line is not None:
             self._line.on_hang_up = None
         if self.reply is not None:
             self.reply.close()
-        self._leave_upstream()
+        seconds = asyncio.get_running_loop().time() - self.began
+        if self._upstream is not None:
+            self._upstream.num_running -= 1
+            if self.recording.finished and not self._hung_up:  # what the client broke off is no sign of the server
+                self._upstream.counts.note(self.status, seconds, failed=self.failed)
         gateway = self.gateway
         if self._has_place:
             gateway.gate.leave()
         gateway.running.discard(self)
         recording = self.recording
         first_s = (recording.first_us - recording.started_us) / 1e6 if recording.first_us else None
-        seconds = asyncio.get_running_loop().time() - self.began
         gateway.metrics.note_end(self.endpoint, recording.choice.route, self.status, seconds, first_s)

@@ -23,7 +23,8 @@ from deployments.gateway.metrics import Metrics
 from deployments.gateway.recorder import Recorder
 from deployments.gateway.routing import Choice, plan_for
 from deployments.gateway.settings import Settings
-from deployments.gateway.upstream import Fleet
+from deployments.gateway.traffic import TrafficFile
+from deployments.gateway.upstream import Fleet, Upstream
 from tasks import files
 from tasks.errors import TataraError
 
@@ -51,7 +52,10 @@ class Gateway:
         self.is_draining = False
         self.lite = _own_lite(settings) if settings.runs_lite else None
         self.fleet = Fleet(settings, self.lite.upstreams if self.lite else ())
-        self.ids = _id_headers(settings)
+        self._generation = 0
+        self.traffic = TrafficFile(settings.upstreams_file) if settings.upstreams_file else None
+        self._watchers: dict[Upstream, asyncio.Task[None]] = {}
+        self.follow_traffic()
         self._plans: dict[tuple[str, str | None], Sequence[Choice]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._usage_file = Path(f"{settings.keys_file}.usage") if settings.keys_file else None
@@ -77,8 +81,8 @@ class Gateway:
     async def start(self) -> None:
         """Start what runs beside the requests."""
         self.recorder.start()
-        watchers = [upstream.watch() for upstream in self.fleet.all]
-        self._tasks = [asyncio.create_task(work) for work in (*watchers, self._watch_forever())]
+        self._tasks = [asyncio.create_task(self._watch_forever())]
+        self._watch_servers()
         if self.lite:
             self._tasks += self.lite.start()
 
@@ -87,9 +91,10 @@ class Gateway:
         until = time.monotonic() + _LAST_TRACES_S
         while self.running and time.monotonic() < until:  # their tasks were cancelled; each writes its trace
             await asyncio.sleep(0.01)
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._watchers.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.fleet.close()
         if self.lite:
             await self.lite.stop()
@@ -111,6 +116,45 @@ class Gateway:
                 for upstream in self.fleet.all:
                     upstream.pool.drop_idle(now)
                 await asyncio.to_thread(self._look_at_files)
+                self.follow_traffic()
+                self._watch_servers()
+
+    def follow_traffic(self) -> None:
+        """Give the servers the shares that the file says; without a file VLLM_URL counts."""
+        targets = self.traffic.targets() if self.traffic else ()
+        if targets:
+            self._generation = self.traffic.traffic.generation if self.traffic and self.traffic.traffic else 0
+            self.fleet.apply(targets)
+
+    def shares(self) -> dict[str, Any]:  # Any: JSON values
+        """Return what /health says of the servers and their shares; nothing without a file."""
+        if self.traffic is None:
+            return {}
+        servers = [(each, each.weight) for each in self.fleet.routes["vllm"]]
+        gone = [(each, 0.0) for each in self.fleet.leaving]
+        upstreams = [
+            {
+                "name": each.name,
+                "url": each.base,
+                "weight": weight,
+                "in_flight": each.num_running,
+                "answered": each.counts.answered,
+                "failed": each.counts.failed,
+                "seconds": round(each.counts.seconds, 6),
+                "model_digest": each.ids[0],
+            }
+            for each, weight in (*servers, *gone)
+        ]
+        return {"generation": self._generation, "upstreams": upstreams}
+
+    def _watch_servers(self) -> None:
+        """Probe each server of ours while it is one."""
+        servers = self.fleet.all
+        for each in self._watchers.keys() - set(servers):
+            self._watchers.pop(each).cancel()
+        for each in servers:
+            if each not in self._watchers:
+                self._watchers[each] = asyncio.create_task(each.watch())
 
     def _look_at_files(self) -> None:
         if self.keys is not None:
@@ -141,12 +185,3 @@ def _own_lite(settings: Settings) -> "LiteProcesses":
     from deployments.gateway.lite_processes import LiteProcesses  # only who has one pays for it
 
     return LiteProcesses(settings)
-
-
-def _id_headers(settings: Settings) -> list[tuple[bytes, bytes]]:
-    ids = {
-        b"x-tatara-model-digest": settings.model_digest,
-        b"x-tatara-adapter-digest": settings.adapter_digest,
-        b"x-tatara-run-id": settings.run_id,
-    }
-    return [(name, value.encode()) for name, value in ids.items() if value]

@@ -80,6 +80,11 @@ class Recording:
         self.adapter_digest: str | None = None
         self.run_id: str | None = None
 
+    def note_upstream(self, name: str | None, ids: tuple[str, str, str]) -> None:
+        """Note which server is asked: its name, and the digests of model and adapter and the run behind it."""
+        self.upstream = name
+        self.model_digest, self.adapter_digest, self.run_id = (each or None for each in ids)
+
     def note_first(self) -> None:
         """Note that the first piece of the answer is here."""
         if self.first_us is None:

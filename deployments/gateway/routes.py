@@ -92,7 +92,8 @@ async def health(request: Request) -> dict[str, Any]:  # Any: flags and counts
     """200 as long as the gateway lives; says whether vLLM does, and what became of the traces."""
     gateway = _gateway(request)
     own = {"lite_processes": gateway.lite.counts()} if gateway.lite else {}
-    return {"gateway": "ok", **await gateway.fleet.health(), **own, "traces": gateway.recorder.counts()}
+    alive = await gateway.fleet.health()
+    return {"gateway": "ok", **alive, **own, **gateway.shares(), "traces": gateway.recorder.counts()}
 
 
 @router.get("/ready", response_model=None, responses=_BUSY)
@@ -112,12 +113,16 @@ async def prometheus(request: Request) -> Response:
     """Counts and times in Prometheus' text format. With API keys it asks for one."""
     _check_key(request)
     gateway = _gateway(request)
-    servers = gateway.fleet.all
+    servers = [*gateway.fleet.all, *gateway.fleet.leaving]
     gauges = {
         "in_flight": {"": float(gateway.gate.num_running)},
         "waiting": {"": float(gateway.gate.num_waiting)},
         "upstream_up": {f'upstream="{server.name}"': float(not server.is_down) for server in servers},
         "upstream_in_flight": {f'upstream="{server.name}"': float(server.num_running) for server in servers},
+        "upstream_weight": {f'upstream="{each.name}"': each.weight for each in gateway.fleet.routes["vllm"]},
+        "upstream_answered": {f'upstream="{server.name}"': float(server.counts.answered) for server in servers},
+        "upstream_failed": {f'upstream="{server.name}"': float(server.counts.failed) for server in servers},
+        "upstream_seconds": {f'upstream="{server.name}"': server.counts.seconds for server in servers},
     }
     if gateway.lite:
         restarts = {f'upstream="{each["name"]}"': float(each["restarts"]) for each in gateway.lite.counts()}

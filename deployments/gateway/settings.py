@@ -128,6 +128,9 @@ class Settings:
         servers,
         "vLLM; the seed's form http://localhost:8000/v1/chat/completions is the same; several as `http://a=95,http://b=5`",
     )
+    upstreams_file: Path | None = setting(  # noqa: RUF009 - it is dataclasses.field
+        "GATEWAY_UPSTREAMS_FILE", None, Path, "list of vLLM servers in VLLM_URL's stead, followed while it runs"
+    )
     vllm_api_key: str = setting(
         "VLLM_API_KEY", "", _text, "sent to vLLM as Bearer; unset: the client's own header", secret=True
     )

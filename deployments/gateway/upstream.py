@@ -15,23 +15,53 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from deployments.gateway.pool import ConnectFailedError, Pool
 from deployments.gateway.settings import Settings, Weighted
+from deployments.gateway.traffic import Target
 from deployments.gateway.wire import BrokenReplyError, Reply, SilentServerError
 
+Ids = tuple[str, str, str]  # digest of the model, of its adapter, id of the run that serves it
+NO_IDS: Ids = ("", "", "")
+ID_HEADERS = (b"x-tatara-model-digest", b"x-tatara-adapter-digest", b"x-tatara-run-id")
 _PROBE_TIMEOUT_S = 2.0
 _FRESH_S = 1.0
 _UNREACHABLE = (ConnectFailedError, BrokenReplyError, SilentServerError, TimeoutError)
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Counts:
+    """What became of the requests of one server since it was known here. Seconds are those of answers."""
+
+    answered: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+    def note(self, status: int, seconds: float, *, failed: bool) -> None:
+        """Count one request; what the gateway or the server refused for the client's fault is no sign of the server."""
+        if failed or status in (502, 504):
+            self.failed += 1
+        elif status < 400:
+            self.answered += 1
+            self.seconds += seconds
+
+
 class Upstream:
     """One OpenAI-compatible server."""
 
     def __init__(
-        self, name: str, base: str, settings: Settings, *, key: str = "", weight: float = 1.0, is_lite: bool = False
+        self,
+        name: str,
+        base: str,
+        settings: Settings,
+        *,
+        key: str = "",
+        weight: float = 1.0,
+        is_lite: bool = False,
+        ids: Ids = NO_IDS,
     ) -> None:
         parts = urlsplit(base)
         self.name = name
@@ -41,6 +71,9 @@ class Upstream:
         self.is_lite = is_lite
         self.places = 0  # most requests at once; 0: as many as come
         self.num_running = 0
+        self.counts = Counts()
+        self.ids = ids
+        self.id_headers = [(name, value.encode()) for name, value in zip(ID_HEADERS, ids, strict=True) if value]
         self.first_model: str | None = None
         self.pool = Pool(base, settings.connect_timeout_s)
         is_socket = parts.scheme == "unix"
@@ -170,16 +203,34 @@ class Fleet:
     """The servers of each route: of `vllm` there may be several, with weights; `own_lite` are processes of ours."""
 
     def __init__(self, settings: Settings, own_lite: Sequence[Upstream] = ()) -> None:
+        self._settings = settings
         servers = settings.vllm_url
         names = ["vllm"] if len(servers) == 1 else [f"vllm-{number}" for number in range(1, len(servers) + 1)]
         self.routes: Mapping[str, Sequence[Upstream]] = {
             "vllm": [_server(name, server, settings) for name, server in zip(names, servers, strict=True)]
         }
+        self.leaving: list[Upstream] = []  # they get no new requests; those that run end there
         if own_lite:
             self.routes = {**self.routes, "lite": own_lite}
         elif settings.lite_model:
             lite = Upstream("lite", settings.lite_model, settings, key=settings.lite_api_key, is_lite=True)
             self.routes = {**self.routes, "lite": [lite]}
+
+    def apply(self, targets: Sequence[Target]) -> list[Upstream]:
+        """Send new requests to these servers, by their weights; return those that were not known before.
+
+        A server that goes on keeps its connections, circuit and counts. One that is left out answers what it has.
+        """
+        known = {(each.name, each.base, each.ids): each for each in (*self.routes["vllm"], *self.leaving)}
+        wanted = [known.get(target.identity) or _target(target, self._settings) for target in targets]
+        for upstream, target in zip(wanted, targets, strict=True):
+            upstream.weight = target.weight
+        self.routes = {**self.routes, "vllm": wanted}
+        self.leaving = [each for each in known.values() if each not in wanted and each.num_running > 0]
+        for each in known.values():
+            if each not in wanted:
+                each.pool.close()
+        return [each for each in wanted if each not in known.values()]
 
     @property
     def all(self) -> list[Upstream]:
@@ -212,7 +263,12 @@ class Fleet:
 
 
 def _server(name: str, server: Weighted, settings: Settings) -> Upstream:
-    return Upstream(name, server.url, settings, key=settings.vllm_api_key, weight=server.weight)
+    ids = (settings.model_digest, settings.adapter_digest, settings.run_id)
+    return Upstream(name, server.url, settings, key=settings.vllm_api_key, weight=server.weight, ids=ids)
+
+
+def _target(target: Target, settings: Settings) -> Upstream:
+    return Upstream(target.name, target.url, settings, key=settings.vllm_api_key, weight=target.weight, ids=target.ids)
 
 
 def order_by_load(servers: Sequence[Upstream], draw: float) -> list[Upstream]:

@@ -21,6 +21,7 @@ from tasks.errors import CorruptError, TataraError
 from tasks.serve import services
 from tasks.serve.fingerprints import fingerprint_model
 from tasks.serve.settings import ServiceSettings
+from tasks.serve.traffic import read_shares
 from tasks.specs import ServeSpec
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,15 @@ def release_gpu(root: Path) -> str | None:
     settings = ServiceSettings(model="", home=root)
     if not settings.folder.exists():
         return None
+    settings = services.follow(settings)
     with files.lock_file(settings.folder / "lock"):
-        identity_file = settings.identity_file("vllm")
+        services.end_candidate(settings)
+        identity_file = settings.identity_file(settings.slot)
         running = processes.find_alive(identity_file)
         if running is None or not _holds_gpu(running):
             return None
         files.write_json(settings.vacancy, running.note)
-        processes.stop(identity_file)
+        services.end(settings, settings.slot)
         model = running.note.get("model", "a model")
         return (
             f"stopped our vLLM (pid {running.pid}, it served {model}) to free the GPU; the gateway stays and says so, "
@@ -58,8 +61,13 @@ def free_gpu(root: Path) -> None:
 
 def holds_gpu(root: Path) -> bool:
     """Say whether our vLLM holds a GPU that `release_gpu` would free."""
-    running = processes.find_alive(ServiceSettings(model="", home=root).identity_file("vllm"))
+    running = _find_serving(ServiceSettings(model="", home=root))
     return running is not None and _holds_gpu(running)
+
+
+def _find_serving(settings: ServiceSettings) -> processes.Identity | None:
+    settings = services.follow(settings)
+    return processes.find_alive(settings.identity_file(settings.slot))
 
 
 def _holds_gpu(running: processes.Identity) -> bool:
@@ -70,10 +78,9 @@ def _holds_gpu(running: processes.Identity) -> bool:
 def remember_verified(root: Path, model: str) -> None:
     """Keep what serves `model` now as the state to go back to. Call it after a passed attestation."""
     settings = ServiceSettings(model=model, home=root)
-    running = processes.find_alive(settings.identity_file("vllm"))
-    gateway = processes.find_alive(settings.identity_file("gateway"))
+    running, shares = _find_serving(settings), read_shares(settings.folder)
     if running is not None and running.note.get("model") == model:
-        ids = gateway.note.get("ids", "{}") if gateway else "{}"
+        ids = json.dumps(dict(shares[0].ids)) if shares else "{}"
         files.write_json(_memory(root), {**running.note, "ids": ids})
 
 
@@ -93,7 +100,7 @@ def restore(root: Path, failed_model: str, variables: Mapping[str, str] = os.env
         variables: the environment that the services' is made of.
     """
     failed = ServiceSettings(model=failed_model, home=root)
-    running = processes.find_alive(failed.identity_file("vllm"))
+    running = _find_serving(failed)
     if running is not None and running.note.get("model") != failed_model:
         return f"left alone: vLLM serves {running.note.get('model') or 'an unknown model'}, not the one that failed"
     stopped = services.stop(failed)
@@ -114,7 +121,7 @@ def serve_again(root: Path, variables: Mapping[str, str] = os.environ) -> str | 
     It never raises for a start that fails: the run has an error of its own.
     """
     settings = ServiceSettings(model="", home=root)
-    if not settings.vacancy.exists() or processes.find_alive(settings.identity_file("vllm")) is not None:
+    if not settings.vacancy.exists() or _find_serving(settings) is not None:
         return None
     verified = _read_memory(root)
     if verified:

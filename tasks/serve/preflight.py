@@ -9,7 +9,7 @@ from pathlib import Path
 from tasks import machine, processes
 from tasks.errors import CapacityError, MissingError, PortTakenError
 from tasks.serve import ports as tcp
-from tasks.serve.settings import SERVICES, ServiceSettings
+from tasks.serve.settings import SLOTS, ServiceSettings
 
 _CPU_OVERHEAD_BYTES = 1_500_000_000  # vLLM's own code and buffers: 1.2-2.3 GB were measured with a tiny model
 
@@ -31,14 +31,16 @@ def check_model(settings: ServiceSettings) -> None:
 
 def check_ports(settings: ServiceSettings, names: Iterable[str]) -> None:
     """Raise PortTakenError when a port that is needed belongs to a process that is not ours."""
-    ports = {"vllm": settings.spec.vllm_port, "gateway": settings.spec.gateway_port}
+    ports = {"vllm": settings.vllm_port, "gateway": settings.spec.gateway_port}
     variable = {"vllm": "VLLM_PORT", "gateway": "LITE_GATEWAY_PORT"}
     for name in names:
         port = ports[name]
         if tcp.is_port_free(settings.spec.host, port):
             continue
         holder = tcp.find_listener(port)
-        if holder.pid and any(processes.is_member(holder.pid, settings.identity_file(other)) for other in SERVICES):
+        if holder.pid and any(
+            processes.is_member(holder.pid, settings.identity_file(other)) for other in (*SLOTS, "gateway")
+        ):
             continue
         who = f"pid {holder.pid} ({holder.command})" if holder.pid else holder.command
         raise PortTakenError(
@@ -53,9 +55,8 @@ def check_memory(settings: ServiceSettings) -> None:
         return
     weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if has_cpu_build(settings.vllm_python):
-        widening = 2 if settings.spec.dtype == "float32" else 1  # the files hold bfloat16
-        needed = weight_bytes * widening + settings.spec.cpu_kv_cache_bytes + _CPU_OVERHEAD_BYTES
-        available = machine.available_memory_bytes() + processes.resident_bytes(settings.identity_file("vllm"))
+        needed = _cpu_bytes(settings, weight_bytes)
+        available = machine.available_memory_bytes() + processes.resident_bytes(settings.identity_file(settings.slot))
         way_out = "stop other programs, serve a smaller model, or serve on a GPU"
         kind = "memory"
     else:
@@ -71,6 +72,35 @@ def check_memory(settings: ServiceSettings) -> None:
             f"serving {folder} needs about {needed / 1e9:.1f} GB of {kind} "
             f"({weight_bytes / 1e9:.1f} GB of weights) but {available / 1e9:.1f} GB are available: {way_out}"
         )
+
+
+def check_room_beside(settings: ServiceSettings) -> str:
+    """Return, in numbers, that this vLLM fits beside what runs. Raises CapacityError when it does not.
+
+    vLLM on a GPU takes `gpu_memory_utilization` of its memory whatever the model's size, and does not start when
+    that much is not free.
+    """
+    folder = settings.model_folder
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder else 0
+    if has_cpu_build(settings.vllm_python):
+        needed, available = _cpu_bytes(settings, weight_bytes), machine.available_memory_bytes()
+        kind, way_out = "memory", "serve on a machine with more"
+    else:
+        gpus = machine.list_gpus()
+        best = max(gpus, key=lambda gpu: gpu.free_bytes, default=None)
+        if best is None:
+            return "nvidia-smi lists no GPU: its memory is not looked at"
+        needed, available = int(best.total_bytes * settings.spec.gpu_memory_utilization), best.free_bytes
+        kind, way_out = "GPU memory", f"lower gpu_memory_utilization ({settings.spec.gpu_memory_utilization:g}) of both"
+    numbers = f"about {needed / 1e9:.1f} GB of {kind} beside the old one, {available / 1e9:.1f} GB are free"
+    if needed > available:
+        raise CapacityError(f"the new vLLM needs {numbers}: {way_out}, or promote with strategy replace")
+    return f"the new vLLM needs {numbers}"
+
+
+def _cpu_bytes(settings: ServiceSettings, weight_bytes: int) -> int:
+    widening = 2 if settings.spec.dtype == "float32" else 1  # the files hold bfloat16
+    return weight_bytes * widening + settings.spec.cpu_kv_cache_bytes + _CPU_OVERHEAD_BYTES
 
 
 def has_cpu_build(vllm_python: Path) -> bool:

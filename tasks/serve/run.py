@@ -3,17 +3,25 @@
 Ring: edge.
 """
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
-from tasks.errors import MissingError
-from tasks.serve import services
-from tasks.serve.settings import NO_OVERRIDES, service_settings
-from tasks.specs import ServeSpec
+from huggingface_hub import HfApi
+
+from tasks.artifacts import ArtifactStore, Claim, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
+from tasks.errors import MissingError, SpecError
+from tasks.serve import handover, promotion, services
+from tasks.serve.command import reach
+from tasks.serve.settings import NO_OVERRIDES, ServiceSettings, service_settings
+from tasks.serve.weights import locate_model, require_merged_files
+from tasks.specs import Recipe, ServeSpec
 
 VERSION = 1
+ANONYMOUS = HfApi(token=False)
+logger = logging.getLogger(__name__)
 
 
 def serve_model(
@@ -22,6 +30,7 @@ def serve_model(
     store: ArtifactStore,
     host: Mapping[str, str] = NO_OVERRIDES,
     run_id: str = "",
+    hub: HfApi = ANONYMOUS,
 ) -> ServedModel:
     """Serve the published model; always runs, since the answer depends on the world.
 
@@ -31,28 +40,132 @@ def serve_model(
         store: its root holds the services' records and logs.
         host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
         run_id: of the flow run that serves; in the headers of the gateway's answers and in its traces.
-    Raises: PortTakenError, CapacityError or MissingError before anything starts; ServiceError with
-        the last lines of the log when a service dies or does not answer in time.
+        hub: fetches the published commit when the local folder is gone.
+    Raises: CorruptError when the published files are not the merged ones, PortTakenError, CapacityError or
+        MissingError, all before anything starts; ServiceError with the last lines of the log when a service dies
+        or does not answer in time.
     """
-    settings = service_settings(published.model_folder, spec, store.root, host)
-    settings = replace(settings, ids=_ids(published, store, run_id))
-    spec = settings.spec
-    key = make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,))
-    with store.claim(ServedModel, key) as claim:
+    published, settings = prepare(published, spec, store, host, run_id, hub)
+    with _claim(published, settings.spec, store) as claim:
         status = services.start(settings)
-        served = ServedModel(
-            key=key,
-            folder=str(claim.folder),
-            parents=(published.ref,),
-            model_folder=published.model_folder,
-            model_digest=published.model_digest,
-            served_model_name=spec.served_model_name,
-            dtype="bfloat16" if spec.dtype == "auto" else spec.dtype,
-            vllm_url=status.vllm.url,
-            gateway_url=status.gateway.url,
-            reused=status.reused,
-        )
-        return claim.commit(served, spec=spec)
+        urls = {"vllm_url": status.vllm.url, "gateway_url": status.gateway.url}
+        served = _served(claim, published, settings.spec, **urls, reused=status.reused)
+        return claim.commit(served, spec=settings.spec)
+
+
+def start_candidate(
+    published: PublishedModel,
+    recipe: Recipe,
+    store: ArtifactStore,
+    host: Mapping[str, str] = NO_OVERRIDES,
+    run_id: str = "",
+    hub: HfApi = ANONYMOUS,
+) -> ServedModel:
+    """Start the published model beside the one that serves, where memory holds both; else in its place.
+
+    The arguments are those of serve_model; of the recipe `serve` and `promote` count. The answer's `candidate_slot`
+    is empty when it serves already. Raises as serve_model does, and CapacityError when both were asked for and do
+    not fit.
+    """
+    published, settings = prepare(published, recipe.serve, store, host, run_id, hub)
+    strategy, why = promotion.choose_strategy(settings, recipe.promote)
+    logger.info("strategy %s: %s", strategy, why)
+    if strategy == "replace":
+        if handover.last_verified(store.root).get("model") != published.model_folder:
+            promotion.begin_trial(store.root, published.model_folder)
+        return serve_model(published, recipe.serve, store, host, run_id, hub)
+    with _claim(published, settings.spec, store) as claim:
+        candidate = promotion.start_candidate(settings)
+        url = f"http://{reach(candidate.spec.host)}:{candidate.vllm_port}"
+        served = _served(claim, published, settings.spec, vllm_url=url, gateway_url=url, reused=False)
+        return claim.commit(served.model_copy(update={"candidate_slot": candidate.slot}), spec=settings.spec)
+
+
+def shift_traffic(
+    candidate: ServedModel,
+    recipe: Recipe,
+    store: ArtifactStore,
+    host: Mapping[str, str] = NO_OVERRIDES,
+    run_id: str = "",
+    show: Callable[[str], None] = logger.info,
+) -> ServedModel:
+    """Give a candidate its share of the requests, then all; return it as what serves. Nothing to do for what does."""
+    if not candidate.candidate_slot:
+        return candidate
+    published = store.ancestor(candidate, PublishedModel)
+    settings = service_settings(candidate.model_folder, recipe.serve, store.root, host)
+    settings = replace(settings, ids=_ids(published, store, run_id), slot=candidate.candidate_slot)
+    promotion.shift_traffic(settings, recipe.promote, show)
+    status = services.status(settings)
+    with _claim(published, settings.spec, store) as claim:
+        urls = {"vllm_url": status.vllm.url, "gateway_url": status.gateway.url}
+        served = _served(claim, published, settings.spec, **urls, reused=False)
+        served = served.model_copy(update={"model_folder": candidate.model_folder})
+        return claim.commit(served, spec=settings.spec)
+
+
+def retire_others(served: ServedModel, recipe: Recipe, store: ArtifactStore) -> str:
+    """Stop the model that served before once its last answers have ended; return what was done."""
+    return promotion.retire(service_settings(served.model_folder, recipe.serve, store.root, {}), recipe.promote)
+
+
+def find_published(name: str, store: ArtifactStore) -> PublishedModel:
+    """Return the published model whose key or digest begins with `name`; `latest`: the newest.
+
+    Raises: MissingError that lists what there is, SpecError when several fit.
+    """
+    every = store.committed(PublishedModel)
+    found = every[-1:] if name == "latest" else [p for p in every if p.key.startswith(name) or p.repo_id == name]
+    if not found or not name:
+        there = ", ".join(f"{p.short} ({p.repo_id})" for p in every) or "none"
+        raise MissingError(f"no published model {name!r} below {store.root}: there are {there}")
+    if len(found) > 1:
+        raise SpecError(f"{name!r} may be {', '.join(p.short for p in found)}: give more digits of the key")
+    return found[0]
+
+
+def prepare(
+    published: PublishedModel,
+    spec: ServeSpec,
+    store: ArtifactStore,
+    host: Mapping[str, str],
+    run_id: str,
+    hub: HfApi,
+) -> tuple[PublishedModel, ServiceSettings]:
+    """Return the model with a folder that is the merged one, byte for byte, and the settings to serve it."""
+    published = locate_model(published, hub)
+    require_merged_files(published, store)
+    settings = service_settings(published.model_folder, spec, store.root, host)
+    return published, replace(settings, ids=_ids(published, store, run_id))
+
+
+def _claim(
+    published: PublishedModel, spec: ServeSpec, store: ArtifactStore
+) -> AbstractContextManager[Claim[ServedModel]]:
+    return store.claim(ServedModel, make_key("serve", VERSION, spec, {"time": str(time.time_ns())}, (published,)))
+
+
+def _served(
+    claim: Claim[ServedModel],
+    published: PublishedModel,
+    spec: ServeSpec,
+    *,
+    vllm_url: str,
+    gateway_url: str,
+    reused: bool,
+) -> ServedModel:
+    return ServedModel(
+        key=claim.key,
+        folder=str(claim.folder),
+        parents=(published.ref,),
+        model_folder=published.model_folder,
+        model_digest=published.model_digest,
+        served_model_name=spec.served_model_name,
+        dtype="bfloat16" if spec.dtype == "auto" else spec.dtype,
+        vllm_url=vllm_url,
+        gateway_url=gateway_url,
+        reused=reused,
+    )
 
 
 def _ids(published: PublishedModel, store: ArtifactStore, run_id: str) -> dict[str, str]:

@@ -11,56 +11,42 @@ Trap: the model folder's path says nothing about its weights. A re-merged model 
       the digest.
 """
 
-import http.client
 import json
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from tasks import files, processes
+from tasks import files, machine, processes
 from tasks.environment import without_secrets
-from tasks.errors import ServiceError
+from tasks.errors import ServiceError, TransientError
+from tasks.procfs import send_signal
+from tasks.serve.asking import get_json
 from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
 from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
+from tasks.serve.looking import (
+    ServicesStatus,
+    ServiceStatus,
+    follow,
+    is_alive,
+    is_gateway_ready,
+    status,
+    this_process,
+)
 from tasks.serve.preflight import check_memory, check_model, check_ports, has_cpu_build
-from tasks.serve.settings import ROOT, SERVICES, ServiceSettings, digest_of
+from tasks.serve.settings import ROOT, SERVICES, SLOTS, ServiceSettings, digest_of
+from tasks.serve.traffic import read_shares, share_of, write_traffic
 
-__all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "restart", "start", "status", "stop"]
+__all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "follow", "restart", "start", "status", "stop"]
 
 _POLL_S = 0.25
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceStatus:
-    """How one service is: "stopped", "starting" (it runs but does not answer) or "ready"."""
-
-    name: str
-    state: str
-    pid: int
-    url: str
-    log: Path
-    model: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServicesStatus:
-    """How both services are; `reused` says that start() found the right vLLM running."""
-
-    vllm: ServiceStatus
-    gateway: ServiceStatus
-    reused: bool = False
-
-    @property
-    def is_ready(self) -> bool:
-        """Say whether both answer."""
-        return self.vllm.state in {"ready", "elsewhere"} and self.gateway.state == "ready"
 
 
 def start(settings: ServiceSettings) -> ServicesStatus:
@@ -71,23 +57,52 @@ def start(settings: ServiceSettings) -> ServicesStatus:
     `spec.start_timeout_s` or serves another model.
     """
     with files.lock_file(settings.folder / "lock"):
-        own = settings.uses_own_vllm
+        settings, own = follow(settings), settings.uses_own_vllm
         if own:
             check_model(settings)
         check_ports(settings, SERVICES if own else ("gateway",))
+        end_candidate(settings)
         if own:
             check_memory(settings)
-        reused = _ensure(settings, plan_vllm(settings), wait_for_vllm) if own else False
+        reused = ensure(settings, plan_vllm(settings), wait_for_vllm) if own else False
         settings.vacancy.unlink(missing_ok=True)
-        _ensure(settings, plan_gateway(settings), wait_for_gateway)
+        if own:
+            _give_all(settings, reused=reused)
+        ensure(settings, plan_gateway(settings), wait_for_gateway)
         return status(settings, reused=reused)
+
+
+def end_candidate(settings: ServiceSettings) -> bool:
+    """Stop what waits in the other slot; return whether something did. Raises TransientError while a promotion runs."""
+    waiting = processes.find_alive(settings.identity_file(settings.other_slot))
+    if waiting is None:
+        return False
+    promoter = waiting.note.get("promoter", "")
+    if promoter != this_process() and is_alive(promoter):
+        raise TransientError(
+            f"a promotion (pid {promoter.partition('@')[0]}) has a new model in {settings.other_slot}: wait until it "
+            "ends, or cancel its flow run"
+        )
+    return end(settings, settings.other_slot)
+
+
+def _give_all(settings: ServiceSettings, *, reused: bool) -> None:
+    """Send all requests to this slot's vLLM; what is served already keeps the run's id that it has."""
+    share, now = share_of(settings), read_shares(settings.folder)
+    if len(now) == 1 and reused and (now[0].slot, now[0].url) == (share.slot, share.url):
+        known = {name: value for name, value in now[0].ids.items() if name in share.ids}
+        if not share.ids or {**share.ids, "TATARA_RUN_ID": ""} == {**known, "TATARA_RUN_ID": ""}:
+            return
+    write_traffic(settings, [share])
 
 
 def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
         settings.vacancy.unlink(missing_ok=True)  # who stops them wants them to stay stopped
-        return [name for name in reversed(SERVICES) if _end(settings, name)]
+        ended = [name for name in ("gateway", *reversed(SLOTS)) if end(settings, name)]
+        settings.upstreams_file.unlink(missing_ok=True)
+        return ended
 
 
 def restart(settings: ServiceSettings) -> ServicesStatus:
@@ -96,24 +111,12 @@ def restart(settings: ServiceSettings) -> ServicesStatus:
     return start(settings)
 
 
-def status(settings: ServiceSettings, *, reused: bool = False) -> ServicesStatus:
-    """Look at both services; starts and stops nothing. Cost: two requests to loopback."""
-    host, spec = reach(settings.spec.host), settings.spec
-    vllm_url = f"http://{host}:{spec.vllm_port}"
-    vllm = _look(settings, "vllm", vllm_url, lambda: _get(f"{vllm_url}/health")[0] == 200)
-    if not settings.uses_own_vllm:
-        vllm = ServiceStatus(name="vllm", state="elsewhere", pid=0, url=settings.vllm_url, log=vllm.log)
-    gateway_url = f"http://{host}:{spec.gateway_port}"
-    gateway = _look(settings, "gateway", gateway_url, lambda: _is_gateway_ready(gateway_url))
-    return ServicesStatus(vllm=vllm, gateway=gateway, reused=reused)
-
-
 def plan_vllm(settings: ServiceSettings) -> processes.Program:
     """Return vLLM as it is to run."""
     scratch = settings.scratch
     model = str(settings.model_folder or settings.model)
     argv, extra = vllm_command(
-        settings.spec,
+        settings.spec.model_copy(update={"vllm_port": settings.vllm_port}),
         model,
         on_gpu=not has_cpu_build(settings.vllm_python),
         python=str(settings.vllm_python),
@@ -128,7 +131,7 @@ def plan_vllm(settings: ServiceSettings) -> processes.Program:
     digest = digest_of([argv, shown, fingerprint_model(settings), fingerprint_environment(settings.vllm_python)])
     if settings.hf_token and settings.model_folder is None:
         variables["HF_TOKEN"] = settings.hf_token
-    return _program(settings, "vllm", argv, variables, digest)
+    return _program(settings, settings.slot, argv, variables, digest)
 
 
 def plan_gateway(settings: ServiceSettings) -> processes.Program:
@@ -142,16 +145,14 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
     keep = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_API_KEY", "PYTHONPATH")
     if settings.variables.get("GATEWAY_TRACE_DIRECT", "").lower() in ("1", "true", "yes", "on"):
         keep = (*keep, "WANDB_")  # its child sends to Weave
-    variables = {
-        **without_secrets(settings.variables, keep=keep),
-        **extra,
-        **settings.ids,
-    }
+    if settings.uses_own_vllm:
+        extra["GATEWAY_UPSTREAMS_FILE"] = str(settings.upstreams_file)
+    else:
+        extra |= settings.ids
+    variables = {**without_secrets(settings.variables, keep=keep), **extra}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")]))
     prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "TATARA_MODEL_", "TATARA_ADAPTER_")
-    shown = {
-        name: value for name, value in variables.items() if name.startswith(prefixes)
-    }  # a new run's id: no restart
+    shown = {name: value for name, value in variables.items() if name.startswith(prefixes)}
     code = [fingerprint_gateway(), fingerprint_environment(settings.gateway_python)]
     return _program(settings, "gateway", argv, variables, digest_of([argv, extra, shown, *code]))
 
@@ -160,12 +161,13 @@ def _program(
     settings: ServiceSettings, name: str, argv: list[str], variables: dict[str, str], digest: str
 ) -> processes.Program:
     note = {"model": settings.model, "spec": settings.spec.model_dump_json(), "vllm_url": settings.vllm_url}
-    if name == "vllm":
+    if name in SLOTS:
         note["vllm_python"] = str(settings.vllm_python)
         note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
         note["fingerprint"] = fingerprint_model(settings)
-    else:
-        note["ids"] = json.dumps(dict(settings.ids))
+        note["promoter"] = this_process()
+        if note["device"] == "gpu":
+            note["gpu_free_bytes"] = json.dumps([gpu.free_bytes for gpu in machine.list_gpus()])
     return processes.Program(
         argv=tuple(argv),
         variables=variables,
@@ -178,27 +180,27 @@ def _program(
 
 def wait_for_vllm(settings: ServiceSettings, running: processes.Identity) -> None:
     """Return when vLLM answers under the right model name. Raises ServiceError."""
-    base, name = f"http://{reach(settings.spec.host)}:{settings.spec.vllm_port}", settings.spec.served_model_name
+    base, name = f"http://{reach(settings.spec.host)}:{settings.vllm_port}", settings.spec.served_model_name
 
     def is_ready() -> bool:
-        if _get(f"{base}/health")[0] != 200:
+        if get_json(f"{base}/health")[0] != 200:
             return False
-        code, body = _get(f"{base}/v1/models", key=settings.variables.get("VLLM_API_KEY", ""))
+        code, body = get_json(f"{base}/v1/models", key=settings.variables.get("VLLM_API_KEY", ""))
         served = [model.get("id") for model in body.get("data", [])] if code == 200 else []
         if code == 200 and name not in served:
             raise ServiceError(f"vLLM at {base} serves {served} but {name!r} was asked for: stop what else runs there")
         return code == 200
 
-    _wait(settings, "vllm", running, is_ready)
+    _wait(settings, settings.slot, running, is_ready)
 
 
 def wait_for_gateway(settings: ServiceSettings, running: processes.Identity) -> None:
     """Return when the gateway answers and reaches vLLM. Raises ServiceError."""
     url = f"http://{reach(settings.spec.host)}:{settings.spec.gateway_port}"
-    _wait(settings, "gateway", running, lambda: _is_gateway_ready(url), timeout_s=60.0)
+    _wait(settings, "gateway", running, lambda: is_gateway_ready(url), timeout_s=60.0)
 
 
-def _ensure(
+def ensure(
     settings: ServiceSettings, program: processes.Program, wait: Callable[[ServiceSettings, processes.Identity], None]
 ) -> bool:
     """Make the service run as planned; return whether it did already."""
@@ -206,29 +208,46 @@ def _ensure(
     running = processes.find_alive(program.identity_file)
     reused = running is not None and running.digest == program.digest
     if running is None or not reused:
-        if running is not None and name == "vllm":
+        if running is not None and name in SLOTS:
             files.write_json(settings.vacancy, running.note)
-        _end(settings, name)
-        if name == "vllm":
+        end(settings, name)
+        if name in SLOTS:
             for kind in ("temporary", "cache"):
                 (settings.scratch / kind).mkdir(parents=True, exist_ok=True)
         if program.log.exists():
             program.log.replace(program.log.with_suffix(".log.old"))
-        running = processes.start_detached(program)
+        settings.state_file(name).unlink(missing_ok=True)
+        running = processes.start_detached(supervised(settings, program))
     elif not running.note:  # found by its marker: its record was lost
         processes.write_identity(program.identity_file, replace(running, note=program.note))
     try:
         wait(settings, running)
     except BaseException:  # also Ctrl-C: a service that nobody waits for is an orphan
-        _end(settings, name)
+        end(settings, name)
         raise
+    send_signal(running.pid, running.started, signal.SIGUSR1)  # from here on its supervisor starts it again
     return reused
 
 
-def _end(settings: ServiceSettings, name: str) -> bool:
+def supervised(settings: ServiceSettings, program: processes.Program) -> processes.Program:
+    """Return the program under a supervisor: started again when it dies, its log rotated."""
+    name = program.identity_file.stem
+    argv = (sys.executable, "-I", "-S", str(_SUPERVISOR), str(settings.state_file(name)), str(program.log), "--")
+    return replace(program, argv=(*argv, *program.argv))
+
+
+def end(settings: ServiceSettings, name: str) -> bool:
     """Stop a service with all its children; return whether it ran."""
+    running = processes.read_identity(settings.identity_file(name))
     ended = processes.stop(settings.identity_file(name))
+    if ended and running is not None and running.note.get("gpu_free_bytes"):
+        missing = machine.wait_for_gpu_memory(json.loads(running.note["gpu_free_bytes"]))
+        if missing:
+            _logger.warning(
+                "%s is gone but its GPU memory is not all free: %s (does somebody else use it?)", name, missing
+            )
     settings.identity_file(name).unlink(missing_ok=True)
+    settings.state_file(name).unlink(missing_ok=True)
     if ended:
         _logger.info("stopped %s", name)
     return ended
@@ -262,34 +281,3 @@ def _wait(
 def _tail(settings: ServiceSettings, log: Path) -> str:
     text = processes.last_lines(log)
     return text.replace(settings.hf_token, "<HF_TOKEN>") if settings.hf_token else text
-
-
-def _look(settings: ServiceSettings, name: str, url: str, is_ready: Callable[[], bool]) -> ServiceStatus:
-    running = processes.find_alive(settings.identity_file(name))
-    log = settings.log(name)
-    if running is None:
-        return ServiceStatus(name=name, state="stopped", pid=0, url=url, log=log)
-    state = "ready" if is_ready() else "starting"
-    return ServiceStatus(name=name, state=state, pid=running.pid, url=url, log=log, model=running.note.get("model", ""))
-
-
-def _is_gateway_ready(url: str) -> bool:
-    code, body = _get(f"{url}/health")
-    return code == 200 and body.get("gateway") == "ok" and body.get("vllm") is True
-
-
-def _get(url: str, *, key: str = "") -> tuple[int, dict[str, Any]]:  # Any: JSON
-    """GET without proxies; (0, {}) when nothing answers, {} when the body is no JSON object."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
-    try:
-        connection.request("GET", parts.path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        response = connection.getresponse()
-        body = json.loads(response.read() or b"{}")
-        return response.status, body if isinstance(body, dict) else {}
-    except ValueError:
-        return response.status, {}  # pyright: ignore[reportPossiblyUnboundVariable] - only the body raises it
-    except (OSError, http.client.HTTPException):
-        return 0, {}
-    finally:
-        connection.close()

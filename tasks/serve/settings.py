@@ -21,6 +21,7 @@ from tasks.specs import ServeSpec, change
 ROOT = Path(__file__).resolve().parents[2]
 NO_OVERRIDES: Mapping[str, str] = {}
 SERVICES = ("vllm", "gateway")
+SLOTS = ("vllm", "vllm-b")  # a promotion starts the new vLLM in the one that does not serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class ServiceSettings:
     )
     gateway_python: Path = Path(sys.executable)
     ids: Mapping[str, str] = field(default_factory=dict)  # TATARA_*: what the gateway's answers lead back to
+    slot: str = SLOTS[0]
 
     @property
     def folder(self) -> Path:
@@ -48,9 +50,28 @@ class ServiceSettings:
         """Return the file that says which process is the service."""
         return self.folder / f"{name}.json"
 
+    def state_file(self, name: str) -> Path:
+        """Return the file in which a service's supervisor says what became of it."""
+        return self.folder / f"{name}.state"
+
     def log(self, name: str) -> Path:
         """Return the file that takes the service's stdout and stderr."""
         return self.folder / f"{name}.log"
+
+    @property
+    def vllm_port(self) -> int:
+        """Return the port of the vLLM in this slot."""
+        return self.spec.vllm_port if self.slot == SLOTS[0] else self.spec.port_beside
+
+    @property
+    def other_slot(self) -> str:
+        """Return the slot beside this one."""
+        return SLOTS[1 - SLOTS.index(self.slot)]
+
+    @property
+    def upstreams_file(self) -> Path:
+        """Return the file that tells the gateway who gets which share."""
+        return self.folder / "upstreams.json"
 
     @property
     def vacancy(self) -> Path:
@@ -70,12 +91,13 @@ class ServiceSettings:
         if not self.vllm_url:
             return True
         parts = urlsplit(self.vllm_url)
-        return reach(parts.hostname or "") == reach(self.spec.host) and parts.port == self.spec.vllm_port
+        ports = (self.spec.vllm_port, self.spec.port_beside)
+        return reach(parts.hostname or "") == reach(self.spec.host) and parts.port in ports
 
     @property
     def scratch(self) -> Path:
         """Return vLLM's folder for sockets and caches, short enough for a Unix socket: below home, else below /tmp."""
-        folder = self.folder / "vllm"
+        folder = self.folder / self.slot
         if len(str(folder)) <= 60:
             return folder
         return Path(tempfile.gettempdir()) / f"tatara-{os.getuid()}-{digest_of(str(folder))[:12]}"

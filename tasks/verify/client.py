@@ -17,9 +17,9 @@ GATEWAY_KEY = "TATARA_GATEWAY_KEY"
 
 
 def get_json(url: str, timeout_s: float) -> dict[str, Any]:  # Any: JSON values
-    """GET a JSON document. Raises TransientError when nobody answers, ServiceError on a status >= 400."""
+    """GET a JSON document, {} for none. Raises TransientError when nobody answers, ServiceError on a status >= 400."""
     with _open(urllib.request.Request(url, headers=_login()), timeout_s) as reply:  # noqa: S310 - our own endpoint
-        return json.load(reply)
+        return json.loads(reply.read() or b"{}")
 
 
 def post_json(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:  # Any: JSON values
@@ -28,8 +28,13 @@ def post_json(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any
         return json.load(reply)
 
 
-def stream_chat(url: str, body: dict[str, Any], timeout_s: float) -> Iterator[tuple[float, str]]:  # Any: JSON values
-    """POST a streamed chat; yield (seconds since the request, text) of each piece of the answer."""
+def stream_chat(
+    url: str, body: dict[str, Any], timeout_s: float
+) -> Iterator[tuple[float, dict[str, Any]]]:  # Any: JSON
+    """POST a streamed chat; yield (seconds since the request, choice) of each event that has one.
+
+    Raises ServiceError when the stream breaks off before its end.
+    """
     start = time.monotonic()
     with _open(_request(url, {**body, "stream": True}), timeout_s) as reply:
         for line in reply:
@@ -37,8 +42,9 @@ def stream_chat(url: str, body: dict[str, Any], timeout_s: float) -> Iterator[tu
             if data == "[DONE]":
                 return
             if line.startswith(b"data: "):
-                choices = json.loads(data).get("choices") or [{}]
-                yield time.monotonic() - start, text_of(choices[0].get("delta") or {})
+                for choice in json.loads(data).get("choices") or []:
+                    yield time.monotonic() - start, choice
+    raise ServiceError(f"{url} broke its stream off: it ended without [DONE]")
 
 
 def text_of(message: dict[str, Any]) -> str:  # Any: JSON values
@@ -47,8 +53,11 @@ def text_of(message: dict[str, Any]) -> str:  # Any: JSON values
 
 
 def _login() -> dict[str, str]:
-    """Return the header of the gateway key that this machine's flows use, when the gateway asks for one."""
-    key = os.environ.get(GATEWAY_KEY)
+    """Return the header of the gateway key that this machine's flows use, when the gateway asks for one.
+
+    Without one it is vLLM's own: a candidate is asked directly, and a gateway without keys hands it on.
+    """
+    key = os.environ.get(GATEWAY_KEY) or os.environ.get("VLLM_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

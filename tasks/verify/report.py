@@ -22,9 +22,12 @@ def health_markdown(report: HealthReport, about: dict[str, Any]) -> str:  # Any:
 
 Token by token the served model is {report.token_gap:.5f} from the merged files, which the tune moved by \
 {report.tuning_gap:.4f}. Served minus merged: {report.served_logprob - report.merged_logprob:+.5f}. \
-Served minus base: {report.served_logprob - report.base_logprob:+.4f}.
+From the base with the adapter, merged by PEFT, it is {report.adapter_gap:.5f}.
 
-{about.get("failure") or "The served weights are the merged ones, and not the base."}
+Served minus base: {report.served_logprob - report.base_logprob:+.4f}; training lowered the validation loss by \
+{report.trainer_gain:.4f}. Greedy tokens compared: {report.num_greedy_tokens}.
+
+{about.get("failure") or "The served weights are the merged ones, and not the base."} {chat.get("format", "")}
 
 **{chat["question"]}**
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,21 @@ from tasks.environment import without_secrets
 from tasks.errors import AttestationError, ServiceError
 from tasks.processes import last_lines
 from tasks.specs import VerifySpec
-from tasks.verify.client import get_json, post_json, stream_chat, text_of
-from tasks.verify.probes import Scores, answer_logprobs, check_scores, compare, scoring_request
+from tasks.verify.chat import ask, check_texts
+from tasks.verify.client import get_json, post_json
+from tasks.verify.greedy import GreedyStep, compare_greedy, greedy_request, greedy_tokens
+from tasks.verify.probes import (
+    Gain,
+    Scores,
+    answer_logprobs,
+    check_gain,
+    check_scores,
+    compare,
+    measure_gain,
+    scoring_request,
+)
 
-VERSION = 2
+VERSION = 3
 ShowFn = Callable[[HealthReport, dict[str, Any]], None]  # Any: JSON values
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,9 +61,10 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
     """
     key = make_key("verify", VERSION, spec, {"time": str(time.time_ns())}, (served,))
     with store.claim(HealthReport, key) as claim:
-        scores, about = probe(served, spec, store)
-        failure = _failure(scores, spec)
+        findings, about = probe(served, spec, store)
+        failure = find_failure(findings, spec, served.dtype)
         about["failure"] = str(failure) if failure else ""
+        scores = findings.scores
         report = HealthReport(
             key=key,
             folder=str(claim.folder),
@@ -67,6 +80,9 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
             answer=about["chat"]["answer"],
             gateway_url=served.gateway_url,
             served_model_name=served.served_model_name,
+            adapter_gap=scores.adapter_gap,
+            trainer_gain=findings.gain.trainer,
+            num_greedy_tokens=sum(len(tokens) for tokens, _ in findings.greedy),
         )
         claim.commit(report, spec=spec, about=about)
     show(report, about)
@@ -75,37 +91,82 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
     return report
 
 
-def _failure(scores: Scores, spec: VerifySpec) -> AttestationError | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What the endpoint showed, before anything is judged. `broken` is a broken contract of chat or tokenizer."""
+
+    scores: Scores
+    gain: Gain
+    greedy: list[tuple[list[int], list[GreedyStep]]]
+    broken: AttestationError | None
+
+
+def find_failure(findings: Findings, spec: VerifySpec, dtype: str) -> AttestationError | None:
+    """Return the first thing that the endpoint does not prove: weights first, then what follows from them."""
     try:
-        check_scores(scores, spec)
+        check_scores(findings.scores, spec, dtype)
+        check_gain(findings.gain, spec)
+        for served, expected in findings.greedy:
+            compare_greedy(served, expected, dtype)
     except AttestationError as error:
         return error
-    return None
+    return findings.broken
 
 
 def probe(
     served: ServedModel, spec: VerifySpec, store: ArtifactStore
-) -> tuple[Scores, dict[str, Any]]:  # Any: JSON values
-    """Ask everything that is asked of the endpoint; return the scores and what stands beside them."""
-    documents = pq.read_table(store.ancestor(served, PackedDataset).path / "validation_documents.parquet").to_pylist()
-    documents = documents[: spec.num_answers]
-    reference = reference_scores(served, documents, store)
-    about = {"health": check_health(served, spec), "chat": ask(served, spec), "num_answers": len(documents)}
-    served_values: list[float] = []
+) -> tuple[Findings, dict[str, Any]]:  # Any: JSON values
+    """Ask everything that is asked of the endpoint; return what it showed and what stands beside it."""
+    packed, adapter = store.ancestor(served, PackedDataset), store.ancestor(served, TrainedAdapter)
+    documents = pq.read_table(packed.path / "validation_documents.parquet").to_pylist()[: spec.num_answers]
+    reference = reference_scores(served, documents, spec, store)
+    about = {"health": check_health(served, spec), "num_answers": len(documents)}
+    about["chat"], broken = ask(served, spec, Path(store.ancestor(served, MergedModel).model_folder))
+    broken = check_texts(served, spec, Path(store.ancestor(served, MergedModel).model_folder)) or broken
+    values: list[float] = []
     for document in documents:
         prompt, answer = document["prompt_ids"], document["answer_ids"]
         body = scoring_request(served.served_model_name, prompt, answer)
         reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
-        served_values.extend(answer_logprobs(reply, prompt, answer))
-    return compare(served_values, reference["merged"], reference["base"]), about
+        values.extend(answer_logprobs(reply, prompt, answer))
+    gain = measure_gain(
+        values,
+        reference["base"],
+        [len(document["answer_ids"]) for document in documents],
+        trainer=adapter.validation_loss_before - adapter.validation_loss_after,
+        num_documents=packed.num_validation_documents,
+    )
+    findings = Findings(
+        scores=compare(values, reference["merged"], reference["base"], reference["tuned"]),
+        gain=gain,
+        greedy=_answer_greedily(served, documents, reference["greedy"], spec),
+        broken=broken,
+    )
+    about["gain"] = {"trainer": gain.trainer, "served": gain.served, "error": gain.error}
+    return findings, about
+
+
+def _answer_greedily(
+    served: ServedModel,
+    documents: list[dict[str, Any]],  # Any: token columns
+    expected: list[list[dict[str, Any]]],  # Any: GreedyStep's fields
+    spec: VerifySpec,
+) -> list[tuple[list[int], list[GreedyStep]]]:
+    answers: list[tuple[list[int], list[GreedyStep]]] = []
+    for document, steps in zip(documents, expected, strict=False):  # the first few only
+        body = greedy_request(served.served_model_name, document["prompt_ids"], len(steps))
+        reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
+        answers.append((greedy_tokens(reply), [GreedyStep(**step) for step in steps]))
+    return answers
 
 
 def reference_scores(
     served: ServedModel,
     documents: list[dict[str, Any]],  # Any: token columns
+    spec: VerifySpec,
     store: ArtifactStore,
-) -> dict[str, list[float]]:
-    """Return {"merged", "base"} log-probabilities of each token, computed once for the same weights and answers."""
+) -> dict[str, Any]:  # Any: lists of log-probabilities and, under "greedy", of steps
+    """Return what tasks/verify/reference.py says of merged, base and adapter: once for the same weights and answers."""
     merged, adapter = store.ancestor(served, MergedModel), store.ancestor(served, TrainedAdapter)
     growth = 2 if served.dtype == "float32" else 1  # bf16 files opened in float32
     needed = growth * merged.total_bytes + (1 << 30)
@@ -116,6 +177,8 @@ def reference_scores(
         served.dtype,
         [d["row_id"] for d in documents],
         adapter.key,
+        spec.num_greedy_prompts,
+        spec.greedy_tokens,
     ]
     folder = store.root / "reference" / sha256(repr(identity).encode()).hexdigest()[:16]
     result = folder / "scores.json"
@@ -123,9 +186,13 @@ def reference_scores(
         if not result.exists():
             machine.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
             job = {
-                "folders": {"merged": merged.model_folder, "base": adapter.base_folder},
+                "merged": merged.model_folder,
+                "base": adapter.base_folder,
+                "adapter": adapter.adapter_folder,
                 "documents": documents,
                 "dtype": served.dtype,
+                "num_greedy_prompts": spec.num_greedy_prompts,
+                "greedy_tokens": spec.greedy_tokens,
                 "result": str(result),
             }
             files.write_json(folder / "job.json", job)
@@ -147,38 +214,11 @@ def _run_reference(folder: Path) -> None:
 def check_health(served: ServedModel, spec: VerifySpec) -> dict[str, Any]:  # Any: JSON values
     """Return what both services say of themselves. Raises ServiceError when one is not well."""
     health = get_json(f"{served.gateway_url}/health", spec.request_timeout_s)
+    if served.candidate_slot:
+        health = {"gateway": "ok", "vllm": True, "asked": "vLLM itself"}  # it answered 200
     if health.get("gateway") != "ok" or health.get("vllm") is not True:
         raise ServiceError(f"the gateway at {served.gateway_url} says {health}, expected gateway ok and vllm true")
     names = [model["id"] for model in get_json(f"{served.gateway_url}/v1/models", spec.request_timeout_s)["data"]]
     if served.served_model_name not in names:
         raise ServiceError(f"{served.gateway_url} serves {', '.join(names)}, expected {served.served_model_name}")
     return health
-
-
-def ask(served: ServedModel, spec: VerifySpec) -> dict[str, Any]:  # Any: JSON values
-    """Ask the recipe's question, once whole and once streamed. Raises ServiceError when nothing is said."""
-    url = f"{served.gateway_url}/v1/chat/completions"
-    body = {
-        "model": served.served_model_name,
-        "messages": [{"role": "user", "content": spec.question}],
-        "max_tokens": spec.max_answer_tokens,
-        "temperature": 0.0,
-    }
-    start = time.monotonic()
-    reply = post_json(url, body, spec.request_timeout_s)
-    seconds = time.monotonic() - start
-    if "tatara" in reply:  # the gateway marks what vLLM did not say
-        raise ServiceError(f"{url} was answered by {reply['tatara']}, not by vLLM: unset LITE_CANNED and LITE_MODEL")
-    pieces = [piece for piece in stream_chat(url, body, spec.request_timeout_s) if piece[1]]
-    answer = text_of(reply["choices"][0]["message"])
-    streamed = "".join(text for _, text in pieces)
-    if not answer or not streamed:
-        raise ServiceError(f"{url} answered {spec.question!r} with nothing (whole: {answer!r}, streamed: {streamed!r})")
-    return {
-        "question": spec.question,
-        "answer": answer,
-        "seconds": round(seconds, 3),
-        "first_token_s": round(pieces[0][0], 3),
-        "num_stream_pieces": len(pieces),
-        "usage": reply.get("usage"),
-    }

@@ -17,8 +17,11 @@ from tasks.specs import VerifySpec
     timeout_seconds=2 * 3600,
     cache_policy=NO_CACHE,  # always runs: the answer depends on the world
 )
-def verify_model(served: ServedModel, spec: VerifySpec, storage: str = "") -> HealthReport:
-    """Prove that the endpoint serves what was trained."""
+def verify_model(served: ServedModel, spec: VerifySpec, storage: str = "", *, remember: bool = True) -> HealthReport:
+    """Prove that the endpoint serves what was trained.
+
+    `remember`: a model that passes is what to go back to from now on; a promotion says so later.
+    """
     from blocks.opening import open_store
     from tasks.prefect_ui import show_markdown
     from tasks.serve import handover
@@ -31,8 +34,10 @@ def verify_model(served: ServedModel, spec: VerifySpec, storage: str = "") -> He
     store = open_store(storage)
     try:
         report = run.verify_model(served, spec, store, show)
-    except AttestationError:  # what failed must not stay in front of clients
-        get_run_logger().error("%s", handover.restore(store.root, served.model_folder))
+    except AttestationError:  # what failed must not stay in front of clients; a candidate never was
+        if not served.candidate_slot:
+            get_run_logger().error("%s", handover.restore(store.root, served.model_folder))
         raise
-    handover.remember_verified(store.root, served.model_folder)
+    if remember:
+        handover.remember_verified(store.root, served.model_folder)
     return report

@@ -50,6 +50,8 @@ def test_all_deployments_of_the_issue_are_there():
             "publish/model",
             "evaluate/h100",
             "evaluate/tiny",
+            "promote/h100",
+            "promote/tiny",
             "ingest-traces/every-5-minutes",
         ]
     )

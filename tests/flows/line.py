@@ -11,13 +11,15 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from flows.recipes import resolve_pretrain
-from tasks.artifacts import ArtifactStore
+from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, ServedModel, make_key
 from tasks.fetch.run import fetch_base, fetch_dataset
 from tasks.gptoss.layout import config_values
 from tasks.gptoss.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from tasks.merge.run import merge_adapter
 from tasks.pack.run import pack_dataset
-from tasks.specs import Recipe
+from tasks.serve import services
+from tasks.serve.settings import ServiceSettings
+from tasks.specs import Recipe, ServeSpec
 from tasks.train.run import train_adapter
 from tests.needs import lack
 
@@ -75,12 +77,32 @@ def make_base_folder(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def run_to_merge(recipe: Recipe, store: ArtifactStore) -> str:
+def run_to_merge(recipe: Recipe, store: ArtifactStore) -> MergedModel:
     hub = HfApi(token=False)
     base = fetch_base(recipe.base, store, hub)
     packed = pack_dataset(fetch_dataset(recipe.fetch, store, hub), base, recipe.pack, store)
     adapter = train_adapter(packed, base, recipe.train, store, lambda record: None)
-    return merge_adapter(adapter, recipe.merge, store).model_digest
+    return merge_adapter(adapter, recipe.merge, store)
+
+
+def serve_unchecked(published: PublishedModel, folder: Path, spec: ServeSpec, store: ArtifactStore) -> ServedModel:
+    """Serve `folder` as what was published, the way a deploy does that does not look at the files."""
+    now = services.start(ServiceSettings(model=str(folder), spec=spec, home=store.root))
+    key = make_key("serve", 1, spec, {"time": str(time.time_ns())}, (published,))
+    with store.claim(ServedModel, key) as claim:
+        served = ServedModel(
+            key=key,
+            folder=str(claim.folder),
+            parents=(published.ref,),
+            model_folder=str(folder),
+            model_digest=published.model_digest,
+            served_model_name=spec.served_model_name,
+            dtype="float32",
+            vllm_url=now.vllm.url,
+            gateway_url=now.gateway.url,
+            reused=now.reused,
+        )
+        return claim.commit(served, spec=spec)
 
 
 def wait_for_step(store: ArtifactStore, step: str, runs: Callable[[], bool], timeout_s: float = 240.0) -> bool:

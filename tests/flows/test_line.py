@@ -23,7 +23,7 @@ from tasks.artifacts import (
     MergedModel,
     PublishedModel,
 )
-from tasks.errors import AttestationError
+from tasks.errors import AttestationError, CorruptError
 from tasks.serve import services
 from tasks.serve.run import serve_model
 from tasks.serve.settings import ServiceSettings
@@ -37,9 +37,11 @@ from tests.flows.line import (
     make_base_folder,
     need_vllm,
     run_to_merge,
+    serve_unchecked,
     wait_for_step,
 )
 from tests.ports import free_port
+from tests.tasks.verify.sabotage import stale_tokenizer
 
 PREFECT = (sys.executable, "-m", "prefect")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -81,7 +83,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
         stderr=subprocess.DEVNULL,
     )
     try:
-        digest = run_to_merge(recipe, ArtifactStore(folder / "uninterrupted"))
+        digest = run_to_merge(recipe, ArtifactStore(folder / "uninterrupted")).model_digest
         yield Line(ArtifactStore(folder / "home"), changes, recipe, digest, env)
     finally:
         services.stop(ServiceSettings(model=str(base), spec=recipe.serve, home=folder / "home"))
@@ -194,14 +196,32 @@ def test_an_untrained_merge_is_no_better_than_the_base(line: Line):
         verify_model(served, demanding, line.store, lambda report, about: None)
 
 
+def attestation_of(line: Line, folder: Path) -> str:
+    """Serve a folder in the published one's place, past the comparison of files; return why verify refuses it."""
+    published = line.store.committed(PublishedModel)[-1]
+    sabotaged = published.model_copy(update={"model_folder": str(folder)})
+    with pytest.raises(CorruptError, match="is not the merged file"):
+        serve_model(sabotaged, line.recipe.serve, line.store)
+    served = serve_unchecked(published, folder, line.recipe.serve, line.store)
+    shown: list[HealthReport] = []
+    with pytest.raises(AttestationError) as caught:
+        verify_model(served, line.recipe.verify, line.store, lambda report, about: shown.append(report))
+    assert [report.passed for report in shown] == [False]
+    assert line.store.committed(HealthReport)[-1].passed is False
+    return str(caught.value)
+
+
 def test_a_deploy_that_serves_the_base_fails(line: Line):
     """The base under the tuned model's name, everything else as it should be."""
     published = line.store.committed(PublishedModel)[-1]
     base = line.store.ancestor(published, BaseCheckpoint)
-    sabotaged = published.model_copy(update={"model_folder": base.model_folder})
-    served = serve_model(sabotaged, line.recipe.serve, line.store)
-    shown: list[HealthReport] = []
-    with pytest.raises(AttestationError, match=r"not the merged one.*answers like the base"):
-        verify_model(served, line.recipe.verify, line.store, lambda report, about: shown.append(report))
-    assert [report.passed for report in shown] == [False]
-    assert line.store.committed(HealthReport)[-1].passed is False
+    said = attestation_of(line, Path(base.model_folder))
+    assert "the served model is not the merged one" in said and "It answers like the base" in said
+
+
+def test_a_deploy_with_a_stale_tokenizer_fails(line: Line, tmp_path: Path):
+    """Token ids are scored as ever: only the reading of a text tells."""
+    published = line.store.committed(PublishedModel)[-1]
+    base = line.store.ancestor(published, BaseCheckpoint)
+    folder = stale_tokenizer(Path(published.model_folder), Path(base.model_folder), tmp_path / "stale")
+    assert "a stale tokenizer is served" in attestation_of(line, folder)

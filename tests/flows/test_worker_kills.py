@@ -104,7 +104,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
         "PREFECT_SERVER_API_PORT": str(prefect_port),
     }
     prefect = orchestration.find_prefect(given)
-    digest = run_to_merge(recipe, ArtifactStore(tmp_path / "uninterrupted"))
+    digest = run_to_merge(recipe, ArtifactStore(tmp_path / "uninterrupted")).model_digest
     try:
         yield Host(prefect, ArtifactStore(tmp_path / "home"), changes, digest)
     finally:

@@ -22,6 +22,7 @@ OURS = {
     subject.TrainingError: RuntimeError,
     subject.ServiceError: RuntimeError,
     subject.AttestationError: RuntimeError,
+    subject.PromotionError: RuntimeError,
     subject.GateError: RuntimeError,
     subject.TransientError: ConnectionError,
     subject.TokenError: subject.AccessError,

@@ -1,5 +1,6 @@
 """What the machine has is read, and too little is said with numbers."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,18 @@ def test_the_gpus_that_count_are_those_that_cuda_shows_us(
     gpus = subject.list_gpus()
     assert [gpu.free_bytes >> 20 for gpu in gpus] == free_mib
     assert {gpu.name for gpu in gpus} <= {"NVIDIA H100 80GB HBM3"}
+
+
+def test_gpu_memory_is_waited_for_and_what_stays_away_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """nvidia-smi is a stand-in: it gives the memory back at its third answer, of the second GPU never."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/asked\n[ $(wc -l < {tmp_path}/asked) -ge 3 ] && free=80000 || free=9000\n"
+        'echo "GPU-1, H100, 81559, $free"\necho "GPU-2, H100, 81559, 100"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert subject.wait_for_gpu_memory([80000 << 20]) == ""
+    assert (tmp_path / "asked").read_text().count("x") == 3
+    said = subject.wait_for_gpu_memory([80000 << 20, 80000 << 20], timeout_s=0.1)
+    assert said == "GPU 1: 0.1 GB are free, 83.9 were"

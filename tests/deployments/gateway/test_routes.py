@@ -131,8 +131,10 @@ def test_every_answer_leads_back_to_model_adapter_and_run(start_gateway, upstrea
     gateway = start_gateway(
         upstream.port, **{f"TATARA_{name.replace('-', '_').upper()}": value for name, value in ids.items()}
     )
-    for body in ({"model": "tiny", "messages": []}, b"{"):
-        _, headers, _ = gateway.post("/v1/chat/completions", body)
-        assert {name: headers[f"x-tatara-{name}"] for name in ids} == ids
-        trace = gateway.trace(headers["x-request-id"])
-        assert trace.get("run_id", "0198-run") == "0198-run"  # until the recorder of this branch knows the field
+    _, headers, _ = gateway.post("/v1/chat/completions", {"model": "tiny", "messages": []})
+    assert {name: headers[f"x-tatara-{name}"] for name in ids} == ids
+    trace = gateway.trace(headers["x-request-id"])
+    assert (trace["model_digest"], trace["adapter_digest"], trace["run_id"]) == ("sha256:aa", "sha256:bb", "0198-run")
+    _, headers, _ = gateway.post("/v1/chat/completions", b"{")  # no model wrote this
+    assert not [name for name in ids if f"x-tatara-{name}" in headers]
+    assert gateway.trace(headers["x-request-id"])["model_digest"] is None

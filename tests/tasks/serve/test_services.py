@@ -22,8 +22,10 @@ from tasks.serve import handover, services
 from tasks.serve.fingerprints import fingerprint_gateway
 from tasks.serve.ports import is_port_free
 from tasks.serve.services import ServiceSettings
+from tasks.serve.traffic import read_shares
 from tasks.specs import ServeSpec
 from tests.ports import free_port
+from tests.waiting import wait_for
 
 FAKE = """\
     #!{python} -E
@@ -126,14 +128,27 @@ def test_other_knobs_are_served_anew(settings: ServiceSettings):
     assert "4096" in Path(f"/proc/{second.vllm.pid}/cmdline").read_text().split("\0")
 
 
-def test_killed_vllm_is_started_again(settings: ServiceSettings):
+def test_killed_supervisor_takes_vllm_with_it_and_the_next_start_brings_both(settings: ServiceSettings):
     first = services.start(settings)
     os.kill(first.vllm.pid, signal.SIGKILL)
-    while procfs.read_start_ticks(first.vllm.pid) is not None:
-        time.sleep(0.01)
+    wait_for(lambda: not processes._find_marked(settings.identity_file("vllm")))
     assert services.status(settings).vllm.state == "stopped"
     second = services.start(settings)
     assert second.is_ready and second.vllm.pid != first.vllm.pid
+
+
+@pytest.mark.parametrize("name", ["vllm", "gateway"])
+def test_a_service_that_dies_is_started_again_by_itself(settings: ServiceSettings, name: str):
+    first = services.start(settings)
+    (child,) = set(processes._find_marked(settings.identity_file(name))) - {first.vllm.pid, first.gateway.pid}
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: getattr(services.status(settings), name).restarts == 1)
+    wait_for(lambda: services.status(settings).is_ready)
+    now = services.status(settings)
+    assert (now.vllm.pid, now.gateway.pid) == (first.vllm.pid, first.gateway.pid)  # the supervisors'
+    assert services.start(settings).reused
+    services.stop(settings)
+    assert _marked(settings) == []
 
 
 def test_lost_or_torn_record_is_made_again_from_what_runs(settings: ServiceSettings):
@@ -142,13 +157,13 @@ def test_lost_or_torn_record_is_made_again_from_what_runs(settings: ServiceSetti
     (settings.folder / "gateway.json").unlink()
     second = services.start(settings)
     assert (second.reused, second.vllm.pid, second.gateway.pid) == (True, first.vllm.pid, first.gateway.pid)
-    assert set(_marked(settings)) == {second.vllm.pid, second.gateway.pid}
+    assert {second.vllm.pid, second.gateway.pid} < set(_marked(settings))
     assert services.status(settings).vllm.model == settings.model  # it is written down again
 
 
 def test_children_in_other_sessions_end_too(settings: ServiceSettings):
     services.start(_with_mode(settings, "child"))
-    assert len(_marked(settings)) == 3
+    assert len(_marked(settings)) == 5  # both with their supervisors, and the child
     services.stop(settings)
     assert _marked(settings) == []
 
@@ -247,14 +262,17 @@ def test_vllm_elsewhere_is_not_started_here(settings: ServiceSettings):
         services.stop(remote)
 
 
-def test_the_gateway_is_told_what_it_serves_and_a_new_run_does_not_restart_it(settings: ServiceSettings):
-    def plan(**ids: str) -> processes.Program:
-        return services.plan_gateway(replace(settings, ids=ids))
-
-    first = plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1")
-    assert (first.variables["TATARA_MODEL_DIGEST"], first.variables["TATARA_RUN_ID"]) == ("m1", "r1")
-    assert plan(TATARA_MODEL_DIGEST="m1", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r2").digest == first.digest
-    assert plan(TATARA_MODEL_DIGEST="m2", TATARA_ADAPTER_DIGEST="a1", TATARA_RUN_ID="r1").digest != first.digest
+def test_the_gateway_is_told_what_it_serves_without_a_restart(settings: ServiceSettings):
+    ids = {"TATARA_MODEL_DIGEST": "m1", "TATARA_ADAPTER_DIGEST": "a1", "TATARA_RUN_ID": "r1"}
+    first = services.start(replace(settings, ids=ids))
+    assert _told(settings) == ids
+    again = services.start(replace(settings, ids={**ids, "TATARA_RUN_ID": "r2"}))
+    assert again.gateway.pid == first.gateway.pid and _told(settings) == ids  # it serves what the first run put there
+    services.start(settings)  # by hand, without ids: the same model
+    assert _told(settings) == ids
+    other = replace(_other_model(settings), ids={"TATARA_MODEL_DIGEST": "m2"})
+    now = services.start(other)
+    assert now.gateway.pid == first.gateway.pid and _told(settings) == {"TATARA_MODEL_DIGEST": "m2"}
 
 
 def test_changed_gateway_code_or_new_packages_are_served_anew(settings: ServiceSettings, tmp_path: Path, monkeypatch):
@@ -335,9 +353,9 @@ def test_gpu_is_released_by_our_vllm_only(settings: ServiceSettings):
     assert services.start(settings).is_ready
 
 
-def _told(gateway_pid: int) -> dict[str, str]:
-    variables = procfs.read_variables(gateway_pid)
-    return {name: variables[name] for name in ("TATARA_MODEL_DIGEST", "TATARA_RUN_ID") if name in variables}
+def _told(settings: ServiceSettings) -> dict[str, str]:
+    (share,) = read_shares(settings.folder)
+    return dict(share.ids)
 
 
 def test_what_made_way_for_a_run_that_fails_is_served_again(settings: ServiceSettings):
@@ -354,7 +372,7 @@ def test_what_made_way_for_a_run_that_fails_is_served_again(settings: ServiceSet
     assert said and said.endswith(f"; the last verified model {settings.model} is served again")
     now = services.status(settings)
     assert now.is_ready and now.vllm.model == settings.model
-    assert _told(now.gateway.pid) == settings.ids
+    assert _told(settings) == settings.ids
     assert handover.serve_again(settings.home, settings.variables) is None
     handover.release_gpu(settings.home)
     services.stop(settings)  # a person's stop is no gap to fill
@@ -398,7 +416,7 @@ def test_last_verified_model_is_served_again(settings: ServiceSettings):
     assert said.endswith(f"; the last verified model {settings.model} is served again")
     now = services.status(settings)
     assert now.is_ready and now.vllm.model == settings.model and now.vllm.pid != good.vllm.pid
-    assert _told(now.gateway.pid) == settings.ids  # its answers lead back to what is served, and not to nothing
+    assert _told(settings) == settings.ids  # its answers lead back to what is served, and not to nothing
     assert handover.restore(settings.home, bad.model).startswith(f"left alone: vLLM serves {settings.model}")
     assert services.status(settings).vllm.pid == now.vllm.pid
     said = handover.restore(settings.home, settings.model)  # the verified one itself fails: it is not trusted again
