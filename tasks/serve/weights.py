@@ -21,6 +21,7 @@ from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, folder_d
 from tasks.errors import CorruptError, MissingError
 from tasks.hub import hub_errors
 
+_BESIDE = {"README.md", ".gitattributes", "recipe.json", "loss_curve.png"}  # what publish adds to a merged model
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".jinja", ".model", ".tiktoken")
 _READ = ("config.json", "generation_config.json", "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab")
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def require_merged_files(published: PublishedModel, store: ArtifactStore) -> Non
 
 def _compare_whole(published: PublishedModel, found: dict[str, str]) -> None:
     """Without the merged manifest (it was cleared away) only the digest over all files is known, not each."""
-    sent = {name: digest for name, digest in found.items() if name not in {"README.md", ".gitattributes"}}
+    sent = {name: digest for name, digest in found.items() if name not in _BESIDE and "/" not in name}
     if folder_digest(sent) != published.model_digest:
         raise CorruptError(
             f"the files of {published.model_folder} have the digest {folder_digest(sent)[:16]}..., the merged model "
@@ -112,6 +113,9 @@ def _merged_folder(published: PublishedModel, store: ArtifactStore) -> str:
 
 
 def _is_loaded(name: str) -> bool:
+    """Say whether a server reads a file of this name: not below a folder, where publish puts an adapter."""
+    if "/" in name:
+        return False
     return name.endswith(_LOADED) or (name.endswith((".json", ".txt")) and name.startswith(_READ))
 
 

@@ -99,13 +99,13 @@ def test_is_taken(other_program: int, free_port: int):
 
 
 class _Knowing(_Other):
-    """A Prefect server, which is not ours, that has both pools and all six deployments."""
+    """A Prefect server, which is not ours, that has both pools and all deployments."""
 
     def do_GET(self) -> None:
         self._answer(b'{"name": "x"}' if self.path in ("/api/work_pools/local", "/api/work_pools/gpu") else None)
 
     def do_POST(self) -> None:
-        self._answer(b"6" if self.path == "/api/deployments/count" else None)
+        self._answer(b"%d" % subject.NUM_DEPLOYMENTS if self.path == "/api/deployments/count" else None)
 
     def _answer(self, body: bytes | None) -> None:
         if self.headers["Authorization"] != "Bearer pnu_x":
@@ -144,7 +144,7 @@ def test_refused_login_is_named(tmp_path: Path, knowing_server: str):
 def test_every_file_that_shapes_a_form_makes_it_anew():
     """The models in the flows' parameters, and those inside them, are defined in files that the digest covers."""
     found: set[Path] = set()
-    for name in ("finetune", "release", "pretrain", "drain"):
+    for name in ("finetune", "release", "pretrain", "drain", "publish", "promote", "evaluation"):
         module = importlib.import_module(f"flows.{name}")
         found.add(Path(inspect.getfile(module)))
         flow = getattr(module, name)

@@ -51,7 +51,10 @@ def test_false_and_zero_are_changes_and_not_gaps():
     [
         ({"pack": {"row_tokens": -3}}, r"Recipe\.pack\.row_tokens = -3: Input should be greater than 0"),
         ({"pack": {"rows": 3}}, r"Recipe has no field pack\.rows: fields here are .*row_tokens.*system_prompt"),
-        ({"pakc": {}}, r"Recipe has no field pakc: fields here are base, evaluate, fetch, merge, pack, publish"),
+        (
+            {"pakc": {}},
+            r"Recipe has no field pakc: fields here are base, evaluate, fetch, merge, pack, promote, publish",
+        ),
         ({"train": {"lora": {"rnak": 8}}}, r"no field train\.lora\.rnak: .*rank, rslora"),
         ({"train": {"max_steps": 0}}, "max_steps is 0: nothing would be trained; use -1"),
         ({"train": {"quantization": "nf5"}}, r"train\.quantization = 'nf5': Input should be 'none', 'nf4' or 'int8'"),

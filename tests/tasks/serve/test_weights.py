@@ -149,3 +149,13 @@ def test_a_publication_that_is_gone_is_said(store: ArtifactStore, published: Pub
     shutil.rmtree(published.model_folder)
     with pytest.raises(MissingError, match=r"is not at .* any more: run its flow again"):
         serve_model(published, ServeSpec(), store)
+
+
+def test_an_adapter_published_beside_is_nothing_that_a_server_loads(store: ArtifactStore, published: PublishedModel):
+    beside = Path(published.model_folder) / "adapter"
+    beside.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
+        (beside / name).write_text("x")
+    subject.require_merged_files(published, store)
+    shutil.rmtree(store.root / "merged")
+    subject.require_merged_files(published, store)
