@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from tasks import files, machine
 from tasks.artifacts import (
     ArtifactStore,
+    BaseCheckpoint,
     HealthReport,
     MergedModel,
     PackedDataset,
@@ -62,7 +63,8 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
     key = make_key("verify", VERSION, spec, {"time": str(time.time_ns())}, (served,))
     with store.claim(HealthReport, key) as claim:
         findings, about = probe(served, spec, store)
-        failure = find_failure(findings, spec, served.dtype)
+        is_requantized = store.ancestor(served, MergedModel).experts == "mxfp4"
+        failure = find_failure(findings, spec, served.dtype, is_requantized=is_requantized)
         about["failure"] = str(failure) if failure else ""
         scores = findings.scores
         report = HealthReport(
@@ -101,10 +103,12 @@ class Findings:
     broken: AttestationError | None
 
 
-def find_failure(findings: Findings, spec: VerifySpec, dtype: str) -> AttestationError | None:
+def find_failure(
+    findings: Findings, spec: VerifySpec, dtype: str, *, is_requantized: bool = False
+) -> AttestationError | None:
     """Return the first thing that the endpoint does not prove: weights first, then what follows from them."""
     try:
-        check_scores(findings.scores, spec, dtype)
+        check_scores(findings.scores, spec, dtype, is_requantized=is_requantized)
         check_gain(findings.gain, spec)
         for served, expected in findings.greedy:
             compare_greedy(served, expected, dtype)
@@ -168,8 +172,8 @@ def reference_scores(
 ) -> dict[str, Any]:  # Any: lists of log-probabilities and, under "greedy", of steps
     """Return what tasks/verify/reference.py says of merged, base and adapter: once for the same weights and answers."""
     merged, adapter = store.ancestor(served, MergedModel), store.ancestor(served, TrainedAdapter)
-    growth = 2 if served.dtype == "float32" else 1  # bf16 files opened in float32
-    needed = growth * merged.total_bytes + (1 << 30)
+    num_bytes = 4 if served.dtype == "float32" else 2  # of a parameter: what is stored in MXFP4 is opened wide
+    needed = num_bytes * store.ancestor(adapter, BaseCheckpoint).num_parameters + (2 << 30)
     identity = [
         VERSION,
         merged.model_digest,

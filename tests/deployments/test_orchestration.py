@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from deployments import orchestration as subject
@@ -144,8 +145,9 @@ def test_refused_login_is_named(tmp_path: Path, knowing_server: str):
 def test_every_file_that_shapes_a_form_makes_it_anew():
     """The models in the flows' parameters, and those inside them, are defined in files that the digest covers."""
     found: set[Path] = set()
-    for name in ("finetune", "release", "pretrain", "drain", "publish", "promote", "evaluation"):
-        module = importlib.import_module(f"flows.{name}")
+    for deployment in yaml.safe_load((subject.ROOT / "prefect.yaml").read_text())["deployments"]:
+        path, _, name = deployment["entrypoint"].partition(":")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         found.add(Path(inspect.getfile(module)))
         flow = getattr(module, name)
         todo = [parameter.annotation for parameter in inspect.signature(flow.fn, eval_str=True).parameters.values()]

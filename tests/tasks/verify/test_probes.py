@@ -169,3 +169,10 @@ def test_values_that_are_not_finite_never_pass(field: str, value: float):
 @given(st.lists(nats, min_size=1))
 def test_mean(values: list[float]):
     assert subject.mean(values) * len(values) == pytest.approx(sum(values), abs=1e-6)
+
+
+def test_a_merge_in_mxfp4_is_not_held_against_full_precision():
+    scores = Scores(served=-3, merged=-3, base=-4, token_gap=0, tuning_gap=1, adapter_gap=0.9, adapter_move=1)
+    subject.check_scores(scores, SPEC, "bfloat16", is_requantized=True)
+    with pytest.raises(AttestationError, match="PEFT's own merge"):
+        subject.check_scores(scores, SPEC, "bfloat16")
