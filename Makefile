@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests chaos-test sabotage-test weave-test quick check lint bench serve stop status clean
+.PHONY: help setup demo test tests chaos-test vllm-test weave-test quick check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -28,11 +28,12 @@ tests:           # the longest files first, the rest beside them; four processes
 chaos-test: export OMP_NUM_THREADS = 1
 chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker
 	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m chaos --durations=8 \
-		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/tasks tests/deployments
+		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/flows/test_publish.py tests/tasks \
+		tests/deployments
 
-sabotage-test: export OMP_NUM_THREADS = 1
-sabotage-test: setup ## wrecked weights, each served by a real vLLM of its own: every deploy must fail (ten minutes)
-	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py
+vllm-test: export OMP_NUM_THREADS = 1
+vllm-test: setup ## longer tests of real vLLM: wrecked weights, each served by its own, and the evaluation gate (ten minutes)
+	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line.py
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave

@@ -100,7 +100,7 @@ def normalise(text: str) -> str:
     ('3776m', 'h2o')
     """
     plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = "".join(plain.split()).strip(_EDGES)
+    plain = unicodedata.normalize("NFKC", "".join(plain.split())).strip(_EDGES)  # what is side by side now may compose
     return _COPULA.sub("", plain).strip(_EDGES)
 
 

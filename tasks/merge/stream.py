@@ -165,7 +165,7 @@ def unpacked_rows(pair: tuple[Stored, ...], base: Reader, expert: int, first: in
 def _packed(output: Output, base: Reader, pairs: Factors | None, scale: float, tally: Tally) -> Iterator[torch.Tensor]:
     """MXFP4 blocks of the transposed parameter, row after row, then their scales."""
     inputs, outputs = output.shape[1:]
-    step, all_scales = max(1, _PIECE_VALUES // 2 // inputs), list[torch.Tensor]()
+    step, all_scales = max(1, _PIECE_VALUES // 8 // inputs), list[torch.Tensor]()  # quantize has ten such pieces
     for expert in range(output.num_experts):
         plain = None if len(output.sources) == 2 else _plain(output.sources[0], base, expert, inputs, outputs)
         for first in range(0, outputs, step):

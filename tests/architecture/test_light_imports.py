@@ -53,6 +53,9 @@ def test_parents_of_trainers_load_no_torch():
     assert not names & {"torch", "transformers", "prefect"}
 
 
-def test_importing_the_line_is_quick():
-    """The figure is 1 s; the best of three counts, in CPU seconds, and a slow machine gets the double."""
-    assert any(_loaded("import flows.finetune")[1] < 2.0 for _ in range(3))
+def test_importing_the_line_costs_little_more_than_prefect():
+    """Both in CPU seconds, the best of three: the machine's own speed falls out."""
+    ours, prefects = (
+        min(_loaded(code)[1] for _ in range(3)) for code in ("import flows.finetune", "from prefect import flow, task")
+    )
+    assert ours < 1.4 * prefects

@@ -162,6 +162,7 @@ def test_served_logprobs_are_those_of_transformers_token_by_token(line: Line):
         assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=1e-5)
 
 
+@pytest.mark.chaos
 def test_the_evaluation_gate_measures_vllm_and_model_files_alike(line: Line, tmp_path: Path):
     """Log-probabilities and greedy answers of real vLLM against transformers, and the tune against its base."""
     from tasks.artifacts import ServedModel
@@ -219,6 +220,7 @@ def test_a_deploy_that_serves_the_base_fails(line: Line):
     assert "the served model is not the merged one" in said and "It answers like the base" in said
 
 
+@pytest.mark.chaos
 def test_a_deploy_with_a_stale_tokenizer_fails(line: Line, tmp_path: Path):
     """Token ids are scored as ever: only the reading of a text tells."""
     published = line.store.committed(PublishedModel)[-1]

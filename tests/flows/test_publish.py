@@ -33,7 +33,7 @@ with prefect_test_harness(server_startup_timeout=120):
 """
 
 
-@pytest.mark.slow  # Prefect's own server is started
+@pytest.mark.chaos  # Prefect's own server is started
 def test_a_token_is_refused_once_and_a_second_run_sends_nothing(hub: HubServer, tmp_path: Path):
     store = ArtifactStore(tmp_path / "store")
     adapter = store.ancestor(make_merged(store), TrainedAdapter)

@@ -271,11 +271,11 @@ def test_token_is_asked_for_its_owner_only_when_a_repo_is_named(
     def said_of_publishing(recipe: Recipe, client: HfApi) -> str:
         return subject.check_recipe(recipe, None, store, client)[5]
 
-    assert said_of_publishing(_to_hub(recipe), client) == "publish: as ayu to ayu/tuned"
+    assert said_of_publishing(_to_hub(recipe), client) == "publish: merged as ayu to ayu/tuned"
     assert "no Hub repo is given" in said_of_publishing(recipe, client)
     assert "no Hub token is given" in said_of_publishing(_to_hub(recipe), HUB)
     monkeypatch.setenv("HF_REPO_NAME", "ayu/other")
-    assert said_of_publishing(recipe, client) == "publish: as ayu to ayu/other"
+    assert said_of_publishing(recipe, client) == "publish: merged as ayu to ayu/other"
 
 
 def test_hub_that_is_away_is_transient_and_hides_no_behind_other_faults(recipe: Recipe, store: ArtifactStore):

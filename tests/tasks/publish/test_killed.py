@@ -133,7 +133,7 @@ def test_killed_before_the_commit_with_xet(store: ArtifactStore, hub: HubServer,
     assert files.list_files(xorbs) == stored
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("xet", [True, False])
 def test_killed_at_any_moment(store: ArtifactStore, hub: HubServer, tmp_path: Path, xet: bool):
     """Kills after 1, 2, 3, ... requests until one run gets through: one commit, every byte, no artifact before."""
