@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -286,7 +287,14 @@ def test_up_with_a_real_server(tmp_path: Path, free_port: int):
 def lose_a_run(prefect: subject.Prefect) -> str:
     """A run of finetune/tiny that is Running at the server, and nowhere else."""
     deployment = subject.call(prefect, "/deployments/name/finetune/tiny")
-    run = subject.call(prefect, f"/deployments/{deployment['id']}/create_flow_run", {})
+    body = {"idempotency_key": uuid4().hex}
+    for last in (False, False, True):  # a busy server may not answer for a minute; the key makes it one run
+        try:
+            run = subject.call(prefect, f"/deployments/{deployment['id']}/create_flow_run", body)
+            break
+        except TimeoutError:
+            if last:
+                raise
     state = {"type": "RUNNING", "name": "Running"}
     subject.call(prefect, f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
     return run["name"]
