@@ -20,7 +20,7 @@ from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, Traine
 from tasks.checkpoints import checkpoint_step, latest_checkpoint
 from tasks.metrics import read_metrics
 from tests.ports import free_port
-from tests.tasks.train.runs import SPEC, make_inputs
+from tests.tasks.train.runs import SPEC, make_artifacts
 from tests.waiting import runs, wait_for
 
 NUM_STEPS = 500  # a second or so for each twenty: longer than a worker and a flow run take to start
@@ -91,7 +91,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     given.pop("PREFECT_API_URL", None)
     prefect = orchestration.find_prefect(given)
     store = ArtifactStore(folder / "home")
-    packed, base = make_inputs(store, folder)
+    packed, base = make_artifacts(store, folder)
     (folder / "train_only.py").write_text(FLOW)
     try:
         orchestration.start_server(prefect)
