@@ -81,7 +81,7 @@ class Host:
         members = processes.find_members(self.worker, processes.find_alive(self.worker))
         for pid in members:
             os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not processes.find_members(self.worker, processes.find_alive(self.worker)))
+        wait_for(lambda: not processes.find_members(self.worker, processes.find_alive(self.worker)), 90.0)
         return len(members)
 
 
