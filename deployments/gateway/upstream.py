@@ -252,8 +252,9 @@ class Fleet:
 
     async def health(self) -> dict[str, bool]:
         """Ask all servers; a route is healthy when one of its servers is, and several are listed one by one too."""
-        alive = dict(zip(self.all, await asyncio.gather(*(server.is_healthy() for server in self.all)), strict=True))
-        routes = {route: any(alive[server] for server in servers) for route, servers in self.routes.items()}
+        asked, everyone = self.routes, self.all  # `apply` may change both while they answer
+        alive = dict(zip(everyone, await asyncio.gather(*(server.is_healthy() for server in everyone)), strict=True))
+        routes = {route: any(alive[server] for server in servers) for route, servers in asked.items()}
         return routes | {server.name: up for server, up in alive.items()}
 
     def close(self) -> None:

@@ -34,7 +34,9 @@ class PeftSide:
         self._result, self._log = folder / "deltas.safetensors", folder / "output.log"
         self._result.unlink(missing_ok=True)
         job = folder / "job.json"
-        files.write_json(job, {"adapter": str(adapter), "base": str(base), "result": str(self._result)})
+        files.write_json(
+            job, {"adapter": str(adapter), "base": str(base), "result": str(self._result), "parent": os.getpid()}
+        )
         env = without_secrets(os.environ)
         env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=str(_ROOT))
         with self._log.open("wb") as output:

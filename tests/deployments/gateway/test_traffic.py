@@ -1,13 +1,17 @@
 """A running gateway follows the file of servers and shares: no answer is lost, each carries its own model's ids."""
 
+import asyncio
 import collections
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from deployments.gateway import traffic as subject
+from deployments.gateway.settings import Settings
+from deployments.gateway.upstream import Fleet
 from tasks import files
 from tasks.errors import CorruptError
 from tests.deployments.gateway.conftest import UPSTREAM, Gateway, Server, chat_body, clean_environment, wait_until
@@ -86,6 +90,23 @@ def test_each_answer_of_a_canary_carries_the_digest_of_the_model_that_wrote_it(f
     assert health["upstreams"][0]["answered"] == 5 + answered["old"]
     write(3, 0, 1)
     assert ask_many(gateway, 5) == {"new": 5}
+
+
+def test_health_is_told_while_the_servers_change(pair):
+    async def ask_and_change() -> dict[str, bool]:
+        old, new = (subject.read_traffic({"generation": 1, "servers": [entry("vllm", each, 1, "x")]}) for each in pair)
+        fleet = Fleet(Settings.from_environment({"VLLM_URL": pair[0].url}))
+        fleet.apply(old.targets)
+        asked = asyncio.create_task(fleet.health())
+        await asyncio.sleep(0)  # it has asked the old server
+        fleet.apply((*old.targets, replace(new.targets[0], name="vllm-b")))
+        both = asyncio.create_task(fleet.health())
+        await asyncio.sleep(0)
+        fleet.apply(new.targets)
+        assert await asked == {"vllm": True}
+        return await both
+
+    assert asyncio.run(ask_and_change()) == {"vllm": True, "vllm-b": True}
 
 
 def test_no_request_is_lost_while_the_shares_move(follow):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left_bytes: int) -> None:
+    """Leave that many bytes; 0: write until nothing more goes in, whoever writes beside."""
     free = shutil.disk_usage(disk).free
-    (disk / "ballast").write_bytes(b"\1" * (free - left_bytes))
+    with (disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+        ballast.write(b"\1" * (free - left_bytes))
+        while not left_bytes:
+            ballast.write(b"\1" * 4096)
 
 
 @pytest.mark.chaos
