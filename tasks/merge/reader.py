@@ -52,14 +52,15 @@ class Reader:
         """Return (file, first byte, number of bytes) of a tensor."""
         return self._places[name]
 
-    def read(self, stored: Stored, first: int, count: int) -> torch.Tensor:
-        """Return `count` elements from element `first` on, flat.
+    def read(self, stored: Stored, first: int, count: int, buffers: "Buffers | None" = None) -> torch.Tensor:
+        """Return `count` elements from element `first` on, flat; in one of `buffers` when there are any.
 
         Raises: CorruptError when the file ends before them: it was cut while it was read.
         """
         dtype = DTYPES[stored.dtype]
         handle, start, size = self._places[stored.name]
-        position, buffer = start + first * dtype.itemsize, torch.empty(count, dtype=dtype)
+        position = start + first * dtype.itemsize
+        buffer = buffers.take(count, dtype) if buffers else torch.empty(count, dtype=dtype)
         view, done = bytes_of(buffer), 0
         os.posix_fadvise(handle, position + len(view), min(_AHEAD_BYTES, size), os.POSIX_FADV_WILLNEED)
         while done < len(view):
@@ -78,6 +79,40 @@ class Reader:
         return self.read(stored, 0, stored.num_bytes // DTYPES[stored.dtype].itemsize).reshape(stored.shape)
 
 
+class Buffers:
+    """Memory that is used again: a page that the kernel must find and clear first costs more than the sum in it.
+
+    Threads may take and give at once.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._free: list[torch.Tensor] = []
+
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return `count` elements, whatever they hold; more than a buffer has get memory of their own."""
+        if count * dtype.itemsize > self._num_bytes:
+            return torch.empty(count, dtype=dtype)
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = torch.empty(self._num_bytes, dtype=torch.uint8)
+        return buffer.view(dtype)[:count]
+
+    def give(self, taken: torch.Tensor) -> None:
+        """Take back what nobody reads any more; what was not taken here is left alone."""
+        storage = taken.untyped_storage()
+        if storage.nbytes() == self._num_bytes and taken.storage_offset() == 0:
+            self._free.append(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+
 def bytes_of(values: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
     return values.reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Say whether every value is a number. A sum tells in one pass; only a strange one is looked into."""
+    if values.dtype == torch.uint8:
+        return True
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())

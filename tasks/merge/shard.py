@@ -6,21 +6,28 @@ Ring: edge (disk).
 import json
 import struct
 from bisect import bisect_right
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks import files
 from tasks.merge.plan import Output, Stored
-from tasks.merge.reader import Reader
+from tasks.merge.reader import Buffers, Reader
 from tasks.merge.report import ledger_rows
-from tasks.merge.stream import Range, Tally, shard_parts
-from tasks.merge.writer import BLOCK_BYTES, ShardWriter, ahead
+from tasks.merge.stream import BUFFER_BYTES, Range, Tally, shard_parts
+from tasks.merge.writer import BLOCK_BYTES, ShardWriter, in_order
 
 _WORTH_SHARING_BYTES = 1 << 20
 
 
-def write_shard(outputs: tuple[Output, ...], base: Reader, deltas: Reader, path: Path, record: Path) -> None:
+def write_shard(
+    outputs: tuple[Output, ...], base: Reader, deltas: Reader, path: Path, record: Path, pool: Executor
+) -> None:
     """Stream one shard to disk, hashing as it goes; then write down its size, digest and ledger rows.
+
+    Its pieces are made in `pool`.
 
     Raises: CorruptError, ShapeError (`stream.py`); OSError when the disk is full.
     """
@@ -35,9 +42,10 @@ def write_shard(outputs: tuple[Output, ...], base: Reader, deltas: Reader, path:
         return stored[bisect_right(starts, position - len(head)) - 1].name
 
     with files.aside(path) as temporary, temporary.open("w+b", buffering=0) as handle:
-        with ShardWriter.opened(handle.fileno(), name_at) as writer:
-            writer.write(head)
-            for part in ahead(shard_parts(outputs, base, deltas, tallies)):
+        buffers = Buffers(BUFFER_BYTES)
+        with ShardWriter.opened(handle.fileno(), name_at, buffers) as writer:
+            writer.write(torch.frombuffer(bytearray(head), dtype=torch.uint8))
+            for part in in_order(shard_parts(outputs, base, deltas, tallies, buffers), pool):
                 if isinstance(part, Range):
                     writer.copy(part.handle, part.first, part.size, part.dtype)
                 else:

@@ -2,15 +2,17 @@
 
     base piece -> float32 (+ scale * left @ right) -> one rounding to the stored type, or MXFP4 blocks
 
-A piece is 4 MB, so that three threads rarely wait for each other, and is made in parts of half a megabyte, whose
-passes stay in the processor's cache. No tensor is ever held whole; of an MXFP4 base or output it is one expert.
+Pieces are independent: `writer.py` lets several threads make them. One is 2 MB, so that threads rarely wait for each
+other, and is made in parts whose passes stay in the processor's cache. No tensor is ever held whole; of an MXFP4
+base or output a piece is one expert.
 
 Ring: edge (reads).  Shapes: E experts, I in-features, O out-features, M, N rows and columns as stored.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -18,10 +20,10 @@ from tasks.errors import CorruptError, ShapeError
 from tasks.gptoss.mxfp4 import dequantize_rows, quantize
 from tasks.merge.delta import Factors, delta_norm, factors
 from tasks.merge.plan import Change, Output, Stored
-from tasks.merge.reader import DTYPES, Reader
-from tasks.merge.writer import is_finite
+from tasks.merge.reader import DTYPES, Buffers, Reader, is_finite
 
-_PIECE_VALUES, _CACHED_VALUES = 1 << 21, 1 << 17
+_PIECE_VALUES, _CACHED_VALUES = 1 << 20, 1 << 18
+BUFFER_BYTES = 4 * _PIECE_VALUES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,15 @@ class Range:
     first: int
     size: int
     dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next bytes, still to be made: in any thread, but a `last` one only when all before it are."""
+
+    make: Callable[[], torch.Tensor]
+    num_bytes: int
+    is_last: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,9 +58,11 @@ class Tally:
 
 
 def shard_parts(
-    outputs: tuple[Output, ...], base: Reader, deltas: Reader, tallies: dict[str, Tally]
-) -> Iterator[Range | torch.Tensor]:
+    outputs: tuple[Output, ...], base: Reader, deltas: Reader, tallies: dict[str, Tally], buffers: Buffers
+) -> Iterator[Range | Piece]:
     """Yield a shard's data in order; `tallies` is filled with one entry for each parameter that is made.
+
+    Pieces are taken from `buffers`: whoever has written one may give it back.
 
     Raises: CorruptError when a value is not finite, ShapeError when a delta is zero.
     """
@@ -59,7 +72,7 @@ def shard_parts(
             if pending:
                 yield pending
             pending = None
-            yield from _made(output, base, deltas, tallies.setdefault(output.name, Tally()))
+            yield from _made(output, base, deltas, tallies.setdefault(output.name, Tally()), buffers)
             continue
         for stored in output.sources:
             handle, first, size = base.place(stored.name)
@@ -83,7 +96,7 @@ def read_factors(output: Output, change: Change, deltas: Reader) -> Factors:
     return factors(pair[change.a_key], pair[change.b_key], num_experts=output.num_experts)
 
 
-def _made(output: Output, base: Reader, deltas: Reader, tally: Tally) -> Iterator[torch.Tensor]:
+def _made(output: Output, base: Reader, deltas: Reader, tally: Tally, buffers: Buffers) -> Iterator[Piece]:
     change = output.change
     pairs = read_factors(output, change, deltas) if change else None
     if change and pairs:
@@ -98,47 +111,79 @@ def _made(output: Output, base: Reader, deltas: Reader, tally: Tally) -> Iterato
     if len(output.stored) == 2:
         yield from _packed(output, base, pairs, scale, tally)
     elif pairs is None and len(output.sources) == 1:
-        yield from _converted(output, base)
+        yield from _converted(output, base, buffers)
     else:
-        yield from _added(output, base, pairs, scale)
+        yield from _added(output, base, pairs, scale, buffers)
 
 
-def _converted(output: Output, base: Reader) -> Iterator[torch.Tensor]:
+def _converted(output: Output, base: Reader, buffers: Buffers) -> Iterator[Piece]:
     """Another type, nothing added."""
     source, stored = output.sources[0], output.stored[0]
-    count = stored.num_bytes // DTYPES[stored.dtype].itemsize
-    for first in range(0, count, _PIECE_VALUES):
-        values = base.read(source, first, min(_PIECE_VALUES, count - first))
-        piece = values.to(DTYPES[stored.dtype])
+    dtype = DTYPES[stored.dtype]
+    num_values = stored.num_bytes // dtype.itemsize
+
+    def make(first: int, count: int) -> torch.Tensor:
+        values = base.read(source, first, count, buffers)
+        piece = buffers.take(count, dtype).copy_(values)
         _require_finite(output, piece, values)
-        yield piece
+        buffers.give(values)
+        return piece
+
+    for first in range(0, num_values, _PIECE_VALUES):
+        count = min(_PIECE_VALUES, num_values - first)
+        yield Piece(partial(make, first, count), count * dtype.itemsize)
 
 
-def _added(output: Output, base: Reader, pairs: Factors | None, scale: float) -> Iterator[torch.Tensor]:
+def _added(output: Output, base: Reader, pairs: Factors | None, scale: float, buffers: Buffers) -> Iterator[Piece]:
     """Rows of the parameter, in its own orientation."""
     rows, columns = output.shape[-2:]
-    dtype, step = DTYPES[output.stored[0].dtype], max(1, _PIECE_VALUES // columns)
-    total, delta = (torch.empty(max(1, min(_CACHED_VALUES // columns, rows)), columns) for _ in range(2))
+    dtype, is_packed = DTYPES[output.stored[0].dtype], len(output.sources) == 2
+    step = rows if is_packed else max(1, _PIECE_VALUES // columns)  # MXFP4 lies transposed: an expert is read whole
+
+    def make(expert: int, first: int, count: int) -> torch.Tensor:
+        if is_packed:
+            values = _unpacked(output, base, expert).T
+        else:
+            at = (expert * rows + first) * columns
+            values = base.read(output.sources[0], at, count * columns, buffers).reshape(count, columns)
+        thin = (pairs[expert][0][first : first + count], pairs[expert][1]) if pairs else None
+        if values.dtype == dtype and not is_packed:
+            return _add(output, values, thin, scale, values, buffers)
+        piece = _add(output, values, thin, scale, buffers.take(count * columns, dtype).reshape(count, columns), buffers)
+        buffers.give(values)
+        return piece
+
     for expert in range(output.num_experts or 1):
-        unpacked = _unpacked(output, base, expert) if len(output.sources) == 2 else None
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            if unpacked is None:
-                at = (expert * rows + first) * columns
-                values = base.read(output.sources[0], at, count * columns).reshape(count, columns)
+            yield Piece(partial(make, expert, first, count), count * columns * dtype.itemsize)
+
+
+def _add(
+    output: Output,
+    values_MN: torch.Tensor,
+    thin: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float,
+    piece_MN: torch.Tensor,
+    buffers: Buffers,
+) -> torch.Tensor:
+    """Return values + scale * left @ right, added in float32 and rounded once into `piece_MN` (may be the values)."""
+    rows, columns = values_MN.shape
+    height = max(1, min(_CACHED_VALUES // columns, rows))
+    total = buffers.take(height * columns, torch.float32).reshape(height, columns)
+    for row in range(0, rows, height):
+        part, sums = values_MN[row : row + height], total[: rows - row]
+        sums.copy_(part)
+        if thin:
+            left, right = thin[0][row : row + height], thin[1]
+            if scale == 1.0:
+                sums.addmm_(left, right)
             else:
-                values = unpacked[:, first : first + count].T
-            piece = torch.empty(count, columns, dtype=dtype)
-            for row in range(0, count, len(total)):
-                part, sums = values[row : row + len(total)], total[: count - row]
-                sums.copy_(part)
-                if pairs:
-                    left, right = pairs[expert]
-                    product = torch.mm(left[first + row : first + row + len(sums)], right, out=delta[: len(sums)])
-                    sums += product if scale == 1.0 else product.mul_(scale)
-                _require_finite(output, sums, part)
-                piece[row : row + len(sums)] = sums
-            yield piece
+                sums += torch.mm(left, right).mul_(scale)  # as PEFT does: the product is rounded, then scaled
+        _require_finite(output, sums, part)
+        piece_MN[row : row + height] = sums
+    buffers.give(total)
+    return piece_MN
 
 
 def _unpacked(output: Output, base: Reader, expert: int) -> torch.Tensor:
@@ -162,12 +207,16 @@ def unpacked_rows(pair: tuple[Stored, ...], base: Reader, expert: int, first: in
     return dequantize_rows(*pieces)
 
 
-def _packed(output: Output, base: Reader, pairs: Factors | None, scale: float, tally: Tally) -> Iterator[torch.Tensor]:
-    """MXFP4 blocks of the transposed parameter, row after row, then their scales."""
+def _packed(output: Output, base: Reader, pairs: Factors | None, scale: float, tally: Tally) -> Iterator[Piece]:
+    """MXFP4 blocks of the transposed parameter, expert after expert, then their scales."""
     inputs, outputs = output.shape[1:]
-    step, all_scales = max(1, _PIECE_VALUES // 8 // inputs), list[torch.Tensor]()  # quantize has ten such pieces
-    for expert in range(output.num_experts):
+    step = max(1, _PIECE_VALUES // 8 // inputs)  # quantize has ten such parts
+    all_scales = [torch.empty(0)] * output.num_experts
+    tallies = [Tally() for _ in all_scales]
+
+    def make(expert: int) -> torch.Tensor:
         plain = None if len(output.sources) == 2 else _plain(output.sources[0], base, expert, inputs, outputs)
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
         for first in range(0, outputs, step):
             count = min(step, outputs - first)
             if plain is None:
@@ -178,17 +227,33 @@ def _packed(output: Output, base: Reader, pairs: Factors | None, scale: float, t
             if pairs:
                 left, right = pairs[expert]
                 delta = torch.mm(right[:, first : first + count].T, left.T).mul_(scale)
-            merged = values if delta is None else values + delta
-            _require_finite(output, merged, values)
-            blocks, scales = quantize(merged)
-            stored = dequantize_rows(blocks, scales)
-            tally.squared_size += float(merged.square().sum())
-            tally.squared_error += float((stored - merged).square().sum())
-            if delta is not None:
-                tally.kept += float((stored - values).mul_(delta).sum())
-            all_scales.append(scales)
-            yield blocks.contiguous()
-    yield torch.cat(all_scales)
+            made.append(_quantized(output, values, delta, tallies[expert]))
+        all_scales[expert] = torch.cat([scales for _, scales in made])
+        return torch.cat([blocks for blocks, _ in made])
+
+    def end() -> torch.Tensor:
+        for name in ("squared_error", "squared_size", "kept"):  # always in the same order: sums of floats
+            setattr(tally, name, sum(getattr(each, name) for each in tallies))
+        return torch.cat(all_scales)
+
+    for expert in range(output.num_experts):
+        yield Piece(partial(make, expert), inputs * outputs // 2)
+    yield Piece(end, output.stored[1].num_bytes, is_last=True)
+
+
+def _quantized(
+    output: Output, values: torch.Tensor, delta: torch.Tensor | None, tally: Tally
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (blocks, scales) of some rows, and add up what the rounding costs."""
+    merged = values if delta is None else values + delta
+    _require_finite(output, merged, values)
+    blocks, scales = quantize(merged)
+    stored = dequantize_rows(blocks, scales)
+    tally.squared_size += float(merged.square().sum())
+    tally.squared_error += float((stored - merged).square().sum())
+    if delta is not None:
+        tally.kept += float((stored - values).mul_(delta).sum())
+    return blocks, scales
 
 
 def _plain(source: Stored, base: Reader, expert: int, rows: int, columns: int) -> torch.Tensor:

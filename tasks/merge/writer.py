@@ -1,6 +1,6 @@
 """Write one shard in order and hash it beside: pieces from memory, and whole ranges of the base's files.
 
-    producer thread: read, add, round  ->  caller: write, or copy_file_range  ->  hasher thread: sha256, finite?
+    maker threads: read, add, round  ->  caller: write, or copy_file_range  ->  hasher thread: sha256, finite?
 
 Ranges never come into the process as tensors: the kernel copies them (or only links the extents, where the file
 system shares them), and the hasher reads them back from the page cache a moment later.
@@ -8,44 +8,51 @@ system shares them), and the hasher reads them back from the page cache a moment
 Ring: edge (disk, threads).  Units: bytes.
 """
 
+import ctypes
 import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 
 from tasks.errors import CorruptError
-from tasks.merge.reader import DTYPES, bytes_of
+from tasks.merge.reader import DTYPES, Buffers, bytes_of, is_finite
+from tasks.merge.stream import Piece, Range
 
-T = TypeVar("T")
 BLOCK_BYTES = 4096  # what file systems share extents by
 _PIECE_BYTES, _COPY_BYTES = 1 << 20, 64 << 20
-_WAITING = 3  # pieces between two threads: 12 MB
+_AT_LEAST, _AHEAD_BYTES = 1, 12 << 20  # pieces that are made before they are written
+_WAITING = 3  # pieces between the writer and the hasher
+_SYNC_FILE_RANGE_WRITE = 2
 _CANT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
 class ShardWriter:
     """One file being written from its first byte to its last, and its sha256."""
 
-    def __init__(self, handle: int, name_at: Callable[[int], str]) -> None:
+    def __init__(self, handle: int, name_at: Callable[[int], str], buffers: Buffers) -> None:
         self._handle = handle
+        self._buffers = buffers  # of the pieces: they are given back when they are hashed
         self._name_at = name_at  # the tensor at a byte of the file, for errors
-        self._size = 0
+        self._size = self._begun = 0
         self._hash = sha256()
-        self._todo: queue.Queue[tuple[memoryview | range, str] | None] = queue.Queue(_WAITING)
+        self._todo: queue.Queue[tuple[torch.Tensor | range, str] | None] = queue.Queue(_WAITING)
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="merge-hash", daemon=True)
 
     @classmethod
     @contextmanager
-    def opened(cls, handle: int, name_at: Callable[[int], str]) -> Iterator[Self]:
+    def opened(cls, handle: int, name_at: Callable[[int], str], buffers: Buffers) -> Iterator[Self]:
         """Hash in a thread while the body writes; the thread is gone afterwards."""
-        writer = cls(handle, name_at)
+        writer = cls(handle, name_at, buffers)
         writer._thread.start()
         try:
             yield writer
@@ -53,14 +60,14 @@ class ShardWriter:
             writer._todo.put(None)
             writer._thread.join()
 
-    def write(self, data: bytes | torch.Tensor) -> None:
-        """Append bytes."""
-        view = memoryview(data) if isinstance(data, bytes) else bytes_of(data)
+    def write(self, data: torch.Tensor) -> None:
+        """Append a tensor's bytes."""
+        view = bytes_of(data)
         done = 0
         while done < len(view):
             done += os.write(self._handle, view[done:])
-        self._size += len(view)
-        self._hand_on(view, "")
+        self._hand_on(data, "")
+        self._grow(len(view))
 
     def copy(self, source: int, first: int, size: int, dtype: str) -> None:
         """Append a range of another file; its tensors are of type `dtype`, and must be finite."""
@@ -68,7 +75,7 @@ class ShardWriter:
             count = min(_COPY_BYTES, size - begin)
             _copy_range(source, first + begin, count, self._handle)
             self._hand_on(range(self._size, self._size + count), dtype)
-            self._size += count
+            self._grow(count)
 
     def digest(self) -> str:
         """Return the sha256 of all that was written. Raises: what the hasher met, a value that is not finite."""
@@ -78,7 +85,13 @@ class ShardWriter:
             raise self._failed
         return self._hash.hexdigest()
 
-    def _hand_on(self, item: memoryview | range, dtype: str) -> None:
+    def _grow(self, count: int) -> None:
+        self._size += count
+        if self._size - self._begun >= _COPY_BYTES:  # the disk works while we do, not only at the fsync in the end
+            _begin_writing(self._handle, self._begun, self._size - self._begun)
+            self._begun = self._size
+
+    def _hand_on(self, item: torch.Tensor | range, dtype: str) -> None:
         if self._failed:
             raise self._failed
         self._todo.put((item, dtype))
@@ -93,9 +106,10 @@ class ShardWriter:
                 self._failed = error
             del task, item
 
-    def _take(self, item: memoryview | range, dtype: str) -> None:
-        if isinstance(item, memoryview):
-            self._hash.update(item)
+    def _take(self, item: torch.Tensor | range, dtype: str) -> None:
+        if isinstance(item, torch.Tensor):
+            self._hash.update(bytes_of(item))
+            self._buffers.give(item)
             return
         buffer = bytearray(_PIECE_BYTES)
         for position in range(item.start, item.stop, _PIECE_BYTES):
@@ -111,11 +125,11 @@ class ShardWriter:
                 )
 
 
-def is_finite(values: torch.Tensor) -> bool:
-    """Say whether every value is a number. A sum tells in one pass; only a strange one is looked into."""
-    if values.dtype == torch.uint8:
-        return True
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+def _begin_writing(handle: int, first: int, size: int) -> None:
+    """Let the kernel begin to write dirty pages, without waiting; where it can't, the fsync in the end does it all."""
+    sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if sync_file_range is not None:
+        sync_file_range(handle, ctypes.c_int64(first), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def _copy_range(source: int, first: int, size: int, target: int) -> None:
@@ -138,38 +152,42 @@ def _copy_once(source: int, first: int, size: int, target: int) -> int:
         return os.sendfile(target, source, first, size)  # another disk, or a file system that can't
 
 
-def ahead(items: Iterator[T], depth: int = _WAITING) -> Iterator[T]:
-    """Yield what `items` yields, made in a thread up to `depth` items ahead."""
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: T | None, error: BaseException | None = None) -> None:
-        while not stop.is_set():
-            with suppress(queue.Full):
-                made.put((item, error), timeout=0.2)
-                return
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001  # raised where the items are taken
-            put(None, error)
-
-    thread = threading.Thread(target=produce, name="merge-read", daemon=True)
-    thread.start()
+@contextmanager
+def makers(count: int) -> Iterator[Executor]:
+    """Threads that make pieces, each with one thread of torch: several that wait for each other cost more."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix="merge-make", initializer=partial(torch.set_num_threads, 1))
     try:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # pyright: ignore[reportReturnType]  # None comes only with an error
-            del item
+        yield pool
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(parts: Iterable[Range | Piece], pool: Executor) -> Iterator[Range | torch.Tensor]:
+    """Yield the parts one after the other; pieces are made in the pool, as many ahead as a few megabytes allow.
+
+    Raises what making a piece raised, at its place.
+    """
+    waiting: deque[tuple[Range | Future[torch.Tensor], int]] = deque()
+
+    def take() -> Range | torch.Tensor:
+        part = waiting.popleft()[0]
+        return part if isinstance(part, Range) else part.result()
+
+    try:
+        for part in parts:
+            if isinstance(part, Piece) and part.is_last:
+                while waiting:
+                    yield take()
+            if isinstance(part, Range):
+                waiting.append((part, 0))
+            else:
+                waiting.append((pool.submit(part.make), part.num_bytes))
+            while len(waiting) > _AT_LEAST and sum(num_bytes for _, num_bytes in waiting) > _AHEAD_BYTES:
+                yield take()
+        while waiting:
+            yield take()
+    finally:
+        made = [part for part, _ in waiting if isinstance(part, Future)]
+        for future in made:
+            future.cancel()
+        wait(made)  # they read from files that the caller closes
