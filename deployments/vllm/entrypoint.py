@@ -45,8 +45,8 @@ def prepare(variables: Mapping[str, str]) -> processes.Program:
     check_model(settings)
     check_ports(settings, ("vllm",))
     check_memory(settings)
-    for kind in ("temporary", "cache"):
-        (settings.scratch / kind).mkdir(parents=True, exist_ok=True)
+    for folder in (settings.scratch / "temporary", settings.cache):
+        folder.mkdir(parents=True, exist_ok=True)
     return plan_vllm(settings)
 
 

@@ -17,7 +17,7 @@ GATEWAY_VARIABLES = ("FILE_QUEUE_PATH", "LITE_PROMPT_MAX_LEN", "FALLBACK_ON_VLLM
 
 
 def vllm_command(
-    spec: ServeSpec, model: str, *, on_gpu: bool, python: str, scratch: str
+    spec: ServeSpec, model: str, *, on_gpu: bool, python: str, scratch: str, cache: str
 ) -> tuple[list[str], dict[str, str]]:
     """Return vLLM's argv and the variables it needs beside the caller's.
 
@@ -26,10 +26,11 @@ def vllm_command(
         model: local folder or Hub id. A folder is named by an absolute path, then nothing is downloaded.
         on_gpu: False adds what the CPU build needs.
         python: interpreter of vLLM's own environment.
-        scratch: folder for vLLM's sockets, temporary files and caches; keep it under 60 characters,
-            a Unix socket's path may have 107.
+        scratch: folder for vLLM's sockets and temporary files; keep it under 60 characters, a Unix socket's path
+            may have 107.
+        cache: folder for what vLLM compiles and looks up about kinds of models; several may share it.
 
-    >>> argv, extra = vllm_command(ServeSpec(), "/m", on_gpu=False, python="py", scratch="/s")
+    >>> argv, extra = vllm_command(ServeSpec(), "/m", on_gpu=False, python="py", scratch="/s", cache="/c")
     >>> argv[:7]
     ['py', '-P', '-m', 'vllm.entrypoints.cli.main', 'serve', '/m', '--host']
     >>> extra["HF_HUB_OFFLINE"], "--enforce-eager" in argv
@@ -44,7 +45,7 @@ def vllm_command(
         "DO_NOT_TRACK": "1",
         "TMPDIR": f"{scratch}/temporary",
         "VLLM_RPC_BASE_PATH": f"{scratch}/temporary",
-        "VLLM_CACHE_ROOT": f"{scratch}/cache",
+        "VLLM_CACHE_ROOT": cache,
     }
     if model.startswith("/"):
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -121,6 +121,7 @@ def plan_vllm(settings: ServiceSettings) -> processes.Program:
         on_gpu=not has_cpu_build(settings.vllm_python),
         python=str(settings.vllm_python),
         scratch=str(scratch),
+        cache=str(settings.cache),
     )
     variables = {**extra, **without_secrets(settings.variables, keep=("VLLM_API_KEY",))}
     variables |= {name: value for name, value in extra.items() if name != "OMP_NUM_THREADS"}  # the caller's count wins
@@ -212,8 +213,8 @@ def ensure(
             files.write_json(settings.vacancy, running.note)
         end(settings, name)
         if name in SLOTS:
-            for kind in ("temporary", "cache"):
-                (settings.scratch / kind).mkdir(parents=True, exist_ok=True)
+            for folder in (settings.scratch / "temporary", settings.cache):
+                folder.mkdir(parents=True, exist_ok=True)
         if program.log.exists():
             program.log.replace(program.log.with_suffix(".log.old"))
         settings.state_file(name).unlink(missing_ok=True)

@@ -96,11 +96,23 @@ class ServiceSettings:
 
     @property
     def scratch(self) -> Path:
-        """Return vLLM's folder for sockets and caches, short enough for a Unix socket: below home, else below /tmp."""
+        """Return vLLM's folder for sockets, short enough for a Unix socket: below home, else below /tmp."""
         folder = self.folder / self.slot
         if len(str(folder)) <= 60:
             return folder
         return Path(tempfile.gettempdir()) / f"tatara-{os.getuid()}-{digest_of(str(folder))[:12]}"
+
+    @property
+    def cache(self) -> Path:
+        """Return where vLLM keeps what it compiles and looks up about kinds of models.
+
+        In its environment when that can be written, so a new home or slot does not do it all again (12 CPU seconds of
+        a start on a CPU, the compiled graphs on a GPU) and a new environment does; else in scratch.
+        """
+        environment = self.vllm_python.parent.parent
+        if (environment / "pyvenv.cfg").is_file() and os.access(environment, os.W_OK):
+            return environment / "cache"
+        return self.scratch / "cache"
 
 
 def service_settings(model: str, spec: ServeSpec, home: Path, host: Mapping[str, str]) -> ServiceSettings:

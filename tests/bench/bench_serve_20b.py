@@ -146,7 +146,8 @@ def serve() -> dict[str, Any]:  # Any: JSON values
         vllm_port=VLLM_PORT, gateway_port=GATEWAY_PORT, served_model_name="bench", max_model_len=4096, max_num_seqs=256
     )
     (WORK / "scratch/temporary").mkdir(parents=True, exist_ok=True)
-    argv, extra = vllm_command(spec, str(model), on_gpu=True, python=python, scratch=str(WORK / "scratch"))
+    scratch = str(WORK / "scratch")
+    argv, extra = vllm_command(spec, str(model), on_gpu=True, python=python, scratch=scratch, cache=f"{scratch}/cache")
     if "BENCH_WITHOUT" in os.environ:  # an option (and its value) that an older vLLM does not know
         at = argv.index(os.environ["BENCH_WITHOUT"])
         del argv[at : at + 2]

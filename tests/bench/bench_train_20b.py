@@ -56,6 +56,8 @@ TWO_GPUS = ("all-experts-2-gpus",)  # run when they are named
 CASES = {
     "all-experts": case(4, "none"),
     "all-experts-full": case(4, "full"),
+    "all-experts-1-row": case(1, "none"),
+    "all-experts-1-row-selective-12": case(1, "selective", num_recomputed=12),
     "all-experts-1-row-selective": case(1, "selective", num_recomputed=24),
     "all-experts-and-attention-full": case(4, "full", modules=ATTENTION),
     "seeds": case(4, "none", parameters=SEEDS),
