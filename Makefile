@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests chaos-test vllm-test weave-test quick check lint bench serve stop status clean
+.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -14,33 +14,34 @@ setup:           ## make both environments (.venv, .venv-vllm); instant when the
 demo: setup      ## the main job on this machine: data to a served, verified model
 	@.venv/bin/tatara demo
 
-test: setup      ## everything but long chaos: format, lint, types, doctests and tests, real vLLM included
+test: setup      ## format, lint, types, doctests and tests, the whole line with real vLLM included
 	@$(MAKE) --no-print-directory -j 2 lint tests
 
-LONGEST = tests/flows/test_line.py tests/deployments/gateway/test_lite_process.py tests/tasks/train/test_train_run.py \
-	tests/tasks/pretrain/test_pretrain_run.py tests/deployments/test_orchestration.py tests/tasks/traces/test_drain_flow.py
+PYTEST = .venv/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
 tests:           # the longest files first, the rest beside them; four processes, for each waits often
-	@.venv/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder --durations=15 --doctest-modules \
-		-m "not chaos" --ignore=tests/weave $(LONGEST) tests tasks flows deployments
+	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos" --ignore=tests/weave \
+		tests/flows/test_line.py tests/tasks/evaluate tests/tasks/publish tests/tasks/traces tests tasks flows deployments
+
+slow-test: export OMP_NUM_THREADS = 1
+slow-test: setup ## kills, races and long equalities: the line killed and sabotaged, `tatara up`, resumed trainings
+	@$(PYTEST) -n 3 --durations=15 -m "slow and not chaos" --ignore=tests/weave tests/flows/test_line_killed.py \
+		tests/deployments/test_orchestration.py tests/tasks/verify tests
 
 chaos-test: export OMP_NUM_THREADS = 1
 chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m chaos --durations=8 \
+	@$(PYTEST) -n 2 -m chaos --durations=8 \
 		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/flows/test_publish.py tests/tasks \
 		tests/deployments
 
 vllm-test: export OMP_NUM_THREADS = 1
 vllm-test: setup ## longer tests of real vLLM: wrecked weights, each served by its own, and the evaluation gate (ten minutes)
-	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line.py
+	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line_killed.py
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave
 	@.venv/bin/python -m pytest -q -m weave --durations=5 tests/weave
-
-quick: setup     ## the fast tests only
-	@.venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not chaos and not weave" tests
 
 check: setup lint ## ruff format, ruff, pyright, doctests
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments

@@ -38,7 +38,8 @@ class PeftSide:
             job, {"adapter": str(adapter), "base": str(base), "result": str(self._result), "parent": os.getpid()}
         )
         env = without_secrets(os.environ)
-        env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=str(_ROOT))
+        env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), env.get("PYTHONPATH")]))
         with self._log.open("wb") as output:
             argv = [sys.executable, "-m", "tasks.merge.worker", str(job)]
             self._process = subprocess.Popen(argv, env=env, stdout=output, stderr=subprocess.STDOUT)

@@ -97,8 +97,9 @@ def run_way(way: str, work: Path, dtype: str) -> dict[str, float]:
     """Run one way in a process of its own; return its seconds, CPU seconds and peak memory."""
     subprocess.run(["rm", "-rf", str(work / way)], check=True)
     code = f"from tests.bench.bench_merge import child; child({way!r}, {str(work)!r}, {dtype!r})"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    output = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    output = subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 

@@ -2,7 +2,7 @@
 
 Chaos (vLLM starts once for each, 25 to 40 s on two CPU cores). What can be told from the files is tested in
 tests/tasks/serve/test_weights.py, the checks themselves in tests/tasks/verify/test_sabotage.py; the base under
-the new name and a stale tokenizer in test_line.py.
+the new name and a stale tokenizer in test_line_killed.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """A real worker and its flow run killed with SIGKILL in each of the seven steps; brought back as `tatara up` does.
 
-Chaos (about four minutes): `make chaos-test`. test_line.py kills the flow's process in two steps for `make test`.
+Chaos (about four minutes): `make chaos-test`. test_line_killed.py kills the flow's process in two of them.
 """
 
 import os
