@@ -40,6 +40,7 @@ from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
 from tasks.train.plan import StepPlan
+from tasks.train.sharding import HostConfig, share_base
 from tasks.train.validation import evaluations, is_over
 from tasks.train.watch import watch
 from tasks.training import RESULT, fix_seeds, require_end, run_worker
@@ -92,7 +93,7 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
         kwargs["quantization_config"] = bits_and_bytes(spec)
     elif getattr(config, "quantization_config", None):
         kwargs["quantization_config"] = dequantized(config.quantization_config)
-    if on_gpu:
+    if on_gpu and spec.parallel == "ddp":
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
@@ -134,12 +135,15 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     if is_head_fused:
         fuse_head(model)
     speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
+    if spec.parallel == "fsdp2":
+        share_base(trainer)
+        trainer.is_shared_out = True
     return trainer
 
 
 def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a PeftModel
     """Put our kernels below a gpt-oss that PEFT has wrapped; packed documents stay apart with every attention."""
-    factor_experts(model, num_recomputed=plan.num_recomputed)
+    factor_experts(model, num_recomputed=plan.num_recomputed, extend=spec.parallel == "ddp")
     fuse_norms(model)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
@@ -209,7 +213,7 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
     }
     if plan.checkpointing == "full":
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return SFTConfig(**settings)
+    return (HostConfig if spec.parallel == "fsdp2" else SFTConfig)(**settings)
 
 
 def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
@@ -217,9 +221,10 @@ def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
     if not path.exists():
         loss = trainer.evaluate()["eval_loss"]
         say(f"validation loss before training {loss:.4f}")
-        # Evaluating marks the model as prepared, and training would then not wrap it: ranks without DDP drift apart.
         trainer.accelerator.free_memory()
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
+        if not trainer.is_shared_out:
+            # Evaluating marks the model as prepared, and training would not wrap it: ranks without DDP drift apart.
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
         if not trainer.is_world_process_zero():
             return loss
         files.write_json(path, {"eval_loss": loss})
