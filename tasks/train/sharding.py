@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.errors import SpecError
+from tasks.recorder import say
 
 
 class HostConfig(SFTConfig):
@@ -53,6 +55,9 @@ def share_base(trainer: SFTTrainer) -> None:
     fully_shard(model, **sharing)  # PEFT calls the forward of what is inside without its hooks
     # Mixed precision only; `prepare` would ask DDP, which refuses shared weights.
     trainer.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    parts = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    held, whole = (sum(weight.nbytes for weight in weights) for weights in ([p.to_local() for p in parts], parts))
+    say(f"base shared over {trainer.args.world_size} processes: {held:,} of {whole:,} bytes here")
 
 
 def find_layers(model: Any) -> list[torch.nn.Module]:  # Any: a PeftModel

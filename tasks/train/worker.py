@@ -113,7 +113,7 @@ def bits_and_bytes(spec: TrainSpec) -> BitsAndBytesConfig:
     )
 
 
-def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> SFTTrainer:  # Any: JSON values
+def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> TokenMeanTrainer:  # Any: JSON values
     """Put model, packed rows and settings together."""
     folder, packed = Path(job["folder"]), Path(job["packed_folder"])
     rows = {name: Dataset.from_parquet(str(packed / f"{name}.parquet")) for name in ("train", "validation")}
@@ -216,7 +216,7 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
     return (HostConfig if spec.parallel == "fsdp2" else SFTConfig)(**settings)
 
 
-def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
+def evaluate_once(trainer: TokenMeanTrainer, path: Path) -> float:
     """Return the validation loss of the untouched base (B is still zero), measured once and kept across resumes."""
     if not path.exists():
         loss = trainer.evaluate()["eval_loss"]
