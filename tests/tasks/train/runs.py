@@ -205,7 +205,7 @@ def freeze_one_tensor() -> None:
     make = worker.make_trainer
 
     def make_trainer(*args: Any, **kwargs: Any) -> Any:
-        trainer = make(*args, **kwargs)
+        trainer: Any = make(*args, **kwargs)
         for name, weight in trainer.model.named_parameters():
             if name.endswith("layers.1.mlp.experts.lora_A.default.weight"):
                 weight.register_hook(lambda gradient: gradient * 0)
