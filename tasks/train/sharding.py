@@ -40,19 +40,21 @@ def share_base(trainer: SFTTrainer) -> None:
     """
     model: Any = trainer.model  # Any: a PeftModel; Trainer types it as optional
     device = trainer.accelerator.device
-    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.to(device)
+        torch.distributed.broadcast(weight.data, src=0)  # as DDP does: equal seeds alone would not be a proof
     # Not "reshard unless it is the root", torch's default: after an evaluation the root would stay gathered, one
     # rank alone saves and so frees it, and the next pass would have one rank gather and the others not.
     sharing = {
         "mesh": init_device_mesh(device.type, (trainer.args.world_size,)),
-        "ignored_params": trained,
+        "ignored_params": set(trained),
         "reshard_after_forward": True,
     }
     for layer in find_layers(model):
         fully_shard(layer, **sharing)
-    fully_shard(model, **sharing)  # PEFT calls the forward of what is inside without its hooks
+    # PEFT's model and not the one inside: `fully_shard` renames the class to FSDP..., and configs tell class names.
+    fully_shard(model, **sharing)
     # Mixed precision only; `prepare` would ask DDP, which refuses shared weights.
     trainer.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     parts = [weight for weight in model.parameters() if isinstance(weight, DTensor)]

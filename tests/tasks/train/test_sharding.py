@@ -14,7 +14,8 @@ from tasks.train.placement import fit_processes
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, adapter_tensors, kill, losses, wait_for_step
 
-ONE = SPEC.model_copy(update={"max_steps": 4, "rows_per_device": 2, "gradient_accumulation": 2, "save_steps": 2})
+EACH = {"max_steps": 4, "rows_per_device": 2, "gradient_accumulation": 2, "save_steps": 2, "eval_steps": 2}
+ONE = SPEC.model_copy(update={**EACH, "keep_best": True})
 SHARED = ONE.model_copy(update={"rows_per_device": 1, "num_processes": 2, "parallel": "fsdp2"})
 MAX_DIFFERENCE = 2e-4  # of a loss: sums in another order; as for DDP (test_processes.py)
 
@@ -55,7 +56,7 @@ def assert_plain(folder: Path, whole: Path) -> None:
     for config in (mine, theirs):
         config["target_modules"].sort()  # PEFT keeps them in a set
     assert mine == theirs
-    assert not [path.name for path in folder.iterdir() if b"FSDP" in path.read_bytes()]
+    assert not [path.name for path in folder.rglob("*.*") if b"FSDP" in path.read_bytes()]
 
 
 def wait_and_kill(ranks: list[Any], folder: Path, step: int) -> None:
@@ -69,7 +70,7 @@ def wait_and_kill(ranks: list[Any], folder: Path, step: int) -> None:
 @pytest.mark.timeout(900)
 def test_killed_with_the_base_shared_it_is_the_same_run(inputs: dict[str, Any], tmp_path: Path):
     """Also while a checkpoint is written; a torn one is never taken."""
-    spec = SHARED.model_copy(update={"max_steps": 12, "eval_steps": 4, "keep_best": True})
+    spec = SHARED.model_copy(update={"max_steps": 12})
     whole, again = tmp_path / "whole", tmp_path / "again"
     result = subject.run_ranks(inputs, whole, spec)
     for until in (3, 7):
