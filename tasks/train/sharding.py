@@ -35,7 +35,7 @@ class HostConfig(SFTConfig):
 def share_base(trainer: SFTTrainer) -> None:
     """Give each process its part of the frozen weights, on its device. PEFT and our kernels must be in place.
 
-    Layers are gathered one by one, forward and backward; what lies around them (embedding, head) once a pass.
+    Layers are gathered one by one, forward and backward; what lies around them (embedding, head) once each way.
     Costs: one layer on the device beside the parts; the host's copy goes layer by layer.
     """
     model: Any = trainer.model  # Any: a PeftModel; Trainer types it as optional

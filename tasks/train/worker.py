@@ -82,7 +82,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
 def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     """Load the base for training: dtype, attention and quantisation as the spec says.
 
-    An MXFP4 checkpoint is dequantised, since its blocks have no gradient.
+    An MXFP4 checkpoint is dequantised, since its blocks have no gradient. A base that is to be shared out stays on the
+    host: as pages of its files where dtypes agree (ranks share them), else as a copy.
     """
     config = AutoConfig.from_pretrained(folder)
     on_gpu = torch.cuda.is_available()
@@ -95,6 +96,8 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
         kwargs["quantization_config"] = dequantized(config.quantization_config)
     if on_gpu and spec.parallel == "ddp":
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    elif on_gpu:  # torchrun leaves one thread to each process: it would unpack gpt-oss-20b for 13 minutes
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.num_processes))
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")
