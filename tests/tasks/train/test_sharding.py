@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.checkpoints import checkpoint_step, latest_checkpoint
+from tasks.checkpoints import checkpoint_step, is_complete, latest_checkpoint
 from tasks.specs import TrainSpec
 from tasks.train.placement import fit_processes
 from tests.tasks.train import runs as subject
@@ -80,9 +80,10 @@ def test_killed_with_the_base_shared_it_is_the_same_run(inputs: dict[str, Any], 
     assert subject.until(lambda: saving.exists() and not (saving / "COMPLETE.json").exists(), ranks[0])
     for rank in ranks:
         kill(rank)
-    assert checkpoint_step(latest_checkpoint(again / "checkpoints", is_owner=False)) == 8
+    kept = 10 if is_complete(saving) else 8  # the kill came a moment too late, or not
+    assert checkpoint_step(latest_checkpoint(again / "checkpoints", is_owner=False)) == kept
     assert subject.run_ranks(inputs, again, spec) == result
-    assert "resuming from checkpoint-8" in (again / "output.log").read_text()
+    assert f"resuming from checkpoint-{kept}" in (again / "output.log").read_text()
     assert losses(again) == losses(whole)
     assert adapter_digest(again) == adapter_digest(whole)
 
