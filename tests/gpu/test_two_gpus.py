@@ -26,7 +26,9 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 TWO = {"num_processes": 2, "rows_per_device": 1, "deterministic": True}
-RUNS = {"one": {"deterministic": True}, "ddp": TWO, "fsdp2": {**TWO, "parallel": "fsdp2"}}
+SHARED = {**TWO, "parallel": "fsdp2"}
+RUNS = {"one": {"deterministic": True}, "ddp": TWO, "fsdp2": SHARED}
+RECOMPUTED = {"selective": {"num_recomputed": 4}, "full": {}}
 
 
 def start(inputs: Path, folder: Path, changes: dict[str, Any], **plan: Any) -> subprocess.Popen[str]:
@@ -62,12 +64,14 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def folders(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All three at once: they are small."""
+    """All five at once: they are small."""
     top = tmp_path_factory.mktemp("runs")
     processes = {name: start(inputs, top / name, changes) for name, changes in RUNS.items()}
+    for name, plan in RECOMPUTED.items():
+        processes[name] = start(inputs, top / name, SHARED, checkpointing=name, **plan)
     for name, process in processes.items():
         finish(process, top / name)
-    return {name: top / name for name in RUNS}
+    return {name: top / name for name in processes}
 
 
 def test_ddp_and_fsdp2_learn_what_one_gpu_learns(folders: dict[str, Path]):
@@ -103,7 +107,7 @@ def test_a_shared_run_goes_on_to_the_bit_on_two_gpus_and_within_rounding_on_one(
     inputs: Path, folders: dict[str, Path], tmp_path: Path
 ):
     two, one = half_way(folders["fsdp2"], tmp_path / "two"), half_way(folders["fsdp2"], tmp_path / "one")
-    processes = [(start(inputs, two, RUNS["fsdp2"]), two), (start(inputs, one, RUNS["one"]), one)]
+    processes = [(start(inputs, two, SHARED), two), (start(inputs, one, RUNS["one"]), one)]
     for process, folder in processes:
         finish(process, folder)
     assert losses(two) == losses(folders["fsdp2"])
@@ -111,10 +115,6 @@ def test_a_shared_run_goes_on_to_the_bit_on_two_gpus_and_within_rounding_on_one(
     assert losses(one) == pytest.approx(losses(folders["fsdp2"]), rel=5e-3)
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_layers_are_gathered_again_for_what_is_recomputed(
-    inputs: Path, folders: dict[str, Path], tmp_path: Path, checkpointing: str
-):
-    process = start(inputs, tmp_path, RUNS["fsdp2"], checkpointing=checkpointing, num_recomputed=4)
-    finish(process, tmp_path)
-    assert losses(tmp_path) == pytest.approx(losses(folders["fsdp2"]), rel=5e-3)
+@pytest.mark.parametrize("checkpointing", RECOMPUTED)
+def test_layers_are_gathered_again_for_what_is_recomputed(folders: dict[str, Path], checkpointing: str):
+    assert losses(folders[checkpointing]) == pytest.approx(losses(folders["fsdp2"]), rel=5e-3)
