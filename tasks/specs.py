@@ -159,6 +159,9 @@ class TrainSpec(Spec):
     eval_steps: int = Field(default=0, ge=0, description="Evaluate each so many steps; 0: only before and after.")
     log_steps: Positive = 1
     num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="ddp: the whole base on each GPU; fsdp2: each holds a part, and layers are gathered."
+    )
     stall_timeout_s: float = Field(default=1800.0, gt=0, description="No progress for so long: the run hangs.")
     heartbeat_timeout_s: float = Field(default=300.0, gt=0, description="A silent heartbeat for so long: it hangs.")
     stop_grace_s: float = Field(
@@ -182,13 +185,26 @@ class TrainSpec(Spec):
         {"keep_best", "early_stopping_patience", "early_stopping_min_delta", "deterministic"}
     )
     beside: ClassVar[frozenset[str]] = frozenset(
-        {"heartbeat_timeout_s", "stop_grace_s", "explosion_factor", "explosion_steps", "report_to"}
+        {"heartbeat_timeout_s", "stop_grace_s", "explosion_factor", "explosion_steps", "report_to", "parallel"}
     )
 
     @model_validator(mode="after")
     def _is_evaluated(self) -> Self:
         if (self.keep_best or self.early_stopping_patience) and not self.eval_steps:
             raise ValueError("keep_best and early_stopping_patience need evaluations: set eval_steps to 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_shared_out(self) -> Self:
+        if self.parallel == "ddp":
+            return self
+        ddp = "or choose parallel='ddp'"
+        if self.num_processes == 1:
+            raise ValueError(f"parallel='fsdp2' shares the base out, but num_processes is 1: set 2 or more, {ddp}")
+        if self.quantization != "none":
+            raise ValueError(
+                f"parallel='fsdp2' can't share out a base in {self.quantization}: set quantization='none', {ddp}"
+            )
         return self
 
     @field_validator("max_steps")

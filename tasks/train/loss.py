@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from tasks.errors import DataError
 from tasks.gptoss.fused import fused
 from tasks.train.needs import HEAD_ROWS
+from tasks.train.sharding import average_gradients
 
 _BLOCK = 128  # rows of logits that exist at once on a CPU
 
@@ -123,6 +124,15 @@ class TokenMeanTrainer(SFTTrainer):
     Trainer's own is the mean over passes: a run that was cut anew after an out of memory would compare one kind with
     another, and a pass with one learnt token would weigh as much as a full one.
     """
+
+    is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one pass; after the last of a step average the gradients where DDP does not."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.is_shared_out and self.accelerator.sync_gradients:
+            average_gradients(cast("torch.nn.Module", self.model))
+        return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; `eval_loss` is the summed loss by the number of learnt tokens. Raises DataError without any."""

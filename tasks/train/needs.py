@@ -46,8 +46,9 @@ def training_needs(
         num_recomputed: selective: layers whose gate is recomputed.
     """
     element = 4 if spec.dtype == "float32" else 2
+    stored = {name: round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()}
     needs = {
-        "weights": sum(round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()),
+        **_weight_bytes(stored, shapes, spec),
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
@@ -62,6 +63,19 @@ def training_needs(
         "activations": _activation_bytes(config, spec, element, tokens, is_full=is_full),
         "workspace": _WORKSPACE,
     }
+
+
+def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec) -> int:
+    """Return what loading takes of the host's memory beside a GPU: with FSDP2 each process makes its base there.
+
+    Weights that are stored as they are used are pages of their files, which processes share and the kernel takes back;
+    unpacked or converted ones are a copy in each process.
+    """
+    stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
+    if spec.parallel == "ddp" or not is_copied:
+        return 0
+    return spec.num_processes * (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
 
 
 def require_aligned(config: Config, spec: TrainSpec) -> None:
@@ -132,6 +146,25 @@ def say_needs(needs: Mapping[str, int]) -> str:
     """
     parts = [f"{name} {size / 1e9:.1f}" for name, size in sorted(needs.items(), key=lambda part: -part[1]) if size]
     return f"{sum(needs.values()) / 1e9:.1f} GB ({', '.join(parts)})"
+
+
+def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) -> dict[str, int]:
+    """Return what the base takes: all of it, or with FSDP2 a part and what is gathered at once.
+
+    Gathered are what lies around the layers, three layers (the one that passes, the next one's buffer, its copy), and
+    the widest expert tensor with its adapter's rows appended.
+    """
+    whole = sum(stored.values())
+    if spec.parallel == "ddp":
+        return {"weights": whole}
+    layers: dict[str, int] = {}  # "": around them
+    for name, size in stored.items():
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        layers[layer] = layers.get(layer, 0) + size
+    around = layers.pop("", 0)
+    widest = max((size for name, size in stored.items() if len(shapes[name]) == 3), default=0)
+    gathered = around + 3 * max(layers.values(), default=0) + widest
+    return {"weights": -(-whole // spec.num_processes), "gathered layers": gathered}
 
 
 def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: int) -> float:

@@ -29,4 +29,7 @@ def fit_processes(spec: TrainSpec, available: int) -> TrainSpec:
         raise SpecError(f"{available} processes can't train: expected 1 or more")
     batches = spec.num_processes * spec.gradient_accumulation
     fitting = max(count for count in range(1, min(available, batches) + 1) if batches % count == 0)
-    return spec.model_copy(update={"num_processes": fitting, "gradient_accumulation": batches // fitting})
+    parallel = spec.parallel if fitting > 1 else "ddp"  # one process has nobody to share the base with
+    return spec.model_copy(
+        update={"num_processes": fitting, "gradient_accumulation": batches // fitting, "parallel": parallel}
+    )

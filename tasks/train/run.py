@@ -29,7 +29,7 @@ from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryE
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token, peak_flops
-from tasks.train.needs import require_aligned
+from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
@@ -205,7 +205,8 @@ def _run_planned(
     Returns: the trainer's result, and every plan in words.
     """
     folder = Path(job["folder"])
-    kept = folder / "plans.json"  # those of earlier tries too: what ran out of memory once is not tried again
+    # Those of earlier tries too: what ran out of memory once is not tried again, but where the base is shared.
+    kept = folder / ("plans.json" if work.spec.parallel == "ddp" else "plans_fsdp2.json")
     plans = _read_plans(kept)
     if not plans or plans[-1].num_rows != work.num_rows:  # the second: on another number of processes than before
         plans = [plan_step(work, gpu_room(work.spec))]
@@ -273,7 +274,8 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
     """
     spec, needed, said = work.spec, sum(work.needs(plan).values()), f"training takes {say_plan(work, plan)}"
     gpus = machine.list_gpus()
-    way_out = "lower TrainSpec.rows_per_device or PackSpec.row_tokens, choose nf4, or a smaller base"
+    lower = "lower TrainSpec.rows_per_device or PackSpec.row_tokens"
+    way_out = f"{lower}, choose nf4, a smaller base, or more GPUs with parallel='fsdp2'"
     if not gpus:
         available = machine.available_memory_bytes()
         if needed > available:
@@ -282,6 +284,8 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
                 f"a GPU, or {way_out}"
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
+    copies = host_bytes(work.shapes, work.config, spec)
+    machine.require_memory(copies, "loading the base in each process", "store it in TrainSpec.dtype, or parallel='ddp'")
     used = gpus[: spec.num_processes]
     if ours_leaves:
         used = [replace(gpu, free_bytes=gpu.total_bytes) for gpu in used]

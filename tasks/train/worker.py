@@ -40,6 +40,7 @@ from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
 from tasks.train.plan import StepPlan
+from tasks.train.sharding import HostConfig, share_base
 from tasks.train.validation import evaluations, is_over
 from tasks.train.watch import watch
 from tasks.training import RESULT, fix_seeds, require_end, run_worker
@@ -81,7 +82,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
 def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     """Load the base for training: dtype, attention and quantisation as the spec says.
 
-    An MXFP4 checkpoint is dequantised, since its blocks have no gradient.
+    An MXFP4 checkpoint is dequantised, since its blocks have no gradient. A base that is to be shared out stays on the
+    host: as pages of its files where dtypes agree (ranks share them), else as a copy.
     """
     config = AutoConfig.from_pretrained(folder)
     on_gpu = torch.cuda.is_available()
@@ -92,8 +94,10 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
         kwargs["quantization_config"] = bits_and_bytes(spec)
     elif getattr(config, "quantization_config", None):
         kwargs["quantization_config"] = dequantized(config.quantization_config)
-    if on_gpu:
+    if on_gpu and spec.parallel == "ddp":
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    elif on_gpu:  # torchrun leaves one thread to each process: it would unpack gpt-oss-20b for 13 minutes
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.num_processes))
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")
@@ -112,7 +116,7 @@ def bits_and_bytes(spec: TrainSpec) -> BitsAndBytesConfig:
     )
 
 
-def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> SFTTrainer:  # Any: JSON values
+def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> TokenMeanTrainer:  # Any: JSON values
     """Put model, packed rows and settings together."""
     folder, packed = Path(job["folder"]), Path(job["packed_folder"])
     rows = {name: Dataset.from_parquet(str(packed / f"{name}.parquet")) for name in ("train", "validation")}
@@ -134,12 +138,15 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     if is_head_fused:
         fuse_head(model)
     speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
+    if spec.parallel == "fsdp2":
+        share_base(trainer)
+        trainer.is_shared_out = True
     return trainer
 
 
 def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a PeftModel
     """Put our kernels below a gpt-oss that PEFT has wrapped; packed documents stay apart with every attention."""
-    factor_experts(model, num_recomputed=plan.num_recomputed)
+    factor_experts(model, num_recomputed=plan.num_recomputed, extend=spec.parallel == "ddp")
     fuse_norms(model)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
@@ -209,17 +216,18 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
     }
     if plan.checkpointing == "full":
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return SFTConfig(**settings)
+    return (HostConfig if spec.parallel == "fsdp2" else SFTConfig)(**settings)
 
 
-def evaluate_once(trainer: SFTTrainer, path: Path) -> float:
+def evaluate_once(trainer: TokenMeanTrainer, path: Path) -> float:
     """Return the validation loss of the untouched base (B is still zero), measured once and kept across resumes."""
     if not path.exists():
         loss = trainer.evaluate()["eval_loss"]
         say(f"validation loss before training {loss:.4f}")
-        # Evaluating marks the model as prepared, and training would then not wrap it: ranks without DDP drift apart.
         trainer.accelerator.free_memory()
-        vars(trainer.model).pop("_is_accelerate_prepared", None)
+        if not trainer.is_shared_out:
+            # Evaluating marks the model as prepared, and training would not wrap it: ranks without DDP drift apart.
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
         if not trainer.is_world_process_zero():
             return loss
         files.write_json(path, {"eval_loss": loss})

@@ -52,7 +52,7 @@ def case(
     }
 
 
-TWO_GPUS = ("all-experts-2-gpus",)  # run when they are named
+TWO_GPUS = ("all-experts-2-gpus", "all-experts-2-gpus-fsdp2")  # run when they are named
 CASES = {
     "all-experts": case(4, "none"),
     "all-experts-full": case(4, "full"),
@@ -64,6 +64,7 @@ CASES = {
     "all-experts-60k": case(1, "full", row_tokens=60_000, rows_per_step=1),
     "all-experts-8-rows": case(4, "none", rows_per_step=8),
     "all-experts-2-gpus": case(4, "none", rows_per_step=8, num_processes=2),
+    "all-experts-2-gpus-fsdp2": case(4, "none", rows_per_step=8, num_processes=2, parallel="fsdp2"),
     "seeds-stock": case(1, "full", parameters=SEEDS, kernels="stock"),
     "all-experts-stock": case(4, "full", kernels="stock"),
 }

@@ -19,6 +19,7 @@ from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset
 from tasks.metrics import read_metrics
 from tasks.specs import LoraSpec, TrainSpec
 from tasks.train.plan import StepPlan
+from tests.ports import free_port
 from tests.waiting import wait_for
 
 LORA = LoraSpec(
@@ -73,9 +74,21 @@ def make_job(inputs: dict[str, Any], folder: Path, spec: TrainSpec) -> dict[str,
 
 def start(inputs: dict[str, Any], folder: Path, spec: TrainSpec, tamper: str = "") -> BaseProcess:
     """Begin, or go on with, a training in `folder`. `tamper` names a function of this module that runs first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    return _start(make_job(inputs, folder, spec), tamper, {})
+
+
+def start_ranks(inputs: dict[str, Any], folder: Path, spec: TrainSpec) -> list[BaseProcess]:
+    """The same in `spec.num_processes` processes, as torchrun starts them; they talk by gloo."""
     job = make_job(inputs, folder, spec)
-    process = _processes.Process(target=_work, args=(job, tamper))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    count = str(spec.num_processes)
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(spec.num_processes))]
+    return [_start(job, "", {**shared, **rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}) for rank in ranks]
+
+
+def _start(job: dict[str, Any], tamper: str, variables: dict[str, str]) -> BaseProcess:
+    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+    process = _processes.Process(target=_work, args=(job, tamper, variables))
     process.start()
     return process
 
@@ -89,7 +102,17 @@ def run(inputs: dict[str, Any], folder: Path, spec: TrainSpec, tamper: str = "")
     return json.loads(told.read_text())
 
 
-def _work(job: dict[str, Any], tamper: str) -> None:
+def run_ranks(inputs: dict[str, Any], folder: Path, spec: TrainSpec) -> dict[str, Any]:
+    """Train to the end in several processes; return the result."""
+    ranks = start_ranks(inputs, folder, spec)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * len(ranks), (folder / "output.log").read_text()[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def _work(job: dict[str, Any], tamper: str, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
     folder = Path(job["folder"])
     log = os.open(folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -182,7 +205,7 @@ def freeze_one_tensor() -> None:
     make = worker.make_trainer
 
     def make_trainer(*args: Any, **kwargs: Any) -> Any:
-        trainer = make(*args, **kwargs)
+        trainer: Any = make(*args, **kwargs)
         for name, weight in trainer.model.named_parameters():
             if name.endswith("layers.1.mlp.experts.lora_A.default.weight"):
                 weight.register_hook(lambda gradient: gradient * 0)

@@ -1,6 +1,7 @@
 """The estimate of a training step's memory, held against peaks that were measured on a GPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tasks.errors import CapacityError, SpecError
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
 from tasks.train import run as subject
-from tasks.train.needs import require_aligned, say_needs
+from tasks.train.needs import host_bytes, require_aligned, say_needs
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
 from tasks.train.targets import find_targets
 
@@ -92,6 +93,41 @@ def test_the_plan_is_the_fastest_that_fits(room_gb: float, plan: StepPlan):
     found = plan_step(work, int(room_gb * 1e9))
     assert found.rows_per_device * found.gradient_accumulation == 4
     assert (found.rows_per_device, found.checkpointing) == (plan.rows_per_device, plan.checkpointing)
+
+
+def shared_by(count: int) -> TrainSpec:
+    changes = {**ALL_EXPERTS, "gradient_accumulation": 4, "num_processes": count, "parallel": "fsdp2"}
+    return change(resolve("gptoss20b_lora_h100").train, changes)
+
+
+def test_a_shared_base_fits_cards_that_the_whole_one_does_not():
+    """gpt-oss-20b is 41.8 GB; a layer of it 1.65, its gate_up 1.06, embedding and head 2.32."""
+    needs = work_of(shared_by(2)).needs(plan_of(1, "none"))
+    assert needs["weights"] == 20_914_757_184  # half of two bytes each
+    assert needs["gathered layers"] == pytest.approx((3 * 1.646 + 1.062 + 2.317) * 1e9, rel=1e-3)
+    alone = work_of(shared_by(2).model_copy(update={"parallel": "ddp"}))
+    room, plan = 44 * 10**9, plan_step(work_of(shared_by(2)), 44 * 10**9)
+    assert sum(work_of(shared_by(2)).needs(plan).values()) < room
+    assert sum(alone.needs(plan_step(alone, room)).values()) > room
+
+
+def test_only_weights_that_are_unpacked_or_converted_are_copied_on_the_host():
+    stored = {"model_type": "gpt_oss", "dtype": "bfloat16"}
+    packed = {**stored, "quantization_config": {"quant_method": "mxfp4"}}
+    shapes, spec = parameter_shapes(GPTOSS20B), shared_by(2)
+    assert host_bytes(shapes, stored, spec) == 0
+    assert host_bytes(shapes, packed, spec) == 2 * 2 * 20_914_757_184
+    assert host_bytes(shapes, stored, spec.model_copy(update={"dtype": "float32"})) == 2 * 4 * 20_914_757_184
+    assert host_bytes(shapes, packed, spec.model_copy(update={"parallel": "ddp"})) == 0
+
+
+def test_a_host_that_can_not_hold_a_copy_for_each_process_is_refused(monkeypatch: pytest.MonkeyPatch):
+    work = work_of(shared_by(4096))
+    packed = replace(work, config={**work.config, "quantization_config": {"quant_method": "mxfp4"}})
+    monkeypatch.setattr(machine, "list_gpus", lambda: [gpu(85, 84)] * 4096)
+    with pytest.raises(CapacityError, match=r"loading the base in each process needs about 171333\.\d GB of memory"):
+        subject.require_training_memory(packed, plan_of(1, "full"))
+    assert "of GPU memory" in subject.require_training_memory(work, plan_of(1, "full"))
 
 
 def test_without_a_gpu_nothing_is_chosen():

@@ -12,11 +12,12 @@ from tests.tasks.train.runs import SPEC, make_artifacts
 
 
 @pytest.mark.chaos
-def test_two_processes_train_what_one_does(tmp_path: Path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(tmp_path: Path, parallel: str):
     store = ArtifactStore(tmp_path / "home")
     packed, base = make_artifacts(store, tmp_path)
     one = SPEC.model_copy(update={"max_steps": 6, "rows_per_device": 2, "save_steps": 6})
-    two = one.model_copy(update={"rows_per_device": 1, "num_processes": 2})
+    two = one.model_copy(update={"rows_per_device": 1, "num_processes": 2, "parallel": parallel})
     adapters = [train_adapter(packed, base, spec, store, lambda record: None) for spec in (one, two)]
     losses = [[record["loss"] for record in read_metrics(adapter.path / "metrics.jsonl")] for adapter in adapters]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
