@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from tasks.artifacts import ArtifactStore, Claim, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
 from tasks.errors import MissingError, SpecError
-from tasks.serve import handover, promotion, services
+from tasks.serve import promotion, services, trial
 from tasks.serve.command import reach
 from tasks.serve.settings import NO_OVERRIDES, ServiceSettings, service_settings
 from tasks.serve.weights import locate_model, require_merged_files
@@ -68,11 +68,11 @@ def start_candidate(
     not fit.
     """
     published, settings = prepare(published, recipe.serve, store, host, run_id, hub)
+    trial.require_no_other(settings)
     strategy, why = promotion.choose_strategy(settings, recipe.promote)
     logger.info("strategy %s: %s", strategy, why)
     if strategy == "replace":
-        if handover.last_verified(store.root).get("model") != published.model_folder:
-            promotion.begin_trial(store.root, published.model_folder)
+        trial.begin(settings)
         return serve_model(published, recipe.serve, store, host, run_id, hub)
     with _claim(published, settings.spec, store) as claim:
         candidate = promotion.start_candidate(settings)
@@ -104,9 +104,11 @@ def shift_traffic(
         return claim.commit(served, spec=settings.spec)
 
 
-def retire_others(served: ServedModel, recipe: Recipe, store: ArtifactStore) -> str:
+def retire_others(
+    served: ServedModel, recipe: Recipe, store: ArtifactStore, host: Mapping[str, str] = NO_OVERRIDES
+) -> str:
     """Stop the model that served before once its last answers have ended; return what was done."""
-    return promotion.retire(service_settings(served.model_folder, recipe.serve, store.root, {}), recipe.promote)
+    return promotion.retire(service_settings(served.model_folder, recipe.serve, store.root, host), recipe.promote)
 
 
 def find_published(name: str, store: ArtifactStore) -> PublishedModel:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from tasks import files, machine, processes
 from tasks.environment import without_secrets
-from tasks.errors import ServiceError, TransientError
+from tasks.errors import CorruptError, ServiceError, TransientError
 from tasks.procfs import send_signal
+from tasks.serve import trial
 from tasks.serve.asking import get_json
 from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
 from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
@@ -38,7 +39,7 @@ from tasks.serve.looking import (
     this_process,
 )
 from tasks.serve.preflight import check_memory, check_model, check_ports, has_cpu_build
-from tasks.serve.settings import ROOT, SERVICES, SLOTS, ServiceSettings, digest_of
+from tasks.serve.settings import ROOT, RUN_ID, SERVICES, SLOTS, ServiceSettings, digest_of
 from tasks.serve.traffic import read_shares, share_of, write_traffic
 
 __all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "follow", "restart", "start", "status", "stop"]
@@ -91,15 +92,29 @@ def _give_all(settings: ServiceSettings, *, reused: bool) -> None:
     share, now = share_of(settings), read_shares(settings.folder)
     if len(now) == 1 and reused and (now[0].slot, now[0].url) == (share.slot, share.url):
         known = {name: value for name, value in now[0].ids.items() if name in share.ids}
-        if not share.ids or {**share.ids, "TATARA_RUN_ID": ""} == {**known, "TATARA_RUN_ID": ""}:
+        if not share.ids or {**share.ids, RUN_ID: ""} == {**known, RUN_ID: ""}:
             return
     write_traffic(settings, [share])
+
+
+def note_vacancy(settings: ServiceSettings, running: processes.Identity) -> None:
+    """Note that this process is about to stop our vLLM to make way; `handover.serve_again` fills the gap."""
+    files.write_json(settings.vacancy, {**running.note, "vacated_by": this_process()})
+
+
+def vacated_by(settings: ServiceSettings) -> str:
+    """Return the process that noted the vacancy, as `this_process` names it; empty when that can't be read."""
+    try:
+        return str(files.read_json(settings.vacancy)["vacated_by"])
+    except (OSError, CorruptError, KeyError, TypeError):
+        return ""
 
 
 def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
         settings.vacancy.unlink(missing_ok=True)  # who stops them wants them to stay stopped
+        trial.end(settings.home)
         ended = [name for name in ("gateway", *reversed(SLOTS)) if end(settings, name)]
         settings.upstreams_file.unlink(missing_ok=True)
         return ended
@@ -166,7 +181,7 @@ def _program(
         note["vllm_python"] = str(settings.vllm_python)
         note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
         note["fingerprint"] = fingerprint_model(settings)
-        note["promoter"] = this_process()
+        note["promoter"], note["run"] = this_process(), settings.ids.get(RUN_ID, "")
         if note["device"] == "gpu":
             note["gpu_free_bytes"] = json.dumps([gpu.free_bytes for gpu in machine.list_gpus()])
     return processes.Program(
@@ -210,7 +225,7 @@ def ensure(
     reused = running is not None and running.digest == program.digest
     if running is None or not reused:
         if running is not None and name in SLOTS:
-            files.write_json(settings.vacancy, running.note)
+            note_vacancy(settings, running)
         end(settings, name)
         if name in SLOTS:
             for folder in (settings.scratch / "temporary", settings.cache):

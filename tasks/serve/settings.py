@@ -21,6 +21,7 @@ from tasks.specs import ServeSpec, change
 ROOT = Path(__file__).resolve().parents[2]
 NO_OVERRIDES: Mapping[str, str] = {}
 SERVICES = ("vllm", "gateway")
+RUN_ID = "TATARA_RUN_ID"  # among the ids: the flow run that put the model there
 SLOTS = ("vllm", "vllm-b")  # a promotion starts the new vLLM in the one that does not serve
 
 

@@ -6,8 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -25,55 +23,14 @@ from tasks.serve.services import ServiceSettings
 from tasks.serve.traffic import read_shares
 from tasks.specs import ServeSpec
 from tests.ports import free_port
+from tests.tasks.serve.stand_in import make_model, make_python
 from tests.waiting import wait_for
-
-FAKE = """\
-    #!{python} -E
-    # Answers like vLLM when called with its argv, like the gateway otherwise.
-    import http.server, json, os, signal, subprocess, sys, time, urllib.request
-    mode = os.environ.get("FAKE_MODE", "")
-    is_vllm = "serve" in sys.argv
-    if is_vllm and mode == "die":
-        print("cannot load", os.environ.get("HF_TOKEN", ""), flush=True)
-        sys.exit(7)
-    if is_vllm and mode == "hang":
-        time.sleep(600)
-    if is_vllm and mode == "child":
-        subprocess.Popen(["sleep", "600"], start_new_session=True)
-    if is_vllm and mode == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    def value(flag):
-        return sys.argv[sys.argv.index(flag) + 1]
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-        def do_GET(self):
-            if not is_vllm:
-                base = os.environ["VLLM_URL"].rpartition("/v1/")[0]
-                body = {{"gateway": "ok", "vllm": urllib.request.urlopen(base + "/health").status == 200}}
-            elif self.path == "/v1/models":
-                name = "other" if mode == "wrong-name" else value("--served-model-name")
-                body = {{"data": [{{"id": name}}]}}
-            else:
-                body = {{}}
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-    port = int(value("--port") if is_vllm else os.environ["LITE_GATEWAY_PORT"])
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[ServiceSettings]:
-    python = tmp_path / "env" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(textwrap.dedent(FAKE).format(python=sys.executable))
-    python.chmod(0o755)
-    (tmp_path / "env/lib/python3.11/site-packages/vllm-0+cpu.dist-info").mkdir(parents=True)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
+    python = make_python(tmp_path)
+    model = make_model(tmp_path / "model")
     vllm_port, gateway_port = free_port(), free_port()
     settings = ServiceSettings(
         model=str(model),
