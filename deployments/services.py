@@ -18,8 +18,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks import processes
-from tasks.errors import SpecError, TataraError
+from tasks import files, processes
+from tasks.errors import CorruptError, SpecError, TataraError
 from tasks.serve import services
 from tasks.serve.command import DEFAULT_MODEL
 from tasks.serve.settings import ServiceSettings
@@ -106,8 +106,19 @@ def check_host(host: str) -> None:
 
 
 def _read_note(folder: Path) -> dict[str, str]:
-    found = (processes.find_alive(folder / f"{name}.json") for name in (active_slot(folder), "gateway"))
-    return next((running.note for running in found if running is not None), {})
+    """Return what the vLLM that serves was started with, also when it died or made way for a training.
+
+    The gateway's own note comes last: it has followed promotions since.
+    """
+    slot = folder / f"{active_slot(folder)}.json"
+    for found in (processes.find_alive(slot), processes.read_identity(slot)):
+        if found is not None and found.note:
+            return found.note
+    try:
+        return {name: value for name, value in files.read_json(folder / "vacant.json").items() if name != "vacated_by"}
+    except (OSError, CorruptError, AttributeError):
+        gateway = processes.find_alive(folder / "gateway.json")
+        return gateway.note if gateway else {}
 
 
 if __name__ == "__main__":

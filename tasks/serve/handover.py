@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tasks import files, machine, processes, supervision
 from tasks.errors import CorruptError, TataraError
-from tasks.serve import services, trial
+from tasks.serve import services, trial, vacancy
 from tasks.serve.fingerprints import fingerprint_model
 from tasks.serve.looking import is_alive, this_process
 from tasks.serve.settings import ServiceSettings
@@ -45,7 +45,7 @@ def release_gpu(root: Path) -> str | None:
         running = processes.find_alive(identity_file)
         if running is None or not _holds_gpu(running):
             return None
-        services.note_vacancy(settings, running)
+        vacancy.note(settings, running)
         services.end(settings, settings.slot)
         model = running.note.get("model", "a model")
         return (
@@ -155,7 +155,7 @@ def serve_again(root: Path, variables: Mapping[str, str] = os.environ) -> str | 
     settings = ServiceSettings(model="", home=root)
     if not settings.vacancy.exists() or _find_serving(settings) is not None:
         return None
-    maker = services.vacated_by(settings)
+    maker = vacancy.made_by(settings)
     if maker != this_process() and is_alive(maker):
         return None
     if training := supervision.find_running(root):

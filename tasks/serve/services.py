@@ -23,9 +23,9 @@ from pathlib import Path
 
 from tasks import files, machine, processes
 from tasks.environment import without_secrets
-from tasks.errors import CorruptError, ServiceError, TransientError
+from tasks.errors import ServiceError, TransientError
 from tasks.procfs import send_signal
-from tasks.serve import trial
+from tasks.serve import trial, vacancy
 from tasks.serve.asking import get_json
 from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
 from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
@@ -97,19 +97,6 @@ def _give_all(settings: ServiceSettings, *, reused: bool) -> None:
     write_traffic(settings, [share])
 
 
-def note_vacancy(settings: ServiceSettings, running: processes.Identity) -> None:
-    """Note that this process is about to stop our vLLM to make way; `handover.serve_again` fills the gap."""
-    files.write_json(settings.vacancy, {**running.note, "vacated_by": this_process()})
-
-
-def vacated_by(settings: ServiceSettings) -> str:
-    """Return the process that noted the vacancy, as `this_process` names it; empty when that can't be read."""
-    try:
-        return str(files.read_json(settings.vacancy)["vacated_by"])
-    except (OSError, CorruptError, KeyError, TypeError):
-        return ""
-
-
 def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
@@ -121,7 +108,14 @@ def stop(settings: ServiceSettings) -> list[str]:
 
 
 def restart(settings: ServiceSettings) -> ServicesStatus:
-    """Stop both and start them anew."""
+    """Stop both and start them anew; answers of the same model still lead back to where it came from."""
+    now, shares = follow(settings), read_shares(settings.folder)
+    known = processes.read_identity(now.identity_file(now.slot))
+    if settings.uses_own_vllm:
+        check_model(settings)  # before anything stops: what runs is better than nothing
+    made_of = settings.model, fingerprint_model(settings) if settings.uses_own_vllm else ""
+    if shares and known and not settings.ids and made_of == (known.note.get("model"), known.note.get("fingerprint")):
+        settings = replace(settings, ids=shares[0].ids)
     stop(settings)
     return start(settings)
 
@@ -225,7 +219,7 @@ def ensure(
     reused = running is not None and running.digest == program.digest
     if running is None or not reused:
         if running is not None and name in SLOTS:
-            note_vacancy(settings, running)
+            vacancy.note(settings, running)
         end(settings, name)
         if name in SLOTS:
             for folder in (settings.scratch / "temporary", settings.cache):

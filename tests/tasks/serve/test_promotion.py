@@ -42,6 +42,7 @@ def test_a_good_model_takes_over_and_no_request_is_lost(old: ServiceSettings):
     assert running(old) == {"vllm-b", "gateway"}
     now = services.status(new)
     assert (now.is_ready, now.vllm.model, now.candidate, now.gateway.pid) == (True, new.model, None, gateway)
+    assert now.gateway.model == new.model  # not the one that it was started with
     assert {ask(old) for _ in range(5)} == {NEW}
     again = services.start(new)  # what serves is found where it is
     assert (again.reused, again.vllm.pid, again.gateway.pid) == (True, now.vllm.pid, gateway)

@@ -5,14 +5,16 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deployments.services import read_settings
 from tasks import processes
 from tasks.errors import PromotionError, ServiceError, TransientError
-from tasks.serve import handover, promotion, services, trial
+from tasks.serve import handover, promotion, services, trial, vacancy
 from tasks.serve.services import ServiceSettings
 from tasks.serve.settings import RUN_ID
 from tasks.serve.traffic import read_shares
@@ -293,8 +295,55 @@ def test_retire_waits_for_a_gateway_that_does_not_say_what_it_still_has(old: Ser
     assert promotion._in_flight(services.follow(new)) == 0
 
 
+def test_status_says_whom_the_gateway_asks(old: ServiceSettings):
+    candidate = promotion.start_candidate(_newer(old))
+    assert beside(old) == "ready" and services.status(old).gateway.model == old.model
+    endless = SPEC.model_copy(update={"canary_requests": 10**6, "canary_s": 3.0})
+    with Clients(old, 1), ThreadPoolExecutor(1) as pool:
+        done = pool.submit(promotion.shift_traffic, candidate, endless)
+        wait_for(lambda: services.status(old).gateway.model == f"{old.model}, {candidate.model}")
+        done.result()
+    assert services.status(old).gateway.model == candidate.model
+
+
+def test_restart_goes_on_with_the_promoted_model_also_when_it_died_and_its_answers_still_lead_back(
+    old: ServiceSettings,
+):
+    new = _newer(old)
+    promotion.shift_traffic(promotion.start_candidate(new), AT_ONCE)
+    promotion.retire(new, SPEC)
+    supervisor = processes.find_alive(old.identity_file("vllm-b"))
+    assert supervisor
+    os.kill(supervisor.pid, signal.SIGKILL)  # or: it gave up; the gateway's own note says `old`
+    wait_for(lambda: running(old) == {"gateway"})
+    found = read_settings({**old.variables, "TATARA_HOME": str(old.home)}, goes_on=True)
+    assert found.model == new.model
+    services.restart(replace(found, vllm_python=old.vllm_python))
+    assert ask(old) == NEW
+
+
+def test_restart_goes_on_with_what_made_way_for_a_training(old: ServiceSettings):
+    new = _newer(old)
+    promotion.shift_traffic(promotion.start_candidate(new), AT_ONCE)
+    promotion.retire(new, SPEC)
+    found = processes.find_alive(old.identity_file("vllm-b"))
+    assert found
+    vacancy.note(old, found)
+    services.end(old, "vllm-b")
+    assert read_settings({"TATARA_HOME": str(old.home)}, goes_on=True).model == new.model
+
+
+def test_a_model_that_was_published_again_is_the_same_to_a_server(old: ServiceSettings):
+    """The card is written anew, in the same folder: the old model must still be one to go back to."""
+    handover.remember_verified(old.home, old.model)
+    services.start(_newer(old))
+    for name in ("README.md", "recipe.json", "loss_curve.png"):
+        (Path(old.model) / name).write_text("another tag, a newer card")
+    said = handover.restore(old.home, str(Path(old.model).with_name("new")), old.variables)
+    assert said.endswith(f"; the last verified model {old.model} is served again")
+
+
 def test_beside_is_said_until_it_is_gone(old: ServiceSettings):
     promotion.start_candidate(_newer(old))
-    assert beside(old) == "ready"
     promotion.roll_back(old.home, "r2")
     assert beside(old) == ""

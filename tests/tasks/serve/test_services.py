@@ -187,6 +187,13 @@ def test_model_folder_and_environment_must_be_there(settings: ServiceSettings, t
         services.start(replace(settings, vllm_python=tmp_path / "nowhere/bin/python"))
 
 
+def test_a_restart_with_a_model_that_is_not_there_stops_nothing(settings: ServiceSettings):
+    now = services.start(settings)
+    with pytest.raises(MissingError, match="no/such/model does not exist"):
+        services.restart(replace(settings, model="no/such/model"))
+    assert services.status(settings).vllm.pid == now.vllm.pid
+
+
 def test_too_large_model_is_refused_with_numbers(settings: ServiceSettings):
     with (Path(settings.model) / "model.safetensors").open("wb") as handle:
         handle.truncate(10**13)  # sparse
