@@ -34,8 +34,8 @@ def serve_model(
     from tasks.prefect_ui import show_link
     from tasks.serve import run
 
-    store, host, hub = open_store(storage), open_host(serving_host), open_hub(hub_account)
-    served = run.serve_model(published, spec, store, host, flow_run.id or "", hub)
+    place = run.Place(host=open_host(serving_host), run_id=flow_run.id or "", hub=open_hub(hub_account))
+    served = run.serve_model(published, spec, open_store(storage), place)
     show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served
 
@@ -67,8 +67,8 @@ def start_candidate(
     from blocks.opening import open_host, open_hub, open_store
     from tasks.serve import run
 
-    store, host, hub = open_store(storage), open_host(serving_host), open_hub(hub_account)
-    return run.start_candidate(published, recipe, store, host, flow_run.id or "", hub)
+    place = run.Place(host=open_host(serving_host), run_id=flow_run.id or "", hub=open_hub(hub_account))
+    return run.start_candidate(published, recipe, open_store(storage), place)
 
 
 @task(task_run_name="shift-to-{candidate.short}", timeout_seconds=24 * 3600, cache_policy=NO_CACHE)
@@ -86,9 +86,9 @@ def shift_traffic(candidate: ServedModel, recipe: Recipe, storage: str = "", ser
     def show(said: str) -> None:
         show_markdown("canary", f"# Canary of {candidate.served_model_name}\n\n{said}", "Requests of both models")
 
-    store, host = open_store(storage), open_host(serving_host)
+    store, place = open_store(storage), run.Place(host=open_host(serving_host), run_id=flow_run.id or "")
     try:
-        served = run.shift_traffic(candidate, recipe, store, host, flow_run.id or "", show)
+        served = run.shift_traffic(candidate, recipe, store, place, show)
     except PromotionError as error:
         show(f"NOT PROMOTED: {error}")
         raise
@@ -104,7 +104,7 @@ def retire(served: ServedModel, recipe: Recipe, storage: str = "", serving_host:
     from blocks.opening import open_host, open_store
     from tasks.serve import run
 
-    said = run.retire_others(served, recipe, open_store(storage), open_host(serving_host))
+    said = run.retire_others(served, recipe, open_store(storage), run.Place(host=open_host(serving_host)))
     get_run_logger().info("%s", said)
     return served
 
