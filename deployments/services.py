@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks import files, processes
+from tasks.environment import read_secret
 from tasks.errors import CorruptError, SpecError, TataraError
 from tasks.serve import services
 from tasks.serve.command import DEFAULT_MODEL
@@ -96,7 +97,7 @@ def read_settings(variables: Mapping[str, str], *, goes_on: bool = False) -> Ser
         model=given.get("MODEL_DIR", before.get("model", DEFAULT_MODEL)),
         spec=spec,
         home=home,
-        hf_token=given.get("HF_TOKEN", ""),
+        hf_token=read_secret(given, "HF_TOKEN"),
         vllm_url=given.get("VLLM_URL", before.get("vllm_url", "")),
         variables=given,
     )

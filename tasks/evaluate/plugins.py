@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks import files
 from tasks.children import run_child
-from tasks.environment import without_secrets
+from tasks.environment import read_secret, without_secrets
 from tasks.errors import CorruptError, MissingError, ServiceError
 from tasks.evaluate.results import Metric
 from tasks.processes import last_lines
@@ -55,7 +55,7 @@ def run(plugin: str, model: list[str], out: Path, variables: Mapping[str, str] =
     if own := variables.get(TASKS):
         argv += ["--include_path", own]
     env = {**without_secrets(variables, keep=("VLLM_API_KEY",)), "TOKENIZERS_PARALLELISM": "false"}
-    if key := env.get("VLLM_API_KEY"):
+    if key := read_secret(env, "VLLM_API_KEY"):
         env["OPENAI_API_KEY"] = key  # where local-completions looks for it
     out.mkdir(parents=True, exist_ok=True)
     log = out / "output.log"

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks import files, machine, processes
-from tasks.environment import without_secrets
+from tasks.environment import read_secret, without_secrets
 from tasks.errors import ServiceError, TransientError
 from tasks.procfs import send_signal
 from tasks.serve import trial, vacancy
@@ -135,6 +135,8 @@ def plan_vllm(settings: ServiceSettings) -> processes.Program:
     variables = {**extra, **without_secrets(settings.variables, keep=("VLLM_API_KEY",))}
     variables |= {name: value for name, value in extra.items() if name != "OMP_NUM_THREADS"}  # the caller's count wins
     variables["PATH"] = f"{settings.vllm_python.parent}:{variables.get('PATH', os.defpath)}"  # ninja, for CUDA kernels
+    if key := read_secret(variables, "VLLM_API_KEY"):
+        variables["VLLM_API_KEY"] = key  # what it compares with is what clients can send
     for name in ("VLLM_PORT", "VLLM_URL"):  # ours; vLLM would take VLLM_PORT for its internal sockets
         variables.pop(name, None)
     shown = {name: value for name, value in variables.items() if name.startswith(("VLLM_", "CUDA_", "OMP_", "HF_"))}
@@ -160,6 +162,8 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
     else:
         extra |= settings.ids
     variables = {**without_secrets(settings.variables, keep=keep), **extra}
+    if key := read_secret(variables, "VLLM_API_KEY"):
+        variables["VLLM_API_KEY"] = key
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")]))
     prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "TATARA_MODEL_", "TATARA_ADAPTER_")
     shown = {name: value for name, value in variables.items() if name.startswith(prefixes)}
@@ -195,7 +199,7 @@ def wait_for_vllm(settings: ServiceSettings, running: processes.Identity) -> Non
     def is_ready() -> bool:
         if get_json(f"{base}/health")[0] != 200:
             return False
-        code, body = get_json(f"{base}/v1/models", key=settings.variables.get("VLLM_API_KEY", ""))
+        code, body = get_json(f"{base}/v1/models", key=read_secret(settings.variables, "VLLM_API_KEY"))
         served = [model.get("id") for model in body.get("data", [])] if code == 200 else []
         if code == 200 and name not in served:
             raise ServiceError(f"vLLM at {base} serves {served} but {name!r} was asked for: stop what else runs there")
