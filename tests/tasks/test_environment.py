@@ -111,7 +111,7 @@ def test_no_error_shows_a_key_that_came_with_a_line_break(monkeypatch: pytest.Mo
     url = f"http://127.0.0.1:{free_port}"
     for call in (lambda: EndpointModel(url, "m", 5.0).score([1], [[2]]), lambda: get_json(f"{url}/health", 5.0)):
         with pytest.raises(
-            (TransientError, SpecError), match="does not answer|VLLM_API_KEY holds a line break"
+            (TransientError, SpecError), match=r"does not answer|VLLM_API_KEY holds a line break"
         ) as error:
             call()
         shown = "".join(traceback.format_exception(error.value))
