@@ -1,6 +1,7 @@
 """Pids, ports, restarts and failures, with real processes: small HTTP servers in vLLM's and the gateway's place."""
 
 import ast
+import multiprocessing
 import os
 import shutil
 import signal
@@ -342,6 +343,41 @@ def test_what_made_way_for_a_run_that_fails_is_served_again(settings: ServiceSet
     services.stop(settings)  # a person's stop is no gap to fill
     assert handover.serve_again(settings.home, settings.variables) is None
     assert _marked(settings) == []
+
+
+def _release_and_train(home: Path) -> None:
+    handover.release_gpu(home)
+    time.sleep(600)
+
+
+def test_the_gpu_that_another_run_trains_on_is_not_taken_from_it(settings: ServiceSettings):
+    """A promotion that fails meanwhile, of a typo say, has the same hook."""
+    settings = _on_gpu(settings)
+    services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    other = multiprocessing.get_context("fork").Process(target=_release_and_train, args=(settings.home,))
+    other.start()
+    try:
+        wait_for(lambda: settings.vacancy.exists() and services.status(settings).vllm.state == "stopped")
+        assert handover.serve_again(settings.home, settings.variables) is None
+    finally:
+        other.kill()
+        other.join()
+    trainer = processes.Program(
+        argv=("sleep", "600"),
+        variables={"PATH": os.environ["PATH"]},
+        identity_file=settings.home / "adapter/k1/process.json",
+        log=settings.home / "adapter/k1/output.log",
+        digest="",
+    )
+    processes.start_detached(trainer)  # it outlives its run
+    try:
+        said = handover.serve_again(settings.home, settings.variables)
+        assert said and said.startswith("vLLM had made way and is not started again: adapter/k1 still trains.")
+    finally:
+        processes.stop(trainer.identity_file)
+    said = handover.serve_again(settings.home, settings.variables)
+    assert said and said.endswith(f"; the last verified model {settings.model} is served again")
 
 
 def test_a_new_model_that_does_not_start_leaves_the_verified_one_to_be_served_again(settings: ServiceSettings):
