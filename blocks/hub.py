@@ -16,5 +16,5 @@ class HubAccount(Block):
 
     def client(self) -> HfApi:
         """Build a client. The token leaves the block only here; without one the Hub is read anonymously."""
-        token = self.token.get_secret_value() if self.token else False
+        token = (self.token.get_secret_value().strip() if self.token else "") or False
         return HfApi(endpoint=self.endpoint or None, token=token)

@@ -27,7 +27,7 @@ def open_store(name: str) -> "ArtifactStore":
 def open_hub(name: str) -> HfApi:
     """Return the client of the Hub Account block `name`; empty: HF_TOKEN, else anonymous."""
     if not name:
-        return HfApi(token=os.environ.get("HF_TOKEN") or False)
+        return HfApi(token=os.environ.get("HF_TOKEN", "").strip() or False)  # a file's line end makes no header
     from blocks.hub import HubAccount
 
     block: Any = HubAccount.load(name)  # Any: load() is typed as maybe a coroutine

@@ -42,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     except TataraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except PermissionError as error:  # after `sudo tatara ...`, say
+        print(
+            f"error: {error}: do it as the user whose it is, or set TATARA_HOME to a folder of yours", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what is whole is kept, the same command goes on from there", file=sys.stderr)
         return 130

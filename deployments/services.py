@@ -18,8 +18,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks import processes
-from tasks.errors import SpecError, TataraError
+from tasks import files, processes
+from tasks.environment import read_secret
+from tasks.errors import CorruptError, SpecError, TataraError
 from tasks.serve import services
 from tasks.serve.command import DEFAULT_MODEL
 from tasks.serve.settings import ServiceSettings
@@ -52,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         return run_action(action, settings)
     except TataraError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:  # after `sudo tatara ...`, say
+        print(
+            f"error: {error}: do it as the user whose it is, or set TATARA_HOME to a folder of yours", file=sys.stderr
+        )
         return 1
 
 
@@ -91,7 +97,7 @@ def read_settings(variables: Mapping[str, str], *, goes_on: bool = False) -> Ser
         model=given.get("MODEL_DIR", before.get("model", DEFAULT_MODEL)),
         spec=spec,
         home=home,
-        hf_token=given.get("HF_TOKEN", ""),
+        hf_token=read_secret(given, "HF_TOKEN"),
         vllm_url=given.get("VLLM_URL", before.get("vllm_url", "")),
         variables=given,
     )
@@ -106,8 +112,19 @@ def check_host(host: str) -> None:
 
 
 def _read_note(folder: Path) -> dict[str, str]:
-    found = (processes.find_alive(folder / f"{name}.json") for name in (active_slot(folder), "gateway"))
-    return next((running.note for running in found if running is not None), {})
+    """Return what the vLLM that serves was started with, also when it died or made way for a training.
+
+    The gateway's own note comes last: it has followed promotions since.
+    """
+    slot = folder / f"{active_slot(folder)}.json"
+    for found in (processes.find_alive(slot), processes.read_identity(slot)):
+        if found is not None and found.note:
+            return found.note
+    try:
+        return {name: value for name, value in files.read_json(folder / "vacant.json").items() if name != "vacated_by"}
+    except (OSError, CorruptError, AttributeError):
+        gateway = processes.find_alive(folder / "gateway.json")
+        return gateway.note if gateway else {}
 
 
 if __name__ == "__main__":

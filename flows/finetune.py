@@ -25,6 +25,7 @@ NO_BASE_CHANGES = PretrainChanges()
     validate_parameters=True,
     on_failure=[serve_again],
     on_cancellation=[serve_again],
+    on_crashed=[serve_again],
 )
 def finetune(
     recipe: RecipeName = "tiny",

@@ -26,6 +26,7 @@ NO_CHANGES = RecipeChanges()
     validate_parameters=True,
     on_failure=[roll_back, serve_again],
     on_cancellation=[roll_back, serve_again],
+    on_crashed=[roll_back, serve_again],  # its worker runs them when the flow's own process was killed
 )
 def promote(
     model: str = "latest",
@@ -54,4 +55,4 @@ def promote(
     evaluate_candidate(candidate, spec.evaluate, storage)
     ask_approval(report, wanted=approve)
     served = shift_traffic(candidate, spec, storage, serving_host)
-    return retire(served, spec, storage)
+    return retire(served, spec, storage, serving_host)

@@ -20,6 +20,7 @@ from tasks.specs import (
     MergeSpec,
     PackSpec,
     PretrainSpec,
+    PromoteSpec,
     Recipe,
     ServeSpec,
     TrainSpec,
@@ -66,6 +67,7 @@ def tiny() -> Recipe:
         evaluate=EvaluateSpec(  # 53 M parameters know no refusals: those figures are shown and decide nothing
             min_base_margin=0.1, min_safety_score=0.0, max_safety_drop=1.0, max_answer_tokens=24
         ),
+        promote=PromoteSpec(canary_share=0.0),  # nobody asks the demo's model: a canary would wait in vain
     )
 
 

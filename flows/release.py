@@ -21,6 +21,7 @@ NO_CHANGES = RecipeChanges()
     validate_parameters=True,
     on_failure=[serve_again],
     on_cancellation=[serve_again],
+    on_crashed=[serve_again],
 )
 def release(
     adapter: str,

@@ -9,6 +9,8 @@ Ring: pure (the environment comes in as an argument).
 import re
 from collections.abc import Iterable, Mapping
 
+from tasks.errors import SpecError
+
 _SECRET = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|WEBHOOK_URL|CONNECTION_STRING)S?(_|$)"
     r"|(^|_)(KEY|KEYS|AUTH|PAT|DSN|COOKIE)(_|$)|_PWD$",
@@ -41,6 +43,25 @@ def without_secrets(variables: Mapping[str, str], *, keep: tuple[str, ...] = ())
         return name.lower().endswith("_proxy") or not _LOGIN.search(value)
 
     return {name: value for name, value in variables.items() if passes(name, value)}
+
+
+def read_secret(variables: Mapping[str, str], *names: str) -> str:
+    r"""Return the first of these variables that is set, without the line end that a file leaves; empty for none.
+
+    HTTP clients refuse a header with a line break in it and show it whole, key and all, in their error.
+
+    >>> read_secret({"B": "key\n"}, "A", "B"), read_secret({"A": " "}, "A")
+    ('key', '')
+
+    Raises: SpecError for a value that no header can carry; it does not show it.
+    """
+    for name in names:
+        value = variables.get(name, "").strip()
+        if not (value.isascii() and value.isprintable()):
+            raise SpecError(f"{name} holds a line break or another character that no HTTP header can: set it anew")
+        if value:
+            return value
+    return ""
 
 
 def is_secret_option(word: str) -> bool:

@@ -128,6 +128,12 @@ def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  
     stop(job.identity_file, job.grace_s)  # a rank that outlived its launcher
 
 
+def find_running(root: Path) -> list[str]:
+    """Return `kind/key` of each artifact below a store whose child runs, whether somebody supervises it or not."""
+    alive = (path.parent for path in sorted(root.glob("*/*/process.json")) if processes.find_alive(path))
+    return [f"{folder.parent.name}/{folder.name[:8]}" for folder in alive]
+
+
 def stop_unwatched(root: Path, grace_s: float = 30.0) -> list[str]:
     """End the children below an artifact store that nobody supervises any more; return `kind/key` of each.
 

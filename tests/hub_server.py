@@ -13,7 +13,10 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -690,6 +693,15 @@ def client_environment(hub: HubServer, home: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
     }
+
+
+def run_client(hub: HubServer, home: Path, code: str, *words: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    """Run Python `code` in a process that knows only the loopback Hub, `said` on its stdin; no token may come out."""
+    env = {**os.environ, **client_environment(hub, home), "HUB": hub.url}
+    argv = [sys.executable, "-c", code, *words]
+    done = subprocess.run(argv, input=said, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert WRITE not in done.stdout + done.stderr and READ not in done.stdout + done.stderr
+    return done
 
 
 WRITE, READ, NOBODY = "hf_writeTokenOfTheTests", "hf_readTokenOfTheTests", "hf_nobodysTokenOfTheTests"

@@ -66,6 +66,7 @@ class TrafficFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.traffic: Traffic | None = None
+        self._read_at = 0.0, 0.0  # by both clocks
         self._seen: tuple[int, int] | None = None
 
     def read(self) -> Traffic | None:
@@ -76,6 +77,7 @@ class TrafficFile:
             if seen != self._seen:
                 self._seen = seen
                 self.traffic = read_traffic(files.read_json(self.path))
+                self._read_at = time.time(), time.monotonic()
         except FileNotFoundError:
             return self.traffic
         except (OSError, CorruptError) as error:
@@ -83,9 +85,13 @@ class TrafficFile:
         return self.traffic
 
     def targets(self) -> tuple[Target, ...]:
-        """Return the servers that count now; none before there was a file."""
+        """Return the servers that count now; none before there was a file.
+
+        A wall clock that is set back must not prolong what nobody watches over: it counts when the file is read.
+        """
         traffic = self.read()
-        return traffic.now(time.time()) if traffic else ()
+        wall, steady = self._read_at
+        return traffic.now(wall + time.monotonic() - steady) if traffic else ()
 
 
 def read_traffic(content: Any) -> Traffic:  # Any: JSON, which is what is checked here

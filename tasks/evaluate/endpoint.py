@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from tasks.environment import read_secret
 from tasks.errors import CorruptError, ServiceError, TransientError
 
 _AT_ONCE = 8
@@ -60,7 +61,7 @@ class EndpointModel:
     def _post(self, wish: dict[str, Any]) -> list[dict[str, Any]]:  # Any: JSON values
         body = {"model": self._model, "temperature": 0.0, "add_special_tokens": False, **wish}
         headers = {"content-type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
+        if key := read_secret(os.environ, "VLLM_API_KEY"):
             headers["authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)  # noqa: S310 - our own endpoint
         try:

@@ -9,13 +9,13 @@ Ring: edge.
 """
 
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tasks import files
-from tasks.environment import without_secrets
+from tasks.children import run_child
+from tasks.environment import read_secret, without_secrets
 from tasks.errors import CorruptError, MissingError, ServiceError
 from tasks.evaluate.results import Metric
 from tasks.processes import last_lines
@@ -55,16 +55,13 @@ def run(plugin: str, model: list[str], out: Path, variables: Mapping[str, str] =
     if own := variables.get(TASKS):
         argv += ["--include_path", own]
     env = {**without_secrets(variables, keep=("VLLM_API_KEY",)), "TOKENIZERS_PARALLELISM": "false"}
-    if key := env.get("VLLM_API_KEY"):
+    if key := read_secret(env, "VLLM_API_KEY"):
         env["OPENAI_API_KEY"] = key  # where local-completions looks for it
     out.mkdir(parents=True, exist_ok=True)
     log = out / "output.log"
-    with log.open("wb") as output:
-        done = subprocess.run(
-            argv, env=env, cwd=out, stdout=output, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S, check=False
-        )
-    if done.returncode:
-        raise ServiceError(f"{plugin} ended with code {done.returncode}; its last lines:\n{last_lines(log)}")
+    code = run_child(argv, env, log, folder=out, timeout_s=_TIMEOUT_S)
+    if code:
+        raise ServiceError(f"{plugin} ended with code {code}; its last lines:\n{last_lines(log)}")
     found = sorted(out.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CorruptError(f"{plugin} left no results_*.json below {out}; its last lines:\n{last_lines(log)}")

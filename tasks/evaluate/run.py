@@ -9,7 +9,6 @@ Ring: edge.
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from tasks import files, machine
 from tasks.artifacts import ArtifactStore, Decision, Evaluation, ServedModel, make_key
+from tasks.children import run_child
 from tasks.environment import without_secrets
 from tasks.errors import GateError, MissingError, ServiceError
 from tasks.evaluate import plugins
@@ -210,9 +210,7 @@ def _ask_files(
     files.write_json(job, values)
     env = without_secrets(os.environ)
     env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="" if device == "cpu" else device, PYTHONPATH=str(_ROOT))
-    with log.open("wb") as output:
-        argv = [sys.executable, "-m", "tasks.evaluate.worker", str(job)]
-        code = subprocess.run(argv, env=env, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    code = run_child([sys.executable, "-m", "tasks.evaluate.worker", str(job)], env, log)
     if code:
         raise ServiceError(f"evaluating {subject.folder} ended with code {code}; its last lines:\n{last_lines(log)}")
     replies: list[Asked] = files.read_json(result)

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from tasks import files
+from tasks.children import bound
 from tasks.environment import without_secrets
 from tasks.errors import ServiceError, ShapeError
 from tasks.gptoss.mxfp4 import BLOCK_VALUES
@@ -34,15 +35,13 @@ class PeftSide:
         self._result, self._log = folder / "deltas.safetensors", folder / "output.log"
         self._result.unlink(missing_ok=True)
         job = folder / "job.json"
-        files.write_json(
-            job, {"adapter": str(adapter), "base": str(base), "result": str(self._result), "parent": os.getpid()}
-        )
+        files.write_json(job, {"adapter": str(adapter), "base": str(base), "result": str(self._result)})
         env = without_secrets(os.environ)
         env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), env.get("PYTHONPATH")]))
         with self._log.open("wb") as output:
             argv = [sys.executable, "-m", "tasks.merge.worker", str(job)]
-            self._process = subprocess.Popen(argv, env=env, stdout=output, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(bound(argv), env=env, stdout=output, stderr=subprocess.STDOUT)
 
     @classmethod
     @contextmanager

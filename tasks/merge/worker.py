@@ -1,6 +1,6 @@
 """PEFT's own word on an adapter: which parameters it changes, and sampled blocks of each delta.
 
-    python -m tasks.merge.worker job.json      job: {"adapter": folder, "base": folder, "result": file, "parent": pid}
+    python -m tasks.merge.worker job.json      job: {"adapter": folder, "base": folder, "result": file}
 
 The base is built on the meta device, so no weight of it is read. PEFT itself puts the adapter's layers on it: names,
 nesting, ranks and scales are its own. Then each layer is cut down to the block that `sample.py` chooses, and
@@ -9,10 +9,8 @@ PEFT's `get_delta_weight` computes it: a few kilobytes instead of 2 GB.
 Ring: edge (transformers, PEFT); its own process, for they cost 250 MB and three seconds.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.merge.sample import Sample, choose_sample
 
 _PREFIX = "base_model.model."
-_PR_SET_PDEATHSIG = 1
 
 
 def peft_deltas(adapter: Path, base: Path) -> dict[str, torch.Tensor]:
@@ -75,17 +72,9 @@ def _cut(
     return a[:, sample.rows], b[sample.columns]
 
 
-def end_with(parent: int) -> None:
-    """Let the kernel end this process with its parent, who may be killed with SIGKILL; end now when he is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the merge that asked is gone")
-
-
 def main() -> None:
     """Answer one job."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    end_with(job["parent"])
     unfinished = Path(f"{job['result']}.{os.getpid()}.tmp")
     save_file(peft_deltas(Path(job["adapter"]), Path(job["base"])), unfinished)
     unfinished.replace(job["result"])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from tasks.environment import read_secret
 from tasks.errors import MissingError, TataraError, TokenError
 from tasks.hub import find_repo
 from tasks.publish.upload import Job, upload
@@ -45,7 +46,7 @@ def upload_folder(options: argparse.Namespace) -> None:
     """Upload what the options name. Raises: MissingError (no folder, no repo), TokenError, and what upload raises."""
     folder = options.input_tokenizer_and_model_dir.expanduser()
     spec = change(PublishSpec(), {"repo_id": options.repo_id, "private": not options.public})
-    repo_id, token = find_repo(spec), options.hf_token or os.environ.get("HF_TOKEN")
+    repo_id, token = find_repo(spec), options.hf_token.strip() or read_secret(os.environ, "HF_TOKEN")
     if not folder.is_dir():
         raise MissingError(f"--input_tokenizer_and_model_dir {folder} is no folder: name the one with config.json")
     if not repo_id:

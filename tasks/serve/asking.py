@@ -11,15 +11,16 @@ from urllib.parse import urlsplit
 
 def get_json(url: str, *, key: str = "") -> tuple[int, dict[str, Any]]:  # Any: JSON
     """GET without proxies; (0, {}) when nothing answers, {} when the body is no JSON object."""
-    parts = urlsplit(url)
+    parts, status = urlsplit(url), 0
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
     try:
         connection.request("GET", parts.path, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
-        body = json.loads(response.read() or b"{}")
-        return response.status, body if isinstance(body, dict) else {}
+        status, data = response.status, response.read()
+        body = json.loads(data or b"{}")
+        return status, body if isinstance(body, dict) else {}
     except ValueError:
-        return response.status, {}  # pyright: ignore[reportPossiblyUnboundVariable] - only the body raises it
+        return status, {}
     except (OSError, http.client.HTTPException):
         return 0, {}
     finally:

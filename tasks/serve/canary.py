@@ -23,6 +23,14 @@ class Counts:
     failed: int
     seconds: float
 
+    def __add__(self, other: "Counts") -> "Counts":
+        """Return what became of both."""
+        return Counts(
+            answered=self.answered + other.answered,
+            failed=self.failed + other.failed,
+            seconds=self.seconds + other.seconds,
+        )
+
     @property
     def total(self) -> int:
         """Requests that it answered or failed to."""
@@ -39,13 +47,20 @@ class Counts:
         return self.seconds / self.answered if self.answered else 0.0
 
 
+NO_COUNTS = Counts(answered=0, failed=0, seconds=0.0)
+
+
 def counts_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> Counts:  # Any: an entry of /health's upstreams
-    """Return what was counted in between; a gateway that was restarted counts from 0.
+    """Return what was counted in between two looks; a gateway that was restarted counts from 0.
+
+    Nothing when the second look found no entry.
 
     >>> counts_since({"answered": 2, "failed": 0, "seconds": 1.0}, {"answered": 5, "failed": 1, "seconds": 2.5})
     Counts(answered=3, failed=1, seconds=1.5)
     """
-    restarted = now.get("answered", 0) < before.get("answered", 0)
+    if not now:
+        return NO_COUNTS
+    restarted = any(now.get(name, 0) < before.get(name, 0) for name in ("answered", "failed"))
     start = {} if restarted else before
     answered, failed, seconds = (now.get(name, 0) - start.get(name, 0) for name in ("answered", "failed", "seconds"))
     return Counts(answered=answered, failed=failed, seconds=seconds)
@@ -54,7 +69,8 @@ def counts_since(before: Mapping[str, Any], now: Mapping[str, Any]) -> Counts:  
 def judge(new: Counts, old: Counts, elapsed_s: float, spec: PromoteSpec) -> str:
     """Return "wait", "pass", or why the new model is worse than the old one.
 
-    Errors are judged at once, times when there are enough answers or the time is up.
+    Errors are judged at once, times when there are enough answers or the time is up. Without a single answer nothing
+    is known: nobody asked, or the gateway sends it nothing because it can't reach it.
 
     >>> judge(Counts(answered=0, failed=3, seconds=0), Counts(answered=9, failed=0, seconds=1), 1.0, PromoteSpec())
     '3 of 3 requests failed (100.0 %), of the old model 0 of 9 (0.0 %), allowed are 2.0 % more'
@@ -66,6 +82,11 @@ def judge(new: Counts, old: Counts, elapsed_s: float, spec: PromoteSpec) -> str:
         return "wait"
     if worse:
         return _say_errors(new, old, spec)
+    if not new.answered:
+        return (
+            f"it answered no request in {elapsed_s:.0f} s (the old model {old.answered}), so nothing says how it does: "
+            f"send it some, raise canary_s, or set canary_share to 0 to take verify's and evaluate's word alone"
+        )
     allowed_s = old.mean_s * spec.max_latency_ratio + _GRACE_S
     if old.answered and new.answered and new.mean_s > allowed_s:
         return (

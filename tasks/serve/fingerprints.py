@@ -8,7 +8,7 @@ Ring: edge (disk; reads no weights).
 from pathlib import Path
 
 from tasks import files
-from tasks.serve.settings import ROOT, ServiceSettings, digest_of
+from tasks.serve.settings import BESIDE_MODEL, ROOT, ServiceSettings, digest_of
 
 _GATEWAY = (  # all that it loads of ours, what its lite processes are and what its direct drain does
     *("deployments/gateway", "deployments/lite", "deployments/traces.py", "tasks/traces"),
@@ -17,11 +17,16 @@ _GATEWAY = (  # all that it loads of ours, what its lite processes are and what 
 
 
 def fingerprint_model(settings: ServiceSettings) -> str:
-    """Return a digest of names, sizes and times of the model's files; of its id for a Hub model. Reads no weights."""
+    """Return a digest of names, sizes and times of the model's files; of its id for a Hub model. Reads no weights.
+
+    What publish adds counts for nothing: no server reads it, and publishing the same weights anew (another tag, a
+    newer card) must not make the model that serves another one.
+    """
     folder = settings.model_folder
     if folder is None:
         return settings.model
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in BESIDE_MODEL]
+    stats = [(path.name, path.stat()) for path in paths]
     return digest_of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 

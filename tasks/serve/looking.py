@@ -16,8 +16,8 @@ from tasks.errors import CorruptError
 from tasks.procfs import read_start_ticks
 from tasks.serve.asking import get_json
 from tasks.serve.command import reach
-from tasks.serve.settings import ServiceSettings
-from tasks.serve.traffic import active_slot
+from tasks.serve.settings import SLOTS, ServiceSettings
+from tasks.serve.traffic import active_slot, gateway_says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class ServicesStatus:
 
 
 def status(settings: ServiceSettings, *, reused: bool = False) -> ServicesStatus:
-    """Look at both services; starts and stops nothing. Cost: two requests to loopback."""
+    """Look at both services; starts and stops nothing. Cost: three requests to loopback."""
     settings = follow(settings)
     host, spec = reach(settings.spec.host), settings.spec
     vllm = _look_at_vllm(settings, settings.vllm_port)
@@ -59,7 +59,17 @@ def status(settings: ServiceSettings, *, reused: bool = False) -> ServicesStatus
         vllm = ServiceStatus(name="vllm", state="elsewhere", pid=0, url=settings.vllm_url, log=vllm.log)
     gateway_url = f"http://{host}:{spec.gateway_port}"
     gateway = _look(settings, "gateway", gateway_url, lambda: is_gateway_ready(gateway_url))
+    if settings.uses_own_vllm and gateway.pid:
+        gateway = replace(gateway, model=", ".join(_followed(settings)))
     return ServicesStatus(vllm=vllm, gateway=gateway, reused=reused, candidate=candidate)
+
+
+def _followed(settings: ServiceSettings) -> list[str]:
+    """Return the models that get requests now: the gateway was started with one, and has followed the file since."""
+    servers = gateway_says(settings).get("upstreams", [])
+    names = [str(server.get("name")) for server in servers if server.get("weight")] or [settings.slot]
+    notes = (processes.read_identity(settings.identity_file(name)) for name in names if name in SLOTS)
+    return [note.note["model"] for note in notes if note and note.note.get("model")]
 
 
 def _look_at_vllm(settings: ServiceSettings, port: int) -> ServiceStatus:

@@ -7,15 +7,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from huggingface_hub import HfApi
 
 from tasks.artifacts import ArtifactStore, Claim, MergedModel, PublishedModel, ServedModel, TrainedAdapter, make_key
 from tasks.errors import MissingError, SpecError
-from tasks.serve import handover, promotion, services
+from tasks.serve import promotion, services, trial
 from tasks.serve.command import reach
-from tasks.serve.settings import NO_OVERRIDES, ServiceSettings, service_settings
+from tasks.serve.settings import ServiceSettings, service_settings
 from tasks.serve.weights import locate_model, require_merged_files
 from tasks.specs import Recipe, ServeSpec
 
@@ -24,28 +24,37 @@ ANONYMOUS = HfApi(token=False)
 logger = logging.getLogger(__name__)
 
 
-def serve_model(
-    published: PublishedModel,
-    spec: ServeSpec,
-    store: ArtifactStore,
-    host: Mapping[str, str] = NO_OVERRIDES,
-    run_id: str = "",
-    hub: HfApi = ANONYMOUS,
-) -> ServedModel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where and for whom a model is served.
+
+    Args:
+        host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
+        run_id: of the flow run that serves; in the headers of the gateway's answers and in its traces.
+        hub: fetches the published commit when the local folder is gone.
+    """
+
+    host: Mapping[str, str] = field(default_factory=dict)
+    run_id: str = ""
+    hub: HfApi = ANONYMOUS
+
+
+HERE = Place()
+
+
+def serve_model(published: PublishedModel, spec: ServeSpec, store: ArtifactStore, place: Place = HERE) -> ServedModel:
     """Serve the published model; always runs, since the answer depends on the world.
 
     Args:
         published: what is served, from its local folder.
         spec: ports, name, lengths.
         store: its root holds the services' records and logs.
-        host: HOST and TATARA_VLLM_PYTHON of the machine, when they differ from the recipe's.
-        run_id: of the flow run that serves; in the headers of the gateway's answers and in its traces.
-        hub: fetches the published commit when the local folder is gone.
+        place: the machine and the run.
     Raises: CorruptError when the published files are not the merged ones, PortTakenError, CapacityError or
         MissingError, all before anything starts; ServiceError with the last lines of the log when a service dies
         or does not answer in time.
     """
-    published, settings = prepare(published, spec, store, host, run_id, hub)
+    published, settings = prepare(published, spec, store, place)
     with _claim(published, settings.spec, store) as claim:
         status = services.start(settings)
         urls = {"vllm_url": status.vllm.url, "gateway_url": status.gateway.url}
@@ -54,12 +63,7 @@ def serve_model(
 
 
 def start_candidate(
-    published: PublishedModel,
-    recipe: Recipe,
-    store: ArtifactStore,
-    host: Mapping[str, str] = NO_OVERRIDES,
-    run_id: str = "",
-    hub: HfApi = ANONYMOUS,
+    published: PublishedModel, recipe: Recipe, store: ArtifactStore, place: Place = HERE
 ) -> ServedModel:
     """Start the published model beside the one that serves, where memory holds both; else in its place.
 
@@ -67,13 +71,13 @@ def start_candidate(
     is empty when it serves already. Raises as serve_model does, and CapacityError when both were asked for and do
     not fit.
     """
-    published, settings = prepare(published, recipe.serve, store, host, run_id, hub)
+    published, settings = prepare(published, recipe.serve, store, place)
+    trial.require_no_other(settings)
     strategy, why = promotion.choose_strategy(settings, recipe.promote)
     logger.info("strategy %s: %s", strategy, why)
     if strategy == "replace":
-        if handover.last_verified(store.root).get("model") != published.model_folder:
-            promotion.begin_trial(store.root, published.model_folder)
-        return serve_model(published, recipe.serve, store, host, run_id, hub)
+        trial.begin(settings)
+        return serve_model(published, recipe.serve, store, place)
     with _claim(published, settings.spec, store) as claim:
         candidate = promotion.start_candidate(settings)
         url = f"http://{reach(candidate.spec.host)}:{candidate.vllm_port}"
@@ -85,16 +89,15 @@ def shift_traffic(
     candidate: ServedModel,
     recipe: Recipe,
     store: ArtifactStore,
-    host: Mapping[str, str] = NO_OVERRIDES,
-    run_id: str = "",
+    place: Place = HERE,
     show: Callable[[str], None] = logger.info,
 ) -> ServedModel:
     """Give a candidate its share of the requests, then all; return it as what serves. Nothing to do for what does."""
     if not candidate.candidate_slot:
         return candidate
     published = store.ancestor(candidate, PublishedModel)
-    settings = service_settings(candidate.model_folder, recipe.serve, store.root, host)
-    settings = replace(settings, ids=_ids(published, store, run_id), slot=candidate.candidate_slot)
+    settings = service_settings(candidate.model_folder, recipe.serve, store.root, place.host)
+    settings = replace(settings, ids=_ids(published, store, place.run_id), slot=candidate.candidate_slot)
     promotion.shift_traffic(settings, recipe.promote, show)
     status = services.status(settings)
     with _claim(published, settings.spec, store) as claim:
@@ -104,9 +107,9 @@ def shift_traffic(
         return claim.commit(served, spec=settings.spec)
 
 
-def retire_others(served: ServedModel, recipe: Recipe, store: ArtifactStore) -> str:
+def retire_others(served: ServedModel, recipe: Recipe, store: ArtifactStore, place: Place = HERE) -> str:
     """Stop the model that served before once its last answers have ended; return what was done."""
-    return promotion.retire(service_settings(served.model_folder, recipe.serve, store.root, {}), recipe.promote)
+    return promotion.retire(service_settings(served.model_folder, recipe.serve, store.root, place.host), recipe.promote)
 
 
 def find_published(name: str, store: ArtifactStore) -> PublishedModel:
@@ -125,18 +128,13 @@ def find_published(name: str, store: ArtifactStore) -> PublishedModel:
 
 
 def prepare(
-    published: PublishedModel,
-    spec: ServeSpec,
-    store: ArtifactStore,
-    host: Mapping[str, str],
-    run_id: str,
-    hub: HfApi,
+    published: PublishedModel, spec: ServeSpec, store: ArtifactStore, place: Place
 ) -> tuple[PublishedModel, ServiceSettings]:
     """Return the model with a folder that is the merged one, byte for byte, and the settings to serve it."""
-    published = locate_model(published, hub)
+    published = locate_model(published, place.hub)
     require_merged_files(published, store)
-    settings = service_settings(published.model_folder, spec, store.root, host)
-    return published, replace(settings, ids=_ids(published, store, run_id))
+    settings = service_settings(published.model_folder, spec, store.root, place.host)
+    return published, replace(settings, ids=_ids(published, store, place.run_id))
 
 
 def _claim(

@@ -22,9 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks import files, machine, processes
-from tasks.environment import without_secrets
+from tasks.environment import read_secret, without_secrets
 from tasks.errors import ServiceError, TransientError
 from tasks.procfs import send_signal
+from tasks.serve import trial, vacancy
 from tasks.serve.asking import get_json
 from tasks.serve.command import chat_url, gateway_command, reach, vllm_command
 from tasks.serve.fingerprints import fingerprint_environment, fingerprint_gateway, fingerprint_model
@@ -38,7 +39,7 @@ from tasks.serve.looking import (
     this_process,
 )
 from tasks.serve.preflight import check_memory, check_model, check_ports, has_cpu_build
-from tasks.serve.settings import ROOT, SERVICES, SLOTS, ServiceSettings, digest_of
+from tasks.serve.settings import ROOT, RUN_ID, SERVICES, SLOTS, ServiceSettings, digest_of
 from tasks.serve.traffic import read_shares, share_of, write_traffic
 
 __all__ = ["ServiceSettings", "ServiceStatus", "ServicesStatus", "follow", "restart", "start", "status", "stop"]
@@ -91,7 +92,7 @@ def _give_all(settings: ServiceSettings, *, reused: bool) -> None:
     share, now = share_of(settings), read_shares(settings.folder)
     if len(now) == 1 and reused and (now[0].slot, now[0].url) == (share.slot, share.url):
         known = {name: value for name, value in now[0].ids.items() if name in share.ids}
-        if not share.ids or {**share.ids, "TATARA_RUN_ID": ""} == {**known, "TATARA_RUN_ID": ""}:
+        if not share.ids or {**share.ids, RUN_ID: ""} == {**known, RUN_ID: ""}:
             return
     write_traffic(settings, [share])
 
@@ -100,13 +101,21 @@ def stop(settings: ServiceSettings) -> list[str]:
     """Stop the gateway, then vLLM, with all their children; return the names of those that ran."""
     with files.lock_file(settings.folder / "lock"):
         settings.vacancy.unlink(missing_ok=True)  # who stops them wants them to stay stopped
+        trial.end(settings.home)
         ended = [name for name in ("gateway", *reversed(SLOTS)) if end(settings, name)]
         settings.upstreams_file.unlink(missing_ok=True)
         return ended
 
 
 def restart(settings: ServiceSettings) -> ServicesStatus:
-    """Stop both and start them anew."""
+    """Stop both and start them anew; answers of the same model still lead back to where it came from."""
+    now, shares = follow(settings), read_shares(settings.folder)
+    known = processes.read_identity(now.identity_file(now.slot))
+    if settings.uses_own_vllm:
+        check_model(settings)  # before anything stops: what runs is better than nothing
+    made_of = settings.model, fingerprint_model(settings) if settings.uses_own_vllm else ""
+    if shares and known and not settings.ids and made_of == (known.note.get("model"), known.note.get("fingerprint")):
+        settings = replace(settings, ids=shares[0].ids)
     stop(settings)
     return start(settings)
 
@@ -126,6 +135,8 @@ def plan_vllm(settings: ServiceSettings) -> processes.Program:
     variables = {**extra, **without_secrets(settings.variables, keep=("VLLM_API_KEY",))}
     variables |= {name: value for name, value in extra.items() if name != "OMP_NUM_THREADS"}  # the caller's count wins
     variables["PATH"] = f"{settings.vllm_python.parent}:{variables.get('PATH', os.defpath)}"  # ninja, for CUDA kernels
+    if key := read_secret(variables, "VLLM_API_KEY"):
+        variables["VLLM_API_KEY"] = key  # what it compares with is what clients can send
     for name in ("VLLM_PORT", "VLLM_URL"):  # ours; vLLM would take VLLM_PORT for its internal sockets
         variables.pop(name, None)
     shown = {name: value for name, value in variables.items() if name.startswith(("VLLM_", "CUDA_", "OMP_", "HF_"))}
@@ -151,6 +162,8 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
     else:
         extra |= settings.ids
     variables = {**without_secrets(settings.variables, keep=keep), **extra}
+    if key := read_secret(variables, "VLLM_API_KEY"):
+        variables["VLLM_API_KEY"] = key
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")]))
     prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "TATARA_MODEL_", "TATARA_ADAPTER_")
     shown = {name: value for name, value in variables.items() if name.startswith(prefixes)}
@@ -166,7 +179,7 @@ def _program(
         note["vllm_python"] = str(settings.vllm_python)
         note["device"] = "cpu" if has_cpu_build(settings.vllm_python) else "gpu"
         note["fingerprint"] = fingerprint_model(settings)
-        note["promoter"] = this_process()
+        note["promoter"], note["run"] = this_process(), settings.ids.get(RUN_ID, "")
         if note["device"] == "gpu":
             note["gpu_free_bytes"] = json.dumps([gpu.free_bytes for gpu in machine.list_gpus()])
     return processes.Program(
@@ -186,7 +199,7 @@ def wait_for_vllm(settings: ServiceSettings, running: processes.Identity) -> Non
     def is_ready() -> bool:
         if get_json(f"{base}/health")[0] != 200:
             return False
-        code, body = get_json(f"{base}/v1/models", key=settings.variables.get("VLLM_API_KEY", ""))
+        code, body = get_json(f"{base}/v1/models", key=read_secret(settings.variables, "VLLM_API_KEY"))
         served = [model.get("id") for model in body.get("data", [])] if code == 200 else []
         if code == 200 and name not in served:
             raise ServiceError(f"vLLM at {base} serves {served} but {name!r} was asked for: stop what else runs there")
@@ -210,7 +223,7 @@ def ensure(
     reused = running is not None and running.digest == program.digest
     if running is None or not reused:
         if running is not None and name in SLOTS:
-            files.write_json(settings.vacancy, running.note)
+            vacancy.note(settings, running)
         end(settings, name)
         if name in SLOTS:
             for folder in (settings.scratch / "temporary", settings.cache):

@@ -34,8 +34,8 @@ def serve_model(
     from tasks.prefect_ui import show_link
     from tasks.serve import run
 
-    store, host, hub = open_store(storage), open_host(serving_host), open_hub(hub_account)
-    served = run.serve_model(published, spec, store, host, flow_run.id or "", hub)
+    place = run.Place(host=open_host(serving_host), run_id=flow_run.id or "", hub=open_hub(hub_account))
+    served = run.serve_model(published, spec, open_store(storage), place)
     show_link("gateway", f"{served.gateway_url}/health", f"gateway of {served.served_model_name}")
     return served
 
@@ -67,8 +67,8 @@ def start_candidate(
     from blocks.opening import open_host, open_hub, open_store
     from tasks.serve import run
 
-    store, host, hub = open_store(storage), open_host(serving_host), open_hub(hub_account)
-    return run.start_candidate(published, recipe, store, host, flow_run.id or "", hub)
+    place = run.Place(host=open_host(serving_host), run_id=flow_run.id or "", hub=open_hub(hub_account))
+    return run.start_candidate(published, recipe, open_store(storage), place)
 
 
 @task(task_run_name="shift-to-{candidate.short}", timeout_seconds=24 * 3600, cache_policy=NO_CACHE)
@@ -81,31 +81,31 @@ def shift_traffic(candidate: ServedModel, recipe: Recipe, storage: str = "", ser
 
     from blocks.opening import open_host, open_store
     from tasks.prefect_ui import show_markdown
-    from tasks.serve import handover, promotion, run
+    from tasks.serve import handover, run
 
     def show(said: str) -> None:
         show_markdown("canary", f"# Canary of {candidate.served_model_name}\n\n{said}", "Requests of both models")
 
-    store, host = open_store(storage), open_host(serving_host)
+    store, place = open_store(storage), run.Place(host=open_host(serving_host), run_id=flow_run.id or "")
     try:
-        served = run.shift_traffic(candidate, recipe, store, host, flow_run.id or "", show)
+        served = run.shift_traffic(candidate, recipe, store, place, show)
     except PromotionError as error:
         show(f"NOT PROMOTED: {error}")
         raise
     handover.remember_verified(store.root, served.model_folder)
-    promotion.end_trial(store.root)
     return served
 
 
 @task(task_run_name="retire-others-than-{served.short}", timeout_seconds=24 * 3600, cache_policy=NO_CACHE)
-def retire(served: ServedModel, recipe: Recipe, storage: str = "") -> ServedModel:
+def retire(served: ServedModel, recipe: Recipe, storage: str = "", serving_host: str = "") -> ServedModel:
     """Stop the model that served before, after its last answers."""
     from prefect import get_run_logger
 
-    from blocks.opening import open_store
+    from blocks.opening import open_host, open_store
     from tasks.serve import run
 
-    get_run_logger().info("%s", run.retire_others(served, recipe, open_store(storage)))
+    said = run.retire_others(served, recipe, open_store(storage), run.Place(host=open_host(serving_host)))
+    get_run_logger().info("%s", said)
     return served
 
 
@@ -135,21 +135,19 @@ def ask_approval(report: HealthReport, *, wanted: bool) -> None:
 
 
 def roll_back(flow: "Flow[Any, Any]", flow_run: "FlowRun", state: "State") -> None:  # Any: whichever flow failed
-    """Flow hook for a promotion that failed or was cancelled: what served before has all requests again."""
+    """Flow hook for a promotion that failed, crashed or was cancelled: what served before has all requests again."""
     from prefect.logging.loggers import flow_run_logger
 
     from blocks.opening import open_store
     from tasks.serve import handover, promotion
 
-    root = open_store((flow_run.parameters or {}).get("storage") or "").root
-    said = promotion.roll_back(root)
-    if tried := promotion.end_trial(root):
-        said = handover.restore(root, tried)
+    root, run = open_store((flow_run.parameters or {}).get("storage") or "").root, str(flow_run.id)
+    said = handover.go_back(root, run) or promotion.roll_back(root, run)
     flow_run_logger(flow_run).error("%s", said)
 
 
 def serve_again(flow: "Flow[Any, Any]", flow_run: "FlowRun", state: "State") -> None:  # Any: whichever flow failed
-    """Flow hook for a run that failed or was cancelled: what it stopped to make way is served again."""
+    """Flow hook for a run that failed, crashed or was cancelled: what it stopped to make way is served again."""
     from prefect.logging.loggers import flow_run_logger
 
     from blocks.opening import open_store

@@ -20,8 +20,8 @@ from tasks import files
 from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, folder_digest
 from tasks.errors import CorruptError, MissingError
 from tasks.hub import hub_errors
+from tasks.serve.settings import BESIDE_MODEL
 
-_BESIDE = {"README.md", ".gitattributes", "recipe.json", "loss_curve.png"}  # what publish adds to a merged model
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".jinja", ".model", ".tiktoken")
 _READ = ("config.json", "generation_config.json", "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab")
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def require_merged_files(published: PublishedModel, store: ArtifactStore) -> Non
 
 def _compare_whole(published: PublishedModel, found: dict[str, str]) -> None:
     """Without the merged manifest (it was cleared away) only the digest over all files is known, not each."""
-    sent = {name: digest for name, digest in found.items() if name not in _BESIDE and "/" not in name}
+    sent = {name: digest for name, digest in found.items() if name not in BESIDE_MODEL and "/" not in name}
     if folder_digest(sent) != published.model_digest:
         raise CorruptError(
             f"the files of {published.model_folder} have the digest {folder_digest(sent)[:16]}..., the merged model "

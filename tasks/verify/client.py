@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from tasks.environment import read_secret
 from tasks.errors import ServiceError, TransientError
 
 GATEWAY_KEY = "TATARA_GATEWAY_KEY"
@@ -57,7 +58,7 @@ def _login() -> dict[str, str]:
 
     Without one it is vLLM's own: a candidate is asked directly, and a gateway without keys hands it on.
     """
-    key = os.environ.get(GATEWAY_KEY) or os.environ.get("VLLM_API_KEY")
+    key = read_secret(os.environ, GATEWAY_KEY, "VLLM_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

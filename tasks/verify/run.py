@@ -4,7 +4,6 @@ Ring: edge.
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
+from tasks.children import run_child
 from tasks.environment import without_secrets
 from tasks.errors import AttestationError, ServiceError
 from tasks.processes import last_lines
@@ -208,9 +208,7 @@ def _run_reference(folder: Path) -> None:
     log = folder / "output.log"
     env = without_secrets(os.environ)
     env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(_ROOT))
-    with log.open("wb") as output:
-        argv = [sys.executable, "-m", "tasks.verify.reference", str(folder / "job.json")]
-        code = subprocess.run(argv, env=env, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    code = run_child([sys.executable, "-m", "tasks.verify.reference", str(folder / "job.json")], env, log)
     if code:
         raise ServiceError(f"scoring with transformers ended with code {code}; its last lines:\n{last_lines(log)}")
 

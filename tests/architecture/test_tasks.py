@@ -56,10 +56,10 @@ def test_a_flow_that_fails_serves_what_made_way_for_it_again(flow: str):
     """What the hook does is tested beside the handover, and in a real worker by `make chaos-test`."""
     found = getattr(importlib.import_module(f"flows.{flow}"), flow)
     hook = importlib.import_module("tasks.serve.task").serve_again
-    assert (found.on_failure_hooks, found.on_cancellation_hooks) == ([hook], [hook])
+    assert [found.on_failure_hooks, found.on_cancellation_hooks, found.on_crashed_hooks] == [[hook]] * 3
 
 
 def test_a_promotion_that_fails_is_rolled_back_first():
     found, hooks = importlib.import_module("flows.promote").promote, importlib.import_module("tasks.serve.task")
     both = [hooks.roll_back, hooks.serve_again]
-    assert (found.on_failure_hooks, found.on_cancellation_hooks) == (both, both)
+    assert [found.on_failure_hooks, found.on_cancellation_hooks, found.on_crashed_hooks] == [both] * 3

@@ -70,3 +70,24 @@ def test_import_loads_neither_prefect_nor_torch():
         "import deployments.services, sys; print([m for m in ('prefect', 'torch', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_files_of_another_user_are_one_line_with_a_way_out(tmp_path: Path):
+    """Of root after `sudo tatara services start`, say; as root the test becomes `nobody` after the imports."""
+    home = tmp_path / "home"
+    (home / "services").mkdir(parents=True)
+    for command in (["-m", "deployments.services", "stop"], ["-m", "deployments.cli", "services", "stop"]):
+        script = (
+            "import os, sys\n"
+            f"sys.argv[1:] = {command[2:]!r}\n"
+            f"import {command[1]} as subject, tasks.files, tasks.serve.services\n"
+            f"os.chmod({str(home / 'services')!r}, 0o555)\n"
+            "if os.geteuid() == 0: os.seteuid(65534)\n"
+            "sys.exit(subject.main(sys.argv[1:]))\n"
+        )
+        variables = {"PATH": os.environ["PATH"], "TATARA_HOME": str(home)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=variables, check=False
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.startswith("error: [Errno 13] Permission denied") and "TATARA_HOME" in done.stderr

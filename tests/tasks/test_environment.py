@@ -1,8 +1,11 @@
 """What a child, a log line or a manifest may not see."""
 
+import traceback
+
 import pytest
 
 from tasks.environment import hide_secrets, is_secret_option, without_secrets
+from tasks.errors import SpecError, TransientError
 from tasks.trainer_job import _environment
 
 
@@ -96,3 +99,29 @@ def test_one_process_sees_one_gpu(
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert _environment(num_processes).get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.parametrize("key", ["sk-very-secret\n", "sk-very\n-secret", "sk-very-secret\u200b"])
+def test_no_error_shows_a_key_that_came_with_a_line_break(monkeypatch: pytest.MonkeyPatch, free_port: int, key: str):
+    """A secret that an editor ended with a line, say: http.client's own error shows it whole."""
+    from tasks.evaluate.endpoint import EndpointModel
+    from tasks.verify.client import get_json
+
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    url = f"http://127.0.0.1:{free_port}"
+    for call in (lambda: EndpointModel(url, "m", 5.0).score([1], [[2]]), lambda: get_json(f"{url}/health", 5.0)):
+        with pytest.raises(
+            (TransientError, SpecError), match=r"does not answer|VLLM_API_KEY holds a line break"
+        ) as error:
+            call()
+        shown = "".join(traceback.format_exception(error.value))
+        assert "very" not in shown
+
+
+def test_the_hubs_token_is_sent_without_its_line_end(monkeypatch: pytest.MonkeyPatch):
+    from blocks.opening import open_hub
+
+    monkeypatch.setenv("HF_TOKEN", "hf_x\n")
+    assert open_hub("").token == "hf_x"
+    monkeypatch.setenv("HF_TOKEN", "\n")
+    assert open_hub("").token is False

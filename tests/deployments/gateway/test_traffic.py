@@ -155,6 +155,19 @@ def test_a_canary_that_nobody_watches_over_any_more_ends_by_itself(follow):
     assert ask_many(gateway, 20) == {"old": 20}
 
 
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_changes_no_canary(tmp_path, monkeypatch, jump_s: float):
+    servers = [{"name": name, "url": f"http://{name}:1", "weight": 1} for name in ("a", "b")]
+    content = {"generation": 1, "until": time.time() + 1.0, "servers": servers}
+    (tmp_path / "upstreams.json").write_text(json.dumps(content))
+    file, clock = subject.TrafficFile(tmp_path / "upstreams.json"), time.time
+    assert len(file.targets()) == 2
+    monkeypatch.setattr(time, "time", lambda: clock() + jump_s)
+    assert len(file.targets()) == 2
+    time.sleep(1.1)
+    assert [target.name for target in file.targets()] == ["a"]
+
+
 def test_a_torn_file_changes_nothing_and_is_told(follow, tmp_path):
     gateway, write = follow
     (tmp_path / "upstreams.json").write_text('{"generation": 5, "serv')

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -19,10 +16,9 @@ from tasks.specs import BaseModelSpec
 from tests.hub_server import (
     NOBODY,
     READ,
-    WRITE,
     HubServer,
-    client_environment,
     hub_fixture,  # noqa: F401  (the fixture `hub`)
+    run_client,
 )
 from tests.tasks.publish.conftest import write_model
 
@@ -221,13 +217,9 @@ def show(values, token, endpoint=None):
 def in_a_process(hub: HubServer, tmp_path: Path, code: str) -> dict:
     """Run `code`, which sets `said`, after the imports above; return `said`."""
     script = _FETCH + textwrap.dedent(code) + "\nprint('SAID' + json.dumps(said))"
-    env = {**os.environ, **client_environment(hub, tmp_path / "hf-home"), "HUB": hub.url}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "store")], capture_output=True, text=True, env=env, timeout=120
-    )
+    done = run_client(hub, tmp_path / "hf-home", script, str(tmp_path / "store"))
     lines = [line for line in done.stdout.splitlines() if line.startswith("SAID")]
     assert lines, done.stderr[-3000:]
-    assert WRITE not in done.stdout + done.stderr and READ not in done.stdout + done.stderr
     return json.loads(lines[0].removeprefix("SAID"))
 
 

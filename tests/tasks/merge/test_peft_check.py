@@ -1,7 +1,5 @@
 """PEFT's own deltas are computed once; each fault that has been reported of a merge must be seen by them."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +19,6 @@ from tasks.merge.reader import Reader
 from tasks.merge.sample import choose_sample
 from tests.merging import ATTENTION, EXPERTS, stream, write_adapter, write_base
 from tests.tiny import SHAPE
-from tests.waiting import wait_for
-
-ROOT = Path(__file__).parents[3]
 
 
 class Case:
@@ -128,21 +123,3 @@ def test_a_sample_lies_inside_and_on_whole_blocks(name: str, experts: int, rows:
         assert 0 <= span.start < span.stop <= size and span.stop - span.start == min(64, size)
     assert sample.rows.start % 32 == 0 and (sample.rows.stop - sample.rows.start) % 32 == 0
     assert choose_sample(name, (rows, columns)).experts == ()
-
-
-def test_the_process_ends_with_a_parent_that_is_killed():
-    code = (
-        "import os, time; from tasks.merge.worker import end_with; end_with(os.getppid());"
-        "print(os.getpid(), flush=True); time.sleep(600)"
-    )
-    parent = (
-        "import subprocess, sys, time;"
-        f"child = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE, text=True);"
-        "print(child.stdout.readline(), flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout
-        child = int(process.stdout.readline())
-        assert Path(f"/proc/{child}").exists()
-        process.kill()
-    wait_for(lambda: not Path(f"/proc/{child}").exists())

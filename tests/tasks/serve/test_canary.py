@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.serve.canary import Counts, counts_since, judge
+from tasks.serve.canary import NO_COUNTS, Counts, counts_since, judge
 from tasks.specs import PromoteSpec
 
 SPEC = PromoteSpec(canary_requests=100, canary_s=60, max_error_excess=0.02, max_latency_ratio=1.5)
@@ -19,7 +19,8 @@ def _new(answered: int, failed: int = 0, mean_s: float = 1.0) -> Counts:
         (_new(99), 59, "wait"),
         (_new(100), 1, "pass"),
         (_new(5), 60, "pass"),  # few came; the time is up
-        (_new(0), 60, "pass"),
+        (_new(0), 59, "wait"),
+        (_new(0), 60, "it answered no request in 60 s (the old model 900), so nothing says how it does: send it some"),
         (_new(0, failed=2), 1, "wait"),  # one or two may be anybody's
         (_new(0, failed=3), 1, "3 of 3 requests failed (100.0 %)"),
         (_new(98, failed=2), 1, "pass"),  # 2 %: allowed
@@ -42,6 +43,11 @@ def test_without_answers_of_the_old_model_times_are_not_compared():
     assert judge(_new(100, mean_s=9.0), Counts(answered=0, failed=0, seconds=0.0), 1, SPEC) == "pass"
 
 
-def test_a_gateway_that_was_restarted_counts_from_zero():
+def test_a_gateway_that_was_restarted_counts_from_zero_and_one_that_says_nothing_adds_nothing():
+    again = {"answered": 51, "failed": 0, "seconds": 40.0}
+    assert counts_since({"answered": 50, "failed": 60, "seconds": 40.0}, again) == Counts(
+        answered=51, failed=0, seconds=40.0
+    )
+    assert counts_since({"answered": 50, "failed": 0, "seconds": 40.0}, {}) == NO_COUNTS
     now = {"answered": 3, "failed": 1, "seconds": 2.0}
     assert counts_since({"answered": 50, "failed": 0, "seconds": 40.0}, now) == Counts(answered=3, failed=1, seconds=2)

@@ -1,13 +1,12 @@
 """Pids, ports, restarts and failures, with real processes: small HTTP servers in vLLM's and the gateway's place."""
 
 import ast
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -25,55 +24,14 @@ from tasks.serve.services import ServiceSettings
 from tasks.serve.traffic import read_shares
 from tasks.specs import ServeSpec
 from tests.ports import free_port
+from tests.tasks.serve.stand_in import make_model, make_python
 from tests.waiting import wait_for
-
-FAKE = """\
-    #!{python} -E
-    # Answers like vLLM when called with its argv, like the gateway otherwise.
-    import http.server, json, os, signal, subprocess, sys, time, urllib.request
-    mode = os.environ.get("FAKE_MODE", "")
-    is_vllm = "serve" in sys.argv
-    if is_vllm and mode == "die":
-        print("cannot load", os.environ.get("HF_TOKEN", ""), flush=True)
-        sys.exit(7)
-    if is_vllm and mode == "hang":
-        time.sleep(600)
-    if is_vllm and mode == "child":
-        subprocess.Popen(["sleep", "600"], start_new_session=True)
-    if is_vllm and mode == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    def value(flag):
-        return sys.argv[sys.argv.index(flag) + 1]
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-        def do_GET(self):
-            if not is_vllm:
-                base = os.environ["VLLM_URL"].rpartition("/v1/")[0]
-                body = {{"gateway": "ok", "vllm": urllib.request.urlopen(base + "/health").status == 200}}
-            elif self.path == "/v1/models":
-                name = "other" if mode == "wrong-name" else value("--served-model-name")
-                body = {{"data": [{{"id": name}}]}}
-            else:
-                body = {{}}
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-    port = int(value("--port") if is_vllm else os.environ["LITE_GATEWAY_PORT"])
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[ServiceSettings]:
-    python = tmp_path / "env" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(textwrap.dedent(FAKE).format(python=sys.executable))
-    python.chmod(0o755)
-    (tmp_path / "env/lib/python3.11/site-packages/vllm-0+cpu.dist-info").mkdir(parents=True)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
+    python = make_python(tmp_path)
+    model = make_model(tmp_path / "model")
     vllm_port, gateway_port = free_port(), free_port()
     settings = ServiceSettings(
         model=str(model),
@@ -230,6 +188,13 @@ def test_model_folder_and_environment_must_be_there(settings: ServiceSettings, t
         services.start(replace(settings, vllm_python=tmp_path / "nowhere/bin/python"))
 
 
+def test_a_restart_with_a_model_that_is_not_there_stops_nothing(settings: ServiceSettings):
+    now = services.start(settings)
+    with pytest.raises(MissingError, match="no/such/model does not exist"):
+        services.restart(replace(settings, model="no/such/model"))
+    assert services.status(settings).vllm.pid == now.vllm.pid
+
+
 def test_too_large_model_is_refused_with_numbers(settings: ServiceSettings):
     with (Path(settings.model) / "model.safetensors").open("wb") as handle:
         handle.truncate(10**13)  # sparse
@@ -378,6 +343,41 @@ def test_what_made_way_for_a_run_that_fails_is_served_again(settings: ServiceSet
     services.stop(settings)  # a person's stop is no gap to fill
     assert handover.serve_again(settings.home, settings.variables) is None
     assert _marked(settings) == []
+
+
+def _release_and_train(home: Path) -> None:
+    handover.release_gpu(home)
+    time.sleep(600)
+
+
+def test_the_gpu_that_another_run_trains_on_is_not_taken_from_it(settings: ServiceSettings):
+    """A promotion that fails meanwhile, of a typo say, has the same hook."""
+    settings = _on_gpu(settings)
+    services.start(settings)
+    handover.remember_verified(settings.home, settings.model)
+    other = multiprocessing.get_context("fork").Process(target=_release_and_train, args=(settings.home,))
+    other.start()
+    try:
+        wait_for(lambda: settings.vacancy.exists() and services.status(settings).vllm.state == "stopped")
+        assert handover.serve_again(settings.home, settings.variables) is None
+    finally:
+        other.kill()
+        other.join()
+    trainer = processes.Program(
+        argv=("sleep", "600"),
+        variables={"PATH": os.environ["PATH"]},
+        identity_file=settings.home / "adapter/k1/process.json",
+        log=settings.home / "adapter/k1/output.log",
+        digest="",
+    )
+    processes.start_detached(trainer)  # it outlives its run
+    try:
+        said = handover.serve_again(settings.home, settings.variables)
+        assert said and said.startswith("vLLM had made way and is not started again: adapter/k1 still trains.")
+    finally:
+        processes.stop(trainer.identity_file)
+    said = handover.serve_again(settings.home, settings.variables)
+    assert said and said.endswith(f"; the last verified model {settings.model} is served again")
 
 
 def test_a_new_model_that_does_not_start_leaves_the_verified_one_to_be_served_again(settings: ServiceSettings):

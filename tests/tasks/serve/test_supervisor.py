@@ -112,3 +112,36 @@ def test_the_oldest_log_goes_when_there_are_enough(tmp_path: Path):
         log.write(f"{number:09}\n".encode())
     assert sorted(path.name for path in tmp_path.glob("log*")) == ["log", "log.1", "log.2"]
     assert "000000099" in (tmp_path / "log").read_text() + (tmp_path / "log.1").read_text()
+
+
+LEAVES = """
+import os, signal, subprocess, sys, time
+deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(602)"
+for words in (["sleep", "601"], [sys.executable, "-c", deaf]):
+    child = subprocess.Popen(words, start_new_session=True)
+    with open({left!r}, "a") as handle:
+        handle.write(f"{{child.pid}}\\n")
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_service_leaves_is_gone_before_the_next_start(start, tmp_path: Path):
+    """vLLM's engine outlives its server that the kernel killed for memory, and keeps the GPU's."""
+    left = tmp_path / "left"
+    process = start(LEAVES.format(left=str(left)), FIRST_PAUSE_S=0.1, LEFTOVERS_S=1.0)
+    first = _child(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: left.exists() and len(left.read_text().split()) == 2 and "deaf" in (tmp_path / "log").read_text())
+    orphans = [int(pid) for pid in left.read_text().split()]
+    os.kill(first, signal.SIGKILL)
+    try:
+        _child(tmp_path, other_than=first)
+        assert [pid for pid in orphans if runs(pid)] == []
+        wait_for(lambda: len(left.read_text().split()) == 4)
+        orphans = [int(pid) for pid in left.read_text().split()]
+        process.terminate()
+        assert process.wait(20) == 0
+        assert [pid for pid in orphans if runs(pid)] == []
+    finally:
+        for pid in filter(runs, orphans):
+            os.kill(pid, signal.SIGKILL)
