@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tasks.serve.settings import ServiceSettings
 from tasks.specs import Recipe, change
 from tests.flows.line import ROOT, changes_of_tiny, make_base_folder, need_vllm
 from tests.ports import free_port
+from tests.waiting import wait_for
 
 PREFECT = (sys.executable, "-m", "prefect")
 
@@ -37,6 +39,14 @@ class Line:
             return subprocess.Popen(
                 [sys.executable, "-c", code], env=self.env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
             )
+
+
+def _is_answering(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +74,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
         stderr=subprocess.DEVNULL,
     )
     try:
+        wait_for(lambda: _is_answering(f"{env['PREFECT_API_URL']}/health"), 120)
         yield Line(folder, ArtifactStore(folder / "home"), changes, recipe, env)
     finally:
         services.stop(ServiceSettings(model=str(base), spec=recipe.serve, home=folder / "home"))

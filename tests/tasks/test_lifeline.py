@@ -64,6 +64,7 @@ def test_told_in_the_loop_it_finishes_its_step_and_elsewhere_it_stops_at_once(tm
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_told_twice_it_still_writes_down_why_it_ends(tmp_path: Path):
     """A service manager tells the whole group, and our supervisor the trainer, at once."""
     code = (

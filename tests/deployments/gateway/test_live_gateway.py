@@ -280,6 +280,7 @@ def test_sigterm_lets_running_answers_finish(start_gateway, upstream, chat_body)
     assert gateway.traces()[-1]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_sigkill_under_load_loses_no_trace_of_an_answered_request(start_gateway, upstream, chat_body):
     async def load(gateway, answered):
         import aiohttp

@@ -150,6 +150,7 @@ def test_safety_is_a_gate_of_its_own(line: Line, endpoint: Any):
         subject.evaluate_candidate(served, strict, line.store, lambda *told: None, {})
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_not_asked_the_candidates_documents(line: Line, tmp_path: Path):
     """Token ids of one vocabulary mean nothing in another; the questions are rendered anew and can be compared."""
     folder = save_model(tmp_path / "foreign")

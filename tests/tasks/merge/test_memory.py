@@ -12,6 +12,7 @@ from tasks.specs import GptOssShape
 from tests.merging import ATTENTION, EXPERTS, write_adapter, write_base
 from tests.tiny import SHAPE
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 LARGEST_MB, LAYERS = 16, 12  # gate_up_proj (4, 1024, 2048) in bf16; all weights are one shard of 300 MB
 WIDE = {"hidden_size": 1024, "intermediate_size": 1024, "num_layers": LAYERS}

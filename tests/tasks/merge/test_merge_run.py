@@ -122,6 +122,7 @@ def test_killed_at_random_moments_the_merge_ends_with_the_same_files(wide: Path,
     assert {path: path.stat().st_mtime_ns for path in times} == times  # kept, not made again
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_cleared_or_used_before_room_is_counted(wide: Path, tmp_path: Path):
     target = tmp_path / "m/model"
     write_until_killed(wide, tmp_path / "m/model.partial", 0.5)

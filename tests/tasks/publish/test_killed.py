@@ -17,6 +17,7 @@ from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel
 from tests.hub_server import WRITE, HubServer, client_environment
 from tests.tasks.publish.conftest import make_merged, write_model, write_shard
 
+pytestmark = pytest.mark.slow
 REPO = "ada/tuned"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 _PUBLISH = """

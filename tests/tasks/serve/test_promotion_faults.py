@@ -23,6 +23,7 @@ from tests.needs import mount_tmpfs
 from tests.tasks.serve.stand_in import Clients, ask, beside, make_model, running, set_mode
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.slow
 SPEC = PromoteSpec(strategy="blue_green", canary_share=0.5, canary_requests=20, canary_s=30, drain_s=20)
 AT_ONCE = SPEC.model_copy(update={"canary_share": 0.0})
 OLD, NEW = (200, "old", "digest-old"), (200, "new", "digest-new")

@@ -162,6 +162,7 @@ print(drain_traces(queue, sink, spec).status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "redis"])
 def test_a_drain_killed_again_and_again_delivers_each_record_once(
     kind, queue, weave, make_record, root, request, capsys

@@ -35,6 +35,7 @@ def assert_near(folder: Path, whole: Path) -> None:
     assert not tensors
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_base_train_what_one_does(inputs: dict[str, Any], tmp_path: Path):
     whole, shared = tmp_path / "one", tmp_path / "shared"
     subject.run(inputs, whole, ONE)
