@@ -26,7 +26,7 @@ tests:           # the longest files first, the rest beside them; four processes
 
 slow-test: export OMP_NUM_THREADS = 1
 slow-test: setup ## kills, races and long equalities: the line killed and sabotaged, `tatara up`, resumed trainings
-	@$(PYTEST) -n 3 --durations=15 -m "slow and not chaos" --ignore=tests/weave tests/flows/test_line_killed.py \
+	@$(PYTEST) -n 4 --durations=15 -m "slow and not chaos" --ignore=tests/weave tests/flows/test_line_killed.py \
 		tests/deployments/test_orchestration.py tests/tasks/verify tests
 
 chaos-test: export OMP_NUM_THREADS = 1
