@@ -1,6 +1,5 @@
 """The line with real vLLM, once for each module that asks for it."""
 
-import os
 import subprocess
 import sys
 import urllib.request
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.recipes import resolve
 from tasks.artifacts import ArtifactStore, HealthReport
 from tasks.serve import services
 from tasks.serve.settings import ServiceSettings
-from tasks.specs import Recipe, change
-from tests.flows.line import ROOT, changes_of_tiny, make_base_folder, need_vllm
+from tasks.specs import Recipe
+from tests.flows.line import ROOT, make_inputs, need_vllm
 from tests.ports import free_port
 from tests.waiting import wait_for
 
@@ -54,14 +52,10 @@ def line(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
     """A small base, a recipe on it, a Prefect server; nothing has run yet."""
     need_vllm()
     folder = tmp_path_factory.mktemp("line")
-    base = make_base_folder(folder / "base", harmony_tokenizer)
-    vllm_port, gateway_port, prefect_port = free_port(), free_port(), free_port()
-    changes = changes_of_tiny(base, vllm_port, gateway_port)
-    recipe = change(resolve("tiny"), changes)
+    changes, recipe, variables = make_inputs(folder, harmony_tokenizer)
+    prefect_port = free_port()
     env = {
-        **os.environ,
-        "TATARA_HOME": str(folder / "home"),
-        "FILE_QUEUE_PATH": str(folder / "traces.jsonl"),
+        **variables,
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{prefect_port}/api",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "tasks",
@@ -77,7 +71,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> I
         wait_for(lambda: _is_answering(f"{env['PREFECT_API_URL']}/health"), 120)
         yield Line(folder, ArtifactStore(folder / "home"), changes, recipe, env)
     finally:
-        services.stop(ServiceSettings(model=str(base), spec=recipe.serve, home=folder / "home"))
+        services.stop(ServiceSettings(model="", spec=recipe.serve, home=folder / "home"))
         server.terminate()
         server.wait(30)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from flows.recipes import resolve_pretrain
+from flows.recipes import resolve, resolve_pretrain
 from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, ServedModel, make_key
 from tasks.fetch.run import fetch_base, fetch_dataset
 from tasks.gptoss.layout import config_values
@@ -19,9 +19,10 @@ from tasks.merge.run import merge_adapter
 from tasks.pack.run import pack_dataset
 from tasks.serve import services
 from tasks.serve.settings import ServiceSettings
-from tasks.specs import Recipe, ServeSpec
+from tasks.specs import Recipe, ServeSpec, change
 from tasks.train.run import train_adapter
 from tests.needs import lack
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = Path(os.environ.get("TATARA_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
@@ -75,6 +76,14 @@ def make_base_folder(folder: Path, tokenizer: Path) -> Path:
     GptOssForCausalLM(config).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return folder
+
+
+def make_inputs(folder: Path, tokenizer: Path) -> tuple[dict[str, Any], Recipe, dict[str, str]]:
+    """A base below `folder`; return what the recipe tiny changes for it, the recipe, and the variables of its home."""
+    base = make_base_folder(folder / "base", tokenizer)
+    changes = changes_of_tiny(base, free_port(), free_port())
+    variables = {"TATARA_HOME": str(folder / "home"), "FILE_QUEUE_PATH": str(folder / "traces.jsonl")}
+    return changes, change(resolve("tiny"), changes), {**os.environ, **variables}
 
 
 def run_to_merge(recipe: Recipe, store: ArtifactStore) -> MergedModel:

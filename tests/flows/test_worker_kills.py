@@ -23,9 +23,8 @@ from tasks.serve.settings import ServiceSettings
 from tasks.specs import ServeSpec, change
 from tests.flows.line import (
     STEPS,
-    changes_of_tiny,
     is_made,
-    make_base_folder,
+    make_inputs,
     need_vllm,
     run_to_merge,
     wait_for_step,
@@ -93,16 +92,8 @@ def host_services(spec: ServeSpec, home: Path, model: str = "") -> ServiceSettin
 def host(tmp_path_factory: pytest.TempPathFactory, harmony_tokenizer: Path) -> Iterator[Host]:
     need_vllm()
     tmp_path = tmp_path_factory.mktemp("host")
-    base = make_base_folder(tmp_path / "base", harmony_tokenizer)
-    vllm_port, gateway_port, prefect_port = free_port(), free_port(), free_port()
-    changes = changes_of_tiny(base, vllm_port, gateway_port)
-    recipe = change(resolve("tiny"), changes)
-    given = {
-        **os.environ,
-        "TATARA_HOME": str(tmp_path / "home"),
-        "FILE_QUEUE_PATH": str(tmp_path / "traces.jsonl"),
-        "PREFECT_SERVER_API_PORT": str(prefect_port),
-    }
+    changes, recipe, variables = make_inputs(tmp_path, harmony_tokenizer)
+    given = {**variables, "PREFECT_SERVER_API_PORT": str(free_port())}
     prefect = orchestration.find_prefect(given)
     digest = run_to_merge(recipe, ArtifactStore(tmp_path / "uninterrupted")).model_digest
     try:

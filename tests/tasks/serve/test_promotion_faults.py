@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,21 @@ OLD, NEW = (200, "old", "digest-old"), (200, "new", "digest-new")
 def _newer(old: ServiceSettings, name: str = "new", run: str = "r2", **mode: object) -> ServiceSettings:
     folder = make_model(Path(old.model).with_name(name), name, **mode)
     return replace(old, model=str(folder), ids={"TATARA_MODEL_DIGEST": f"digest-{name}", RUN_ID: run})
+
+
+@contextmanager
+def _silent_gateway(settings: ServiceSettings) -> Iterator[None]:
+    """It runs, and says nothing: busy, or swapped out."""
+    gateway = processes.find_alive(settings.identity_file("gateway"))
+    assert gateway
+    members = processes.find_members(settings.identity_file("gateway"), gateway)
+    for pid in members:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in members:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _in_place(new: ServiceSettings) -> None:
@@ -197,17 +214,8 @@ def test_an_old_model_that_does_not_answer_now_is_not_stopped_unasked(old: Servi
     with pytest.raises(TransientError, match=r"vllm runs but does not answer on port \d+: look at `tatara services"):
         promotion.choose_strategy(new, auto)
     set_mode(old.model)
-    gateway = processes.find_alive(old.identity_file("gateway"))
-    assert gateway
-    members = processes.find_members(old.identity_file("gateway"), gateway)
-    for pid in members:
-        os.kill(pid, signal.SIGSTOP)  # busy, swapped out
-    try:
-        with pytest.raises(TransientError, match=r"the gateway does not answer on port \d+"):
-            promotion.choose_strategy(new, SPEC)
-    finally:
-        for pid in members:
-            os.kill(pid, signal.SIGCONT)
+    with _silent_gateway(old), pytest.raises(TransientError, match=r"the gateway does not answer on port \d+"):
+        promotion.choose_strategy(new, SPEC)
     assert promotion.choose_strategy(new, SPEC)[0] == "blue_green"
     supervisor = processes.find_alive(old.identity_file("vllm"))
     assert supervisor
@@ -225,17 +233,8 @@ def test_what_was_promoted_is_what_to_go_back_to_even_if_the_run_fails_right_aft
     handover.remember_verified(old.home, old.model)
     candidate = promotion.start_candidate(_newer(old))
     monkeypatch.setattr("tasks.serve.traffic.FOLLOWED_WITHIN_S", 0.5)
-    gateway = processes.find_alive(old.identity_file("gateway"))
-    assert gateway
-    members = processes.find_members(old.identity_file("gateway"), gateway)
-    for pid in members:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ServiceError, match="the gateway does not follow"):
-            promotion.shift_traffic(candidate, AT_ONCE)
-    finally:
-        for pid in members:
-            os.kill(pid, signal.SIGCONT)
+    with _silent_gateway(old), pytest.raises(ServiceError, match="the gateway does not follow"):
+        promotion.shift_traffic(candidate, AT_ONCE)
     assert handover.last_verified(old.home)["model"] == candidate.model
     wait_for(lambda: ask(old) == NEW)
 
@@ -283,16 +282,8 @@ def _when_it_serves(settings: ServiceSettings, fill) -> None:
 def test_retire_waits_for_a_gateway_that_does_not_say_what_it_still_has(old: ServiceSettings):
     new = _newer(old)
     promotion.shift_traffic(promotion.start_candidate(new), AT_ONCE)
-    gateway = processes.find_alive(old.identity_file("gateway"))
-    assert gateway
-    members = processes.find_members(old.identity_file("gateway"), gateway)
-    for pid in members:
-        os.kill(pid, signal.SIGSTOP)
-    try:
+    with _silent_gateway(old):
         assert promotion._in_flight(services.follow(new)) == "unknown"
-    finally:
-        for pid in members:
-            os.kill(pid, signal.SIGCONT)
     assert promotion._in_flight(services.follow(new)) == 0
 
 
