@@ -29,7 +29,7 @@ from tasks.specs import (
 )
 
 RecipeName = Literal["tiny", "gptoss20b_lora_h100", "gptoss20b_experts_h100", "qwen_qlora_16gb"]
-PretrainName = Literal["tiny"]
+PretrainName = Literal["tiny", "compact_1b4"]
 F = TypeVar("F")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -152,13 +152,56 @@ def pretrain_tiny() -> PretrainSpec:
     )
 
 
+def pretrain_compact_1b4() -> PretrainSpec:
+    """The seed's compact GPT-OSS with its own tokenizer, on one 16 GB GPU; the seed's 500 sentences, half its steps."""
+    return PretrainSpec(
+        shape=GptOssShape(
+            num_layers=6,
+            num_experts=16,
+            experts_per_token=4,
+            vocab_size=32000,
+            hidden_size=1536,
+            intermediate_size=3072,
+            swiglu_limit=7.0,
+            head_dim=64,
+            num_attention_heads=24,
+            num_key_value_heads=4,
+            sliding_window=256,
+            initial_context_tokens=1024,
+            context_tokens=4096,
+            rope_theta=10000.0,
+            rope_factor=1.0,
+            rope_ntk_alpha=1.0,
+            rope_ntk_beta=32.0,
+        ),
+        corpus="short_english",
+        documents="lines",
+        tokenizer="train",
+        rows="documents",
+        row_tokens=1024,
+        rows_per_step=5,
+        num_steps=150,
+        optimizer="adamw_8bit",
+        learning_rate=3e-4,
+        warmup_steps=10,
+        weight_decay=0.1,
+        router_aux_loss_coef=0.01,
+        save_steps=50,
+        log_steps=1,
+        dtype="bfloat16",
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
     "gptoss20b_experts_h100": gptoss20b_experts_h100,
     "qwen_qlora_16gb": qwen_qlora_16gb,
 }
-PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {"tiny": pretrain_tiny}
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {
+    "tiny": pretrain_tiny,
+    "compact_1b4": pretrain_compact_1b4,
+}
 
 
 def resolve(name: str, changes: BaseModel | dict[str, Any] | None = None) -> Recipe:  # Any: JSON values

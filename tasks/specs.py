@@ -37,7 +37,9 @@ class Spec(BaseModel):
         A `later` field is left out while it has its default, so that what was made before it came is still found.
         """
         neutral = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(mode="json", exclude={*neutral, *self.beside})
+        values = self.model_dump(mode="json", exclude={*neutral, *self.beside})
+        nested = {name: value.key_values() for name in values if isinstance(value := getattr(self, name), Spec)}
+        return {**values, **nested}
 
 
 class BaseModelSpec(Spec):
@@ -231,9 +233,15 @@ class GptOssShape(Spec):
     context_tokens: Positive = 2048
     initial_context_tokens: Positive = 1024
     rope_theta: float = 150000.0
-    rope_factor: float = Field(default=2.0, ge=1.0, description="YaRN: context_tokens / initial_context_tokens.")
+    rope_factor: float = Field(
+        default=2.0, ge=1.0, description="YaRN: context_tokens / initial_context_tokens; 1: nothing is stretched."
+    )
+    rope_ntk_alpha: float = Field(default=1.0, gt=0, description="YaRN's beta_slow; decides nothing at rope_factor 1.")
+    rope_ntk_beta: float = Field(default=32.0, gt=0, description="YaRN's beta_fast; decides nothing at rope_factor 1.")
     tie_embeddings: bool = False
     swiglu_limit: float = 7.0
+
+    later: ClassVar[frozenset[str]] = frozenset({"rope_ntk_alpha", "rope_ntk_beta"})
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -247,7 +255,7 @@ class GptOssShape(Spec):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         stretched = self.initial_context_tokens * self.rope_factor
-        if round(stretched) != self.context_tokens:
+        if self.rope_factor > 1 and round(stretched) != self.context_tokens:
             raise ValueError(
                 f"initial_context_tokens={self.initial_context_tokens} times rope_factor={self.rope_factor:g} is "
                 f"{stretched:g}, expected context_tokens={self.context_tokens}"
@@ -259,19 +267,71 @@ class PretrainSpec(Spec):
     """A GptOssForCausalLM from its config, trained from scratch on plain text."""
 
     shape: GptOssShape
-    corpus: str = Field(default="shipped", description="'shipped' or a UTF-8 text file, read as one stream.")
+    corpus: str = Field(
+        default="shipped",
+        description="'shipped', 'short_english', a file or folder of .txt/.jsonl/.parquet, or a Hub data set id.",
+    )
+    corpus_revision: str = Field(default="main", description="Branch, tag or commit of a Hub data set.")
+    corpus_config: str = Field(default="", description="Configuration (subset) of a Hub data set.")
+    corpus_split: str = Field(default="train", description="Split of a Hub data set.")
+    text_column: str = Field(default="text", description="Column of a table (.jsonl, .parquet, Hub) with the text.")
+    documents: Literal["files", "lines"] = Field(
+        default="files", description="What is a document of a text file: all of it, or each line that is not blank."
+    )
+    streaming: bool = Field(
+        default=False, description="Read a Hub data set only as far as num_steps needs; nothing else is downloaded."
+    )
+    tokenizer: str = Field(
+        default="gpt-oss",
+        description="'gpt-oss', 'train' (a BPE of shape.vocab_size ids from the corpus), a folder or a Hub id.",
+    )
+    rows: Literal["windows", "documents"] = Field(
+        default="windows",
+        description="windows: row_tokens at random places of the corpus; documents: whole ones, cut at row_tokens, "
+        "packed without padding, in a new order each epoch, none seeing another.",
+    )
     row_tokens: Positive = 256
     rows_per_step: Positive = 4
+    rows_per_device: int = Field(default=0, ge=0, description="Rows of one pass; 0: rows_per_step / num_processes.")
     num_steps: Positive = 200
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        default="adamw", description="adamw_8bit: bitsandbytes, two bytes of state a parameter instead of eight."
+    )
     learning_rate: float = Field(default=3e-3, gt=0)
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    router_aux_loss_coef: float = Field(
+        default=0.0, ge=0, description="Weight of the load-balancing loss (Switch, GShard), as in GptOssConfig."
+    )
+    checkpointing: Literal["none", "full"] = Field(
+        default="none", description="full: make the inside of each layer again in the backward pass."
+    )
+    kernels: Literal["auto", "fused", "stock"] = Field(
+        default="auto", description="fused: our attention, experts, norms and head; stock: transformers'."
+    )
     save_steps: Positive = 100
+    log_steps: int = Field(default=0, ge=0, description="Log each so many steps; 0: forty times in the run.")
     seed: int = Field(default=0, ge=0)
     compact_vocabulary: bool = Field(
         default=False, description="Train only the corpus' own ids; all others share one output row."
     )
     dtype: Literal["bfloat16", "float32"] = "float32"
+    num_processes: Positive = Field(default=1, description="Processes (GPUs) of this machine, started by torchrun.")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="ddp: the whole model on each GPU; fsdp2: each holds a part, and layers are gathered.",
+    )
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {
+            "corpus_revision", "corpus_config", "corpus_split", "text_column", "documents", "streaming", "tokenizer",
+            "rows", "rows_per_device", "optimizer", "lr_scheduler", "max_grad_norm", "router_aux_loss_coef",
+            "checkpointing", "kernels", "num_processes",
+        }
+    )  # fmt: skip
+    beside: ClassVar[frozenset[str]] = frozenset({"log_steps", "parallel"})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -279,6 +339,14 @@ class PretrainSpec(Spec):
             raise ValueError(f"row_tokens={self.row_tokens} exceeds shape.context_tokens={self.shape.context_tokens}")
         if self.compact_vocabulary and self.shape.tie_embeddings:
             raise ValueError("compact_vocabulary needs tie_embeddings=false: the rest share an output row only")
+        rows = self.num_processes * (self.rows_per_device or 1)
+        if self.rows_per_step % rows:
+            raise ValueError(
+                f"rows_per_step={self.rows_per_step} must be a multiple of num_processes={self.num_processes} times "
+                f"rows_per_device={self.rows_per_device or 1}"
+            )
+        if self.parallel == "fsdp2" and self.optimizer != "adamw":
+            raise ValueError(f"parallel='fsdp2' can't share out {self.optimizer}: set optimizer='adamw'")
         return self
 
 

@@ -40,7 +40,8 @@ def parameter_name(name: str) -> str | None:
 def config_values(shape: GptOssShape) -> dict[str, Any]:  # Any: arguments of many types
     """Return the arguments of transformers' GptOssConfig for a shape.
 
-    YaRN stretches initial_context_tokens by rope_factor; its betas are gpt-oss's own.
+    YaRN stretches initial_context_tokens by rope_factor. With a factor of 1 it is plain rotation to the bit, and is
+    told the whole context: vLLM makes its tables of original_max_position_embeddings * factor positions.
     """
     return {
         "num_hidden_layers": shape.num_layers,
@@ -61,10 +62,12 @@ def config_values(shape: GptOssShape) -> dict[str, Any]:  # Any: arguments of ma
             "rope_type": "yarn",
             "rope_theta": shape.rope_theta,
             "factor": shape.rope_factor,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
+            "beta_fast": shape.rope_ntk_beta,
+            "beta_slow": shape.rope_ntk_alpha,
             "truncate": False,
-            "original_max_position_embeddings": shape.initial_context_tokens,
+            "original_max_position_embeddings": (
+                shape.initial_context_tokens if shape.rope_factor > 1 else shape.context_tokens
+            ),
         },
     }
 
