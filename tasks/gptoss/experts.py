@@ -147,14 +147,14 @@ class _Experts(torch.autograd.Function):
         rest: tuple[Product, Product, float, float, bool],
     ) -> torch.Tensor:
         gate_up, down, alpha, limit, recompute = rest
-        order_S, place_NK, ends_E = _sort_rows(index_NK, len(gate_up.w_EIO))
+        order_S, place_NK, ends_E = sort_rows(index_NK, len(gate_up.w_EIO))
         h_SG, u1 = _gate_argument(x_NH, order_S, ends_E, gate_up, index_NK.shape[1])
         g_SX = apply_gate(h_SG, down.rank + _ALIGNED, alpha, limit)
         u2 = _append(g_SX, ends_E, down)
         out_SH = grouped_mm(g_SX, down.extend(), offs=ends_E)
         ctx.rest = rest
         ctx.save_for_backward(x_NH, weight_NK, order_S, place_NK, ends_E, None if recompute else h_SG, u1, u2, a1, a2)
-        return _combine(out_SH, weight_NK, place_NK)
+        return combine(out_SH, weight_NK, place_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -185,11 +185,11 @@ class _Experts(torch.autograd.Function):
             detour = grouped_mm(du1, a1.transpose(1, 2), offs=ends_E)
             da1 = grouped_mm(x_NH[token_S].t(), du1, offs=ends_E)
             db1 = grouped_mm(u1.t(), dh_SG, offs=ends_E)
-        dx_NH = _gather_sum(dx_SX, detour, place_NK, num_hidden)
+        dx_NH = gather_sum(dx_SX, detour, place_NK, num_hidden)
         return dx_NH, None, dw_NK, da1, db1, da2, db2, None
 
 
-def _sort_rows(index_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sort_rows(index_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return which (token, choice) each row is, the row of each (token, choice), and where each expert's rows end."""
     expert_S, order_S = index_NK.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(expert_S, torch.arange(num_experts, device=expert_S.device), right=True).int()
@@ -202,7 +202,7 @@ def _gate_argument(
     x_NH: torch.Tensor, order_S: torch.Tensor, ends_E: torch.Tensor, gate_up: Product, num_chosen: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return x W + (x A) B + bias (S, G), and x A."""
-    x_SX = _spread(x_NH, order_S, num_chosen, gate_up.rank + _ALIGNED)
+    x_SX = spread(x_NH, order_S, num_chosen, gate_up.rank + _ALIGNED)
     u1 = _append(x_SX, ends_E, gate_up)
     return grouped_mm(x_SX, gate_up.extend(), offs=ends_E), u1
 
@@ -220,7 +220,8 @@ def _append(x_SX: torch.Tensor, ends_E: torch.Tensor, product: Product) -> torch
 
 
 @fused
-def _spread(x_NH: torch.Tensor, order_S: torch.Tensor, num_chosen: int, num_extra: int) -> torch.Tensor:
+def spread(x_NH: torch.Tensor, order_S: torch.Tensor, num_chosen: int, num_extra: int) -> torch.Tensor:
+    """Return the rows (S, H + extra) that the experts read; what is extra is zero."""
     return pad(x_NH[order_S // num_chosen], (0, num_extra))
 
 
@@ -230,15 +231,16 @@ def _times(u_SR: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
 
 
 @fused
-def _combine(out_SH: torch.Tensor, weight_NK: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+def combine(out_SH: torch.Tensor, weight_NK: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
     """Add up what the experts of a token say: a gather and a sum, whose order does not depend on threads."""
     return (out_SH[place_NK].float() * weight_NK[:, :, None].float()).sum(1).to(out_SH.dtype)
 
 
 @fused
-def _gather_sum(
+def gather_sum(
     rows_SX: torch.Tensor, detour_SH: torch.Tensor | None, place_NK: torch.Tensor, num_hidden: int
 ) -> torch.Tensor:
+    """Return the sum over the choices of a token (N, H): the way back of `spread`."""
     each_NKH = rows_SX[:, :num_hidden][place_NK].float()
     if detour_SH is not None:
         each_NKH = each_NKH + detour_SH[place_NK].float()

@@ -18,36 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.errors import DataError
-from tasks.gptoss.fused import fused
-from tasks.train.needs import HEAD_ROWS
+from tasks.head import block_rows, score_block
 from tasks.train.sharding import average_gradients
-
-_BLOCK = 128  # rows of logits that exist at once on a CPU
-
-
-def _score(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss and its gradient, in place of the logits where they are float32."""
-    logits_KV = logits_KV.float()
-    rows_K = torch.arange(len(logits_KV), device=logits_KV.device)
-    wanted_K = logits_KV[rows_K, target_K]
-    top_K1 = logits_KV.amax(-1, keepdim=True)
-    logits_KV.sub_(top_K1).exp_()
-    total_K1 = logits_KV.sum(-1, keepdim=True)
-    loss = (total_K1.log() + top_K1).sum() - wanted_K.sum()
-    logits_KV.div_(total_K1)
-    logits_KV[rows_K, target_K] -= 1
-    return loss, logits_KV
-
-
-@fused
-def _score_in_one(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as one kernel over the logits, which are read twice and never stored in float32."""
-    wide_KV = logits_KV.float()
-    total_K1 = wide_KV.logsumexp(-1, keepdim=True)
-    wanted_K1 = wide_KV.gather(1, target_K[:, None])
-    is_target_KV = torch.arange(wide_KV.shape[1], device=wide_KV.device) == target_K[:, None]
-    slope_KV = (wide_KV - total_K1).exp() - is_target_KV.float()
-    return (total_K1 - wanted_K1).sum(), slope_KV.to(logits_KV.dtype)
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -58,10 +30,10 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the summed loss, float32. Cost: two GEMMs of M x H x V; K x V floats live at once."""
         grad_MH = torch.empty_like(hidden_MH)
         loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        score, size = (_score_in_one, HEAD_ROWS) if hidden_MH.is_cuda else (_score, _BLOCK)
+        size = block_rows(hidden_MH.device)
         for start in range(0, len(hidden_MH), size):
             block = slice(start, start + size)
-            block_loss, slope_KV = score(hidden_MH[block] @ weight_VH.T, target_M[block])
+            block_loss, _, slope_KV = score_block(hidden_MH[block] @ weight_VH.T, target_M[block])
             loss += block_loss
             torch.mm(slope_KV.to(weight_VH.dtype), weight_VH, out=grad_MH[block])
         ctx.save_for_backward(grad_MH)

@@ -19,7 +19,7 @@ from tasks.train.targets import Shapes, Target, first_trained_layer
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
-HEAD_ROWS = 2048  # rows of logits that exist at once on a GPU (tasks/train/loss.py)
+HEAD_ROWS = 2048  # rows of logits that exist at once on a GPU (tasks/head.py)
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 _STORED = {"nf4": 0.52, "int8": 1.0}  # bytes of a quantised weight, scales included
 Config = Mapping[str, Any]  # Any: config.json

@@ -1,0 +1,91 @@
+"""Loss, hits and slope of a block of logits: what every fused head here is made of.
+
+Source: the fused linear cross-entropy of Liger, arXiv:2410.10989, section 3.2.
+
+Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, K block.
+"""
+
+from typing import Any
+
+import torch
+
+from tasks.gptoss.fused import fused
+from tasks.train.needs import HEAD_ROWS
+
+_CPU_ROWS = 128  # rows of logits that exist at once on a CPU
+
+
+def block_rows(device: torch.device) -> int:
+    """Return how many rows of logits should exist at once."""
+    return HEAD_ROWS if device.type == "cuda" else _CPU_ROWS
+
+
+def score_block(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the summed loss (float32), how many targets are the likeliest id, and d loss / d logits.
+
+    On a CPU the slope takes the place of float32 logits.
+    """
+    return (_score_in_one if logits_KV.is_cuda else _score)(logits_KV, target_K)
+
+
+def _score(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits_KV = logits_KV.float()
+    rows_K = torch.arange(len(logits_KV), device=logits_KV.device)
+    wanted_K = logits_KV[rows_K, target_K]
+    top_K1 = logits_KV.amax(-1, keepdim=True)
+    hits = (wanted_K == top_K1[:, 0]).sum()
+    logits_KV.sub_(top_K1).exp_()
+    total_K1 = logits_KV.sum(-1, keepdim=True)
+    loss = (total_K1.log() + top_K1).sum() - wanted_K.sum()
+    logits_KV.div_(total_K1)
+    logits_KV[rows_K, target_K] -= 1
+    return loss, hits, logits_KV
+
+
+@fused
+def _score_in_one(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as one kernel over the logits, which are read twice and never stored in float32."""
+    wide_KV = logits_KV.float()
+    total_K1 = wide_KV.logsumexp(-1, keepdim=True)
+    wanted_K1 = wide_KV.gather(1, target_K[:, None])
+    hits = (wanted_K1 == wide_KV.amax(-1, keepdim=True)).sum()
+    is_target_KV = torch.arange(wide_KV.shape[1], device=wide_KV.device) == target_K[:, None]
+    slope_KV = (wide_KV - total_K1).exp() - is_target_KV.float()
+    return (total_K1 - wanted_K1).sum(), hits, slope_KV.to(logits_KV.dtype)
+
+
+class TrainedHeadLoss(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target], and hits; gradients for the hidden states and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # Any: torch's context
+        hidden_MH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        target_M: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed loss, float32, and the number of hits. Cost: three GEMMs of M x H x V; K x V live at once.
+
+        The weight's gradient is added up in its own dtype, block by block.
+        """
+        grad_MH, grad_VH = torch.empty_like(hidden_MH), torch.zeros_like(weight_VH)
+        loss = hidden_MH.new_zeros((), dtype=torch.float32)
+        hits = torch.zeros((), dtype=torch.int64, device=hidden_MH.device)
+        size = block_rows(hidden_MH.device)
+        for start in range(0, len(hidden_MH), size):
+            block = slice(start, start + size)
+            block_loss, block_hits, slope_KV = score_block(hidden_MH[block] @ weight_VH.T, target_M[block])
+            loss += block_loss
+            hits += block_hits
+            slope_KV = slope_KV.to(weight_VH.dtype)
+            torch.mm(slope_KV, weight_VH, out=grad_MH[block])
+            grad_VH.addmm_(slope_KV.T, hidden_MH[block])
+        ctx.save_for_backward(grad_MH, grad_VH)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Scale the gradients that forward already knew."""
+        grad_MH, grad_VH = ctx.saved_tensors
+        return grad_MH * grads[0], grad_VH * grads[0], None
