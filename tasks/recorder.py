@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,7 +32,7 @@ _NAMED_ROWS = 64
 class Measures:
     """What a step is measured by and when its loss ends the run."""
 
-    row_tokens: Sequence[int] | int  # tokens of each row, or of every row
+    row_tokens: Any  # Any: tokens of every row (int), or of each: a list or an array
     rows_per_step: int
     flops_per_token: float = 0.0
     peak_flops: float = 0.0  # of all devices of the run; 0: not known, and no MFU is told
@@ -42,7 +41,7 @@ class Measures:
 
     def tokens_of(self, row: int) -> int:
         """Return the tokens of one row."""
-        return self.row_tokens if isinstance(self.row_tokens, int) else self.row_tokens[row]
+        return self.row_tokens if isinstance(self.row_tokens, int) else int(self.row_tokens[row])
 
 
 class Recorder(TrainerCallback):
@@ -90,8 +89,11 @@ class Recorder(TrainerCallback):
             record = self._measure(state, logs)
             append_metrics(self.path, record)
             mfu = f"  MFU {record['mfu_pct']:.0f} %" if record["mfu_pct"] else ""
+            judged = ""
+            if "accuracy" in record:
+                judged = f"ppl {math.exp(min(record['loss'], 99.0)):.2f}  acc {record['accuracy']:.3f}  "
             say(
-                f"step {state.global_step}/{state.max_steps}  loss {record['loss']:.4f}  "
+                f"step {state.global_step}/{state.max_steps}  loss {record['loss']:.4f}  {judged}"
                 f"lr {record['learning_rate'] or 0:.2e}  {record['tokens_per_s'] or 0} tokens/s{mfu}"
             )
         self._require_sound(args, state, control, logs)
@@ -121,6 +123,7 @@ class Recorder(TrainerCallback):
             "step": step,
             "num_steps": state.max_steps,
             "loss": logs["loss"],
+            **{name: logs[name] for name in ("accuracy", "router_aux_loss") if name in logs},
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
             "epoch": round(state.epoch or 0.0, 3),
@@ -170,7 +173,7 @@ def say(line: str) -> None:
 
 
 def _peak_memory() -> dict[str, int]:
-    """Return the most memory that this process held: of the GPU, without one of the host."""
+    """Return the most memory that this process held, of the GPU also what it holds; without one of the host."""
     if torch.cuda.is_available():
-        return {"peak_gpu_bytes": torch.cuda.max_memory_allocated()}
+        return {"peak_gpu_bytes": torch.cuda.max_memory_allocated(), "gpu_bytes": torch.cuda.memory_allocated()}
     return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

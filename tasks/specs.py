@@ -305,8 +305,9 @@ class PretrainSpec(Spec):
     router_aux_loss_coef: float = Field(
         default=0.0, ge=0, description="Weight of the load-balancing loss (Switch, GShard), as in GptOssConfig."
     )
-    checkpointing: Literal["none", "full"] = Field(
-        default="none", description="full: make the inside of each layer again in the backward pass."
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward pass makes again: nothing, the gate's argument of the experts, whole layers.",
     )
     kernels: Literal["auto", "fused", "stock"] = Field(
         default="auto", description="fused: our attention, experts, norms and head; stock: transformers'."

@@ -72,6 +72,19 @@ def flops_per_token(
     return total
 
 
+def whole_flops_per_token(config: Mapping[str, Any], document_tokens: float) -> float:  # Any: config.json
+    """Return the operations that a token needs where every weight is trained: forward, and twice that backward.
+
+    >>> shape = {"num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 10, "num_attention_heads": 2, "head_dim": 4,
+    ...          "num_key_value_heads": 1, "intermediate_size": 4, "num_local_experts": 2, "num_experts_per_tok": 1}
+    >>> whole_flops_per_token(shape, 1.0) == 6 * (8 * 10 + 2 * 8 * 4 * 3 + 8 * 2 + 3 * 8 * 4) + 3 * 4 * 2 * 4 * 0.5
+    True
+    """
+    layers = range(config["num_hidden_layers"])
+    matrices = config["hidden_size"] * config["vocab_size"] + len(layers) * layer_weights(config)
+    return 6 * matrices + 3 * sum(attention_flops(config, layer, document_tokens) for layer in layers)
+
+
 def layer_weights(config: Mapping[str, Any]) -> float:  # Any: config.json
     """Weights of one layer that a token meets."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]

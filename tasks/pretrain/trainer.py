@@ -1,0 +1,176 @@
+"""transformers' Trainer for a gpt-oss that is trained whole.
+
+    Trainer -> PretrainTrainer: the fused loss, and what a step is judged by
+            -> SharedTrainer: the same with weights, gradients and optimizer shared out by FSDP2
+
+Ring: edge (live tensors, torch.distributed).  Shapes: L layers, E experts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer, TrainingArguments
+
+from tasks.gptoss.forward import find_decoder
+from tasks.metrics import append_metrics
+from tasks.pretrain.balance import usage_shares
+from tasks.recorder import say
+
+EXPERTS = "experts.jsonl"
+_WEIGHTS = "model.safetensors"  # names and places of Trainer's own checkpoints
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+
+
+class PretrainTrainer(Trainer):
+    """Trainer of a model after `train_head`: cross-entropy, accuracy and balance are told apart."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the mean loss per learnt token of the (accumulated) batch, the weighted balance loss included."""
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        if num_items_in_batch is None:
+            return loss
+        return loss * self.accelerator.num_processes  # DDP and FSDP average the gradients of ranks
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the cross-entropy alone as `loss`, beside it accuracy and balance; and each expert's share."""
+        if "loss" in logs:
+            scored = self._bare.scored
+            reduce: Any = self.accelerator.reduce  # Any: typed as whatever may be reduced
+            loss, hits, count, balance = reduce(scored.sums_4, "sum").tolist()
+            counts_LE = reduce(scored.counts_LE, "sum")
+            scored.clear()
+            if count:
+                logs |= {"loss": loss / count, "accuracy": hits / count, "router_aux_loss": balance / count}
+                if self.is_world_process_zero():
+                    record = {"step": self.state.global_step, "usage": usage_shares(counts_LE)}
+                    append_metrics(Path(self.args.output_dir or ".").parent / EXPERTS, record)
+        super().log(logs, start_time)
+
+    @property
+    def _bare(self) -> Any:  # Any: GptOssForCausalLM after `train_head`
+        return self.model
+
+
+class HostArguments(TrainingArguments):
+    """Settings of a Trainer that leaves the model where it is."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Say no."""
+        return False
+
+
+class SharedTrainer(PretrainTrainer):
+    """Each process holds a part of weights, gradients and optimizer; checkpoints are the plain ones of one process.
+
+    So a run goes on with any number of processes, shared or not. Costs at a checkpoint: the whole weights and moments
+    in the first process' host memory.
+    """
+
+    def share(self) -> None:
+        """Share the model out, layer by layer. Before the optimizer is made."""
+        model: Any = self.model  # Any: Trainer types it as optional
+        mesh = init_device_mesh(self.accelerator.device.type, (self.args.world_size,))
+        for layer in find_decoder(model).layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        weights = list(model.parameters())
+        # Mixed precision only; `prepare` would ask DDP, which refuses shared weights.
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        held, whole = (sum(part.nbytes for part in parts) for parts in (map(_local, weights), weights))
+        say(f"model shared over {self.args.world_size} processes: {held:,} of {whole:,} bytes here")
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole weights; every process takes part."""
+        state = whole_state(self.model)
+        if self.is_world_process_zero():
+            folder = Path(output_dir or self.args.output_dir or ".")
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer: Any = self.optimizer  # Any: accelerate's wrapper
+        whole = optimizer.state_dict()
+        whole["state"] = {
+            number: {name: _gathered(value) for name, value in entry.items()}
+            for number, entry in whole["state"].items()
+        }
+        if self.is_world_process_zero():
+            torch.save(whole, Path(output_dir) / _OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_state(model or self.model, Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        optimizer: Any = self.optimizer  # Any: accelerate's wrapper
+        whole = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for number, entry in whole["state"].items():
+            for name, value in entry.items():
+                if value.shape == weights[number].shape:
+                    entry[name] = _shared(value, weights[number])
+        optimizer.load_state_dict(whole)
+        schedule = torch.load(Path(checkpoint) / _SCHEDULER, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)  # type: ignore[union-attr]
+
+
+def held_bytes(trainer: Trainer) -> dict[str, int]:
+    """Return what this process holds of weights, gradients (of the weights' size) and moments, and its widest moment.
+
+    The peak is the GPU's; 0 without one.
+    """
+    model: Any = trainer.model  # Any: Trainer types both as optional
+    optimizer: Any = trainer.optimizer
+    weights = sum(_local(weight).nbytes for weight in model.parameters())
+    entries = optimizer.state.values() if optimizer is not None else ()
+    moments = sum(_local(value).nbytes for entry in entries for value in entry.values() if torch.is_tensor(value))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"weights": weights, "gradients": weights, "optimizer": moments, "peak": peak}
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor]:  # Any: a model, shared out or not
+    """Return the whole weights on the host in the first process, nothing in the others; all take part."""
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, weight in model.named_parameters():
+        whole = _gathered(weight.detach())
+        if is_first:
+            state[name] = whole.cpu().contiguous()
+    return state
+
+
+@torch.no_grad()
+def load_state(model: Any, path: Path) -> None:  # Any: as above
+    """Give a model the weights of a checkpoint."""
+    with safe_open(path, framework="pt") as stored:
+        for name, weight in model.named_parameters():
+            weight.copy_(_shared(stored.get_tensor(name), weight))
+
+
+def _local(value: Any) -> torch.Tensor:  # Any: a tensor, shared out or not
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _gathered(value: Any) -> Any:  # Any: a tensor, or a number of the optimizer's state
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _shared(whole: torch.Tensor, like: Any) -> torch.Tensor:  # Any: a parameter, shared out or not
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
