@@ -8,7 +8,7 @@ Ring: edge (disk, Hub).
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from tasks.errors import CorruptError, DataError, MissingError, SpecError, Tatar
 from tasks.hub import hub_errors
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 256
 Row = dict[str, Any]  # Any: row values
-Found = Iterator[tuple[str, Row | str]]  # (where, the row or the reason why it is none)
+Found = Generator[tuple[str, Row | str]]  # (where, the row or the reason why it is none)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubRows:
     """Which rows of the Hub: a split of a data set at a commit. `knob` is what a person would check: FetchSpec.source.
 
-    A stream reads only as far as its reader goes; else the split is downloaded whole, once.
+    A stream reads only as far as its reader goes; else the split is downloaded whole, once. Of `columns` those that
+    exist are read; none named, or none there: all.
     """
 
     repo_id: str
@@ -39,6 +40,7 @@ class HubRows:
     commit: str
     is_stream: bool
     knob: str
+    columns: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,12 +48,15 @@ class HubRows:
         return f"data set {self.repo_id}@{self.commit[:8]} split {self.split!r}"
 
 
-def read_file(path: Path) -> Found:
+def read_file(path: Path, columns: tuple[str, ...] = ()) -> Found:
     """Yield (where, row) of a JSONL, CSV or parquet file; `where` is the line (parquet: row) that a person looks up.
 
+    Args:
+        path: told apart by its ending; without one of ours it is read as JSONL.
+        columns: of a parquet file only these are read, where they exist.
     Raises: CorruptError naming the file.
     """
-    read = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix, _read_jsonl)
+    read = {".parquet": lambda path: _read_parquet(path, columns), ".csv": _read_csv}.get(path.suffix, _read_jsonl)
     try:
         yield from ((f"{path.name}:{number}", row) for number, row in read(path))
     except UnicodeDecodeError as error:
@@ -62,9 +67,10 @@ def read_file(path: Path) -> Found:
         raise CorruptError(f"{path} is no whole parquet file ({error}): download or make it again") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row | str]]:
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Row | str]]:
     with pq.ParquetFile(path) as table:
-        rows = (row for batch in table.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+        wanted = [name for name in columns if name in table.schema_arrow.names] or None
+        rows = (row for batch in table.iter_batches(_BATCH_ROWS, columns=wanted) for row in batch.to_pylist())
         yield from enumerate(rows, start=1)
 
 
@@ -123,7 +129,8 @@ def _open_hub(wanted: HubRows, hub: HfApi) -> Any:  # Any: datasets' iterables
     builder = load_dataset_builder(wanted.repo_id, wanted.config or None, revision=wanted.commit, token=hub.token)
     if builder.hash != wanted.commit:  # when the Hub fails, datasets falls back to whatever revision it has cached
         raise TransientError(f"{wanted.name}: the Hub failed, and the cache holds {builder.hash} instead")
-    if wanted.is_stream:
-        return builder.as_streaming_dataset(split=wanted.split)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=wanted.split)
+    if not wanted.is_stream:
+        builder.download_and_prepare()
+    rows: Any = (builder.as_streaming_dataset if wanted.is_stream else builder.as_dataset)(split=wanted.split)
+    columns = [name for name in wanted.columns if name in (rows.column_names or [])]
+    return rows.select_columns(columns) if columns else rows

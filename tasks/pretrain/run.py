@@ -1,6 +1,6 @@
-"""Train a gpt-oss from scratch on plain text, in a process of its own.
+"""Train a gpt-oss from scratch on a tokenised corpus, in a process of its own.
 
-    corpus + shape -> tokenizer (rebuilt offline) -> tasks.pretrain.worker -> model/
+    corpus + shape -> tasks.pretrain.worker -> model/
 
 Ring: edge.
 """
@@ -10,36 +10,42 @@ from math import prod
 from pathlib import Path
 
 from tasks import files, machine
-from tasks.artifacts import CHECKPOINTS, ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
-from tasks.errors import DataError, MissingError, SpecError
+from tasks.artifacts import (
+    CHECKPOINTS,
+    ArtifactStore,
+    PretrainedModel,
+    TokenizedCorpus,
+    digest_files,
+    folder_digest,
+    make_key,
+)
 from tasks.gptoss.layout import parameter_shapes
-from tasks.gptoss.tokenizer import NUM_IDS, shared_tokenizer
 from tasks.specs import PretrainSpec
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 1
-SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture" / "corpus.txt"
 
 
-def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: ProgressFn) -> PretrainedModel:
+def pretrain_model(
+    spec: PretrainSpec, corpus: TokenizedCorpus, store: ArtifactStore, on_progress: ProgressFn
+) -> PretrainedModel:
     """Train a GptOssForCausalLM from its config; a second call returns the finished one.
 
-    Raises: MissingError or DataError (corpus), CapacityError, TrainingError.
+    Raises: CapacityError, TrainingError.
     """
-    corpus, key = _find_corpus(spec), pretrain_key(spec)
+    key = pretrain_key(spec, corpus.pins)
     with store.claim(PretrainedModel, key) as claim:
         if claim.found:
             return claim.found
         _require_room(spec, claim.folder)
-        tokenizer_folder = shared_tokenizer(store.root)
         result = run_trainer(
             "tasks.pretrain.worker",
             claim.folder,
             {
                 "folder": str(claim.folder),
                 "spec": spec.model_dump(mode="json"),
-                "corpus": str(corpus.resolve()),
-                "tokenizer_folder": str(tokenizer_folder),
+                "corpus_folder": corpus.folder,
+                "corpus": corpus.model_dump(mode="json", include={"dtype", "num_tokens", "num_documents"}),
             },
             Terms(),
             on_progress,
@@ -48,6 +54,7 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
         artifact = PretrainedModel(
             key=key,
             folder=str(claim.folder),
+            parents=(corpus.ref,),
             model_folder=str(model_folder),
             origin=pretrained_origin(key),
             model_digest=folder_digest(digest_files(model_folder)),
@@ -65,30 +72,17 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
         return artifact
 
 
-def pretrain_key(spec: PretrainSpec) -> str:
-    """Return the key of the model that `spec` makes. Raises SpecError, MissingError or DataError (corpus)."""
-    return make_key("pretrain", VERSION, spec, {"corpus": files.digest(_find_corpus(spec))})
+def pretrain_key(spec: PretrainSpec, pins: dict[str, str]) -> str:
+    """Return the key of the model that `spec` makes of the corpus and tokenizer that `pins` name.
+
+    Known before the corpus is tokenised: a base that is not made yet is named by it.
+    """
+    return make_key("pretrain", VERSION, spec, pins)
 
 
 def pretrained_origin(key: str) -> str:
     """Return what a base that was made here is called."""
     return f"pretrained {key[:8]}"
-
-
-def _find_corpus(spec: PretrainSpec) -> Path:
-    if spec.shape.vocab_size < NUM_IDS:
-        raise SpecError(
-            f"GptOssShape.vocab_size = {spec.shape.vocab_size} but the gpt-oss tokenizer has {NUM_IDS} ids, which "
-            "vLLM's harmony path is wired to: leave it out"
-        )
-    corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
-    if not corpus.is_file():
-        raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")
-    if corpus.stat().st_size < 4 * spec.row_tokens:
-        raise DataError(
-            f"corpus {corpus} has {corpus.stat().st_size} bytes, less than a row of {spec.row_tokens} tokens"
-        )
-    return corpus
 
 
 def _require_room(spec: PretrainSpec, folder: Path) -> None:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -92,11 +93,11 @@ def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
     folder, spec = Path(job["folder"]), PretrainSpec.model_validate(job["spec"])
     transformers_logging.disable_progress_bar()
     fix_seeds(spec.seed)
-    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer_folder"])
-    text = Path(job["corpus"]).read_text(encoding="utf-8")
-    ids_N = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    corpus = Path(job["corpus_folder"])
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    ids_N = torch.from_numpy(np.fromfile(corpus / "tokens.bin", job["corpus"]["dtype"]).astype(np.int64))
     vocabulary = Vocabulary(ids_N, spec.shape.vocab_size, is_compact=spec.compact_vocabulary)
-    say(f"corpus: {len(text):,} characters, {len(ids_N):,} tokens, {len(ids_N.unique()):,} distinct")
+    say(f"corpus: {len(ids_N):,} tokens, {len(ids_N.unique()):,} distinct")
     trained = build_model(spec, tokenizer, vocabulary.num_classes)
     trainer = make_trainer(trained, vocabulary, ids_N, spec, folder)
     checkpoint = latest_checkpoint(folder / "checkpoints")

@@ -63,7 +63,7 @@ def test_good_recipe_is_told_line_by_line(recipe: Recipe, store: ArtifactStore, 
 
 def test_pretrained_base_is_checked_from_its_shape(recipe: Recipe, store: ArtifactStore):
     tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})
-    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1].endswith(", made here")
+    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1].endswith(", made here of corpus shipped, 0.3 MB")
     with pytest.raises(
         errors.SpecError, match=r"row_tokens = 4096 but the base's context is 2048 tokens: lower row_token"
     ):
