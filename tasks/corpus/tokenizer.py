@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-MAX_TRAIN_BYTES = 100_000_000
+MAX_TRAIN_BYTES = 64_000_000  # at worst, words that are all long and different, 110 bytes of memory for each
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 _SPECIALS = [BOS, EOS, PAD, "<|start|>", "<|message|>", "<|end|>"]
 _MIN_IDS = 256 + len(_SPECIALS)
@@ -118,7 +118,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Train a byte-level BPE with o200k's split pattern; the same texts give the same tokenizer.
 
-    Cost: memory grows with the distinct words, by about 60 bytes each of their bytes.
+    Cost: memory grows with the distinct words: at worst 110 bytes, and 3.5 us, for each byte of text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -46,6 +46,7 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/tiny",
             "finetune/qlora-16gb",
             "pretrain/tiny",
+            "pretrain/compact-1b4",
             "release/h100",
             "publish/model",
             "evaluate/h100",
