@@ -28,7 +28,7 @@ class Piece:
 
 
 def cut_blocks(blocks: Iterable[str], where: str, size: int = PIECE_CHARS) -> Iterator[Piece]:
-    r"""Yield the pieces of one document, which comes in blocks; nothing when it is blank.
+    r"""Yield the pieces of one document, which comes in blocks; nothing when it is short and blank.
 
     >>> [piece.text for piece in cut_blocks(["one\ntwo\nthr", "ee\n"], "x", size=6)]
     ['one\n', 'two\n', 'three\n']
@@ -40,10 +40,8 @@ def cut_blocks(blocks: Iterable[str], where: str, size: int = PIECE_CHARS) -> It
         waiting += block
         while len(waiting) > size:
             end = find_cut(waiting, size)
-            if has_begun or waiting[:end].strip():  # a document does not begin with a piece of blanks
-                has_begun = True
-                yield Piece(waiting[:end], where, is_last=False)
-            waiting = waiting[end:]
+            yield Piece(waiting[:end], where, is_last=False)
+            waiting, has_begun = waiting[end:], True
     if has_begun or waiting.strip():
         yield Piece(waiting, where, is_last=True)
 

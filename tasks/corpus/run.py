@@ -74,7 +74,7 @@ def survey_corpus(spec: PretrainSpec, hub: HfApi) -> str:
         return f"corpus {spec.corpus} at {pin[:12]}"
     with closing(read_pieces(spec, hub, pin)) as pieces:
         if next(pieces, None) is None:
-            raise _empty(spec)
+            raise _empty(spec.corpus)
     return f"corpus {spec.corpus}, {text_bytes(spec) / 1e6:.1f} MB"
 
 
@@ -95,8 +95,6 @@ def _make(
     found = Statistics(num_ids)
     with closing(read_pieces(spec, hub, pins["corpus"])) as pieces:
         num_tokens = _write(pieces, tokenizer, question, dtype, claim.folder, found)
-    if not found.num_documents:
-        raise _empty(spec)
     require_unchanged(spec, hub, pins["corpus"])
     corpus = TokenizedCorpus(
         key=claim.key,
@@ -139,6 +137,8 @@ def _write(
             if writer.num_tokens > next_check:
                 files.require_disk(folder, _SPARE_BYTES, "tokenising the rest")
                 next_check += _CHECKED_TOKENS
+        if not found.num_documents:
+            raise _empty(question.source)
         return writer.finish()
 
 
@@ -148,5 +148,5 @@ def _require_room(spec: PretrainSpec, question: CorpusQuestion, dtype: str, fold
     files.require_disk(folder, num_tokens * (2 if dtype == "uint16" else 4) + _SPARE_BYTES, "tokenising the corpus")
 
 
-def _empty(spec: PretrainSpec) -> DataError:
-    return DataError(f"corpus {spec.corpus} is empty: expected at least one document with text")
+def _empty(source: str) -> DataError:
+    return DataError(f"corpus {source} is empty: expected at least one document with text")

@@ -218,10 +218,10 @@ WRONG: list[tuple[Callable[[Path], Path], dict[str, Any], type[Exception], str]]
     (_text("a.txt", "abc"), {}, DataError, r"has 3 bytes, less than a row of 8 tokens: add text, or lower"),
     (_text("a.txt", " \n" * 20), {}, DataError, r"a\.txt is empty: expected at least one document"),
     (
-        _text("a.jsonl", '{"text": "ab", "other": "and so on"}'),
+        _text("a.jsonl", '{"text": "ab", "other": "and"}'),
         {},
         DataError,
-        r"has [34] tokens, less than a row of 8: add text",
+        r"has \d tokens, less than a row of 8: add text",
     ),
     (_latin1, {}, CorruptError, r"a\.txt is not UTF-8 .*convert it"),
     (_surrogate, {}, DataError, r"a\.jsonl \(a\.jsonl:1\): 'text' is no Unicode text \(surrogates not allowed\)"),
@@ -253,8 +253,8 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     (tmp_path / "data").mkdir()
     with pytest.raises(error, match=message):
         prepare(store, write(tmp_path / "data"), **changes)
-    assert message.startswith("has [34]") or not store.committed(TokenizedCorpus)
-    assert not list(store.root.rglob("*.bin")) or message.startswith("has [34]")
+    if "tokens, less than" not in message:  # that one is a whole corpus for a smaller row
+        assert not store.committed(TokenizedCorpus) and not list(store.root.rglob("*.bin"))
 
 
 def test_a_tokenizer_that_is_too_large_is_named_with_both_numbers(tmp_path: Path, store: ArtifactStore):
