@@ -108,7 +108,7 @@ def read_hub(wanted: HubRows, hub: HfApi) -> Found:
     Raises: MissingError, DataError (unknown split or configuration), AccessError, TransientError.
     """
     from datasets import config
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, FileNotFoundDatasetsError
 
     if config.HF_ENDPOINT.rstrip("/") != hub.endpoint:  # datasets reads it at import: the token would go elsewhere
         raise SpecError(f"{wanted.name}: the Hub Account's endpoint is {hub.endpoint}; set HF_ENDPOINT to it as well")
@@ -118,6 +118,10 @@ def read_hub(wanted: HubRows, hub: HfApi) -> Found:
             yield from ((f"{wanted.split}:{index}", dict(row)) for index, row in enumerate(rows))
         except DatasetNotFoundError as error:
             raise MissingError(f"{wanted.name}: not found; check {wanted.knob} and HF_TOKEN") from error
+        except FileNotFoundDatasetsError as error:
+            raise DataError(f"{wanted.name} has no data that can be read: {error}") from error
+        except FileNotFoundError as error:  # its commit was there a moment ago; datasets drops the Hub's own answer
+            raise error if isinstance(error, TataraError) else TransientError(f"{wanted.name}: {error}") from error
         except ValueError as error:  # an unknown split or configuration; the message lists what exists
             raise error if isinstance(error, TataraError) else DataError(f"{wanted.name}: {error}") from error
 
