@@ -108,6 +108,7 @@ def read_hub(wanted: HubRows, hub: HfApi) -> Found:
     Raises: MissingError, DataError (unknown split or configuration), AccessError, TransientError.
     """
     from datasets import config
+    from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DatasetNotFoundError, FileNotFoundDatasetsError
 
     if config.HF_ENDPOINT.rstrip("/") != hub.endpoint:  # datasets reads it at import: the token would go elsewhere
@@ -118,7 +119,7 @@ def read_hub(wanted: HubRows, hub: HfApi) -> Found:
             yield from ((f"{wanted.split}:{index}", dict(row)) for index, row in enumerate(rows))
         except DatasetNotFoundError as error:
             raise MissingError(f"{wanted.name}: not found; check {wanted.knob} and HF_TOKEN") from error
-        except FileNotFoundDatasetsError as error:
+        except (FileNotFoundDatasetsError, EmptyDatasetError) as error:
             raise DataError(f"{wanted.name} has no data that can be read: {error}") from error
         except FileNotFoundError as error:  # its commit was there a moment ago; datasets drops the Hub's own answer
             raise error if isinstance(error, TataraError) else TransientError(f"{wanted.name}: {error}") from error

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 _BATCH_PIECES = 1000
 _TRIAL_CHARS = 256  # on each side of a cut
-_MAX_CHARS = 32 * PIECE_CHARS
+_BATCH_CHARS = 4 * PIECE_CHARS
+_MAX_CHARS = 256 * PIECE_CHARS
 
 
 def encode(pieces: Iterable[Piece], tokenizer: "Tokenizer") -> Iterator[tuple[Piece, list[int]]]:
     """Yield each piece with its ids, no special token added; a control token in the text is text.
 
     Raises: DataError for a document that can't be tokenised in parts and is too long to be tokenised at once.
-    Cost: about 100 bytes of memory for each token of a batch of PIECE_CHARS characters.
+    Cost: about 100 bytes of memory for each token of a batch of half a million characters.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -63,7 +64,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         num_chars += len(piece.text)
-        if num_chars >= PIECE_CHARS or len(batch) == _BATCH_PIECES:
+        if num_chars >= _BATCH_CHARS or len(batch) == _BATCH_PIECES:
             yield batch
             batch, num_chars = [], 0
     if batch:

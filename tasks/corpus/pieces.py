@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-PIECE_CHARS = 1 << 20
-_TAIL_CHARS = 1 << 16  # a cut is looked for in the last ones of a piece
+PIECE_CHARS = 1 << 17
+_TAIL_CHARS = 1 << 14  # a cut is looked for in the last ones of a piece
 _LINE_START = re.compile(r"(?<=\n)(?=[^\W_])")
 _WORD_END = re.compile(r"(?<=[^\W_])(?=[^\w\s'’]| [^\W_])")
 

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore, Claim, TokenizedCorpus, make_key
 from tasks.corpus.encode import encode
-from tasks.corpus.pieces import Piece
+from tasks.corpus.pieces import Piece, cut_blocks
 from tasks.corpus.question import CorpusQuestion, ask
 from tasks.corpus.report import Statistics
 from tasks.corpus.sources import is_hub, pin_corpus, read_pieces, require_unchanged, text_bytes
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise pretrain's as well: its key holds the pins, not the tokens
 _TYPICAL_TOKEN_BYTES = 4
 _SHORT_TOKEN_BYTES = 2  # fewer than the tokens of any text have on average: for the room that is asked for
+_LEARNT_CHARS = 1 << 14  # the library that trains gathers 256 texts
 _CHECKED_TOKENS = 1 << 24
 _SPARE_BYTES = 1 << 28
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def _make(
     files.remove_strays(claim.folder)  # what a kill left: tokens may be many GB
 
     def learnt() -> Iterator[str]:
-        texts = (piece.text for piece in read_pieces(spec, hub, pins["corpus"]))
+        pieces = read_pieces(spec, hub, pins["corpus"])
+        texts = (part.text for piece in pieces for part in cut_blocks([piece.text], piece.where, _LEARNT_CHARS))
         return first_bytes(texts, min(MAX_TRAIN_BYTES, _TYPICAL_TOKEN_BYTES * question.max_tokens or MAX_TRAIN_BYTES))
 
     tokenizer = open_tokenizer(spec, pins.get("tokenizer", ""), claim.store.root, hub, learnt)
