@@ -27,7 +27,7 @@ from tasks.artifacts import KINDS, ArtifactStore, HealthReport
 from tasks.errors import ServiceError
 
 DRAIN = "ingest-traces/every-5-minutes"
-_STEPS = ("pretrained", "base", "dataset", "packed", "adapter", "merged", "published", "served", "health")
+_STEPS = ("corpus", "pretrained", "base", "dataset", "packed", "adapter", "merged", "published", "served", "health")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +195,7 @@ def describe(kind: str, manifest: dict[str, Any]) -> str:  # Any: JSON values
     """Return one line on what an artifact holds."""
     a = manifest["artifact"]
     lines = {
+        "corpus": lambda: f"{a['num_documents']:,} documents, {a['num_tokens']:,} tokens",
         "pretrained": lambda: f"{a['num_parameters']:,} parameters, loss {a['first_loss']:.2f} -> {a['last_loss']:.2f}",
         "base": lambda: a["origin"],
         "dataset": lambda: f"{a['num_train_rows']} + {a['num_validation_rows']} chats",

@@ -5,6 +5,7 @@ from prefect import flow
 from flows.recipes import RecipeName, resolve, resolve_base
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_lengths, check_recipe
+from tasks.corpus.task import prepare_corpus
 from tasks.fetch.task import fetch_base, fetch_dataset
 from tasks.merge.task import merge_adapter
 from tasks.pack.task import pack_dataset
@@ -50,7 +51,11 @@ def finetune(
     check_recipe(recipe, spec, pretraining, storage, hub_account, serving_host)
     dataset = fetch_dataset(spec.fetch, storage, hub_account)
     check_lengths(dataset, spec, pretraining, storage, hub_account)
-    base = pretrain_model(pretraining, storage) if pretraining else fetch_base(spec.base, storage, hub_account)
+    if pretraining:
+        corpus = prepare_corpus(pretraining, storage, hub_account)
+        base = pretrain_model(pretraining, corpus, storage)
+    else:
+        base = fetch_base(spec.base, storage, hub_account)
     packed = pack_dataset(dataset, base, spec.pack, storage)
     adapter = train_adapter(packed, base, spec.train, storage)
     merged = merge_adapter(adapter, spec.merge, storage)

@@ -1,10 +1,11 @@
-"""Train a gpt-oss from scratch: corpus > tokenizer > GptOssForCausalLM."""
+"""Train a gpt-oss from scratch: corpus and tokenizer > GptOssForCausalLM."""
 
 from prefect import flow
 
 from flows.recipes import PretrainName, resolve_pretrain
 from tasks.artifacts import PretrainedModel
 from tasks.check.task import keep_recipe
+from tasks.corpus.task import prepare_corpus
 from tasks.pretrain.task import pretrain_model
 from tasks.specs import PretrainChanges
 
@@ -16,6 +17,7 @@ def pretrain(
     recipe: PretrainName = "tiny",
     changes: PretrainChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
     storage: str = "",
+    hub_account: str = "",
 ) -> PretrainedModel:
     """Run one pretraining recipe; a model that is whole already is found, not trained again.
 
@@ -23,7 +25,9 @@ def pretrain(
         recipe: name of a recipe in flows/recipes.py.
         changes: fields of the recipe to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
+        hub_account: name of a Hub Account block; empty: HF_TOKEN.
     """
     spec = resolve_pretrain(recipe, changes)
     keep_recipe(recipe, spec, storage)
-    return pretrain_model(spec, storage)
+    corpus = prepare_corpus(spec, storage, hub_account)
+    return pretrain_model(spec, corpus, storage)

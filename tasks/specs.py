@@ -328,11 +328,13 @@ class PretrainSpec(Spec):
     later: ClassVar[frozenset[str]] = frozenset(
         {
             "corpus_revision", "corpus_config", "corpus_split", "text_column", "documents", "streaming", "tokenizer",
-            "rows", "rows_per_device", "optimizer", "lr_scheduler", "max_grad_norm", "router_aux_loss_coef",
-            "checkpointing", "kernels", "num_processes",
+            "rows", "optimizer", "lr_scheduler", "max_grad_norm", "router_aux_loss_coef", "kernels",
         }
     )  # fmt: skip
-    beside: ClassVar[frozenset[str]] = frozenset({"log_steps", "parallel"})
+    # A step's rows are the same however they are shared out: a run may go on with another number of GPUs.
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {"log_steps", "parallel", "num_processes", "rows_per_device", "checkpointing"}
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

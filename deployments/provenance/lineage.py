@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Json = dict[str, Any]  # Any: manifests' values
-ORDER = ("dataset", "base", "pretrained", "packed", "adapter", "merged", "published", "served")
+ORDER = ("dataset", "corpus", "base", "pretrained", "packed", "adapter", "merged", "published", "served")
 _CHECKS = ("health", "evaluation", "decision")
 
 

@@ -79,6 +79,7 @@ _SAY: dict[str, Callable[[Fields], str]] = {
     "dataset": _dataset,
     "base": lambda fields: f"{fields['origin']}, digest {fields['model_digest'][:12]}",
     "pretrained": lambda fields: f"{fields['origin']}, digest {fields['model_digest'][:12]}",
+    "corpus": lambda fields: f"{fields['source']}, {fields['num_tokens']:,} tokens",
     "packed": lambda fields: f"{fields['num_train_documents']} documents in {fields['num_train_rows']} rows",
     "adapter": _adapter,
     "merged": lambda fields: f"digest {fields['model_digest'][:12]}, {fields['num_changed']} tensors changed",

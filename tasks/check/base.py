@@ -14,6 +14,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 
 from tasks import files
 from tasks.artifacts import Artifact, ArtifactStore, BaseCheckpoint
+from tasks.corpus.run import pin_inputs, prepare_corpus
 from tasks.errors import MissingError
 from tasks.fetch.run import check_model_folder, download_bytes, local_folder
 from tasks.gptoss.layout import MODEL_TYPE, config_values, parameter_shapes
@@ -58,7 +59,7 @@ def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfA
     if pretraining is not None:
         shape = pretraining.shape
         return BaseFacts(
-            origin=pretrained_origin(pretrain_key(pretraining)),
+            origin=pretrained_origin(pretrain_key(pretraining, pin_inputs(pretraining, hub))),
             shapes=parameter_shapes(shape),
             config={"model_type": MODEL_TYPE, **config_values(shape)},
         )
@@ -85,7 +86,7 @@ def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfA
 def find_origin(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfApi) -> str:
     """Return the origin that the base's artifact has or will have."""
     if pretraining is not None:
-        return pretrained_origin(pretrain_key(pretraining))
+        return pretrained_origin(pretrain_key(pretraining, pin_inputs(pretraining, hub)))
     local = local_folder(spec)
     return str(local) if local else f"{spec.model}@{pin_commit(hub, spec.model, spec.revision, 'model')}"
 
@@ -106,11 +107,13 @@ def find_made(store: ArtifactStore, cls: type[A], spec: Spec, origin: str) -> A 
     return None
 
 
-def find_tokenizer(spec: BaseModelSpec, pretraining: PretrainSpec | None, root: Path, hub: HfApi) -> Path:
-    """Return a folder with the base's tokenizer, fetched or built without its weights."""
+def find_tokenizer(spec: BaseModelSpec, pretraining: PretrainSpec | None, store: ArtifactStore, hub: HfApi) -> Path:
+    """Return a folder with the base's tokenizer, fetched, built or trained without its weights."""
     local = local_folder(spec)
+    if pretraining is not None and pretraining.tokenizer == "gpt-oss":
+        return shared_tokenizer(store.root)  # before the corpus is read
     if pretraining is not None:
-        return shared_tokenizer(root)
+        return prepare_corpus(pretraining, store, hub).path / "tokenizer"
     if local is not None:
         return local
     commit = pin_commit(hub, spec.model, spec.revision, "model")

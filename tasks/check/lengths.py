@@ -39,7 +39,7 @@ def check_lengths(
     num_rows, doubtful = _count_doubtful(dataset, spec)
     if not doubtful:
         return f"lengths: none of {num_rows} rows can exceed {spec.row_tokens} tokens"
-    folder = find_tokenizer(recipe.base, pretraining, store.root, hub)
+    folder = find_tokenizer(recipe.base, pretraining, store, hub)
     tokenizer = load_tokenizer(folder, recipe.base.model, is_chat=dataset.is_chat)
     written = (
         render.render_chats if dataset.is_chat else lambda rows, tokenizer, spec: render.render_texts(rows, tokenizer)

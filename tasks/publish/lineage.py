@@ -31,6 +31,7 @@ from tasks.publish.names import hub_id
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHIPPED_CARD = _ROOT / "data" / "ja_culture" / "README.md"
+_CORPUS_CARDS = {"shipped": _SHIPPED_CARD, "short_english": _ROOT / "data" / "short_english" / "README.md"}
 _PACKAGES = ("tatara", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def _changes(manifest: dict[str, Any]) -> list[dict[str, Any]]:  # Any: JSON val
 
 def _base_card(base: BaseCheckpoint, spec: dict[str, Any], hub: HfApi, *, goes_to_hub: bool) -> SourceCard:  # Any: JSON
     if isinstance(base, PretrainedModel):  # made here: it is what its corpus allows
-        return _local_card(_SHIPPED_CARD) if spec.get("corpus") == "shipped" else SourceCard()
+        card = _CORPUS_CARDS.get(spec.get("corpus", ""))
+        return _local_card(card) if card else SourceCard()
     name, _, commit = base.origin.rpartition("@")
     if hub_id(name):
         return _hub_card(hub, name, commit, "model", goes_to_hub=goes_to_hub)

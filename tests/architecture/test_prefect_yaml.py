@@ -46,6 +46,7 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/tiny",
             "finetune/qlora-16gb",
             "pretrain/tiny",
+            "pretrain/compact-1b4",
             "release/h100",
             "publish/model",
             "evaluate/h100",
@@ -80,7 +81,9 @@ def _defaults(flow: Flow[..., Any]) -> dict[str, Any]:
 
 def test_gpu_work_goes_to_the_gpu_pool():
     pools = {_full_name(deployment): deployment["work_pool"]["name"] for deployment in DEPLOYMENTS}
-    assert pools == {name: "gpu" if "h100" in name or "16gb" in name else "local" for name in pools}
+    assert pools == {
+        name: "gpu" if any(part in name for part in ("h100", "16gb", "1b4")) else "local" for name in pools
+    }
 
 
 def test_drain_runs_every_5_minutes_one_at_a_time():

@@ -61,9 +61,8 @@ def compact_spec(changes: dict[str, Any]) -> dict[str, Any]:
 
 def make_sentences(folder: Path, seven: Path) -> None:
     """Prepare the shipped sentences as the flow does, and the seed's seven repeated to 500; copy both corpora."""
-    from tasks.corpus.run import prepare_corpus
-
     from tasks.artifacts import ArtifactStore
+    from tasks.corpus.run import prepare_corpus
     from tasks.specs import PretrainSpec
 
     corpus = prepare_corpus(PretrainSpec.model_validate(compact_spec({})), ArtifactStore(HERE / "home"))

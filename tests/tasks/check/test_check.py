@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import close_session
 
-from flows.recipes import pretrain_tiny
+from flows.recipes import pretrain_compact_1b4, pretrain_tiny
 from tasks import errors
 from tasks.artifacts import ArtifactStore
 from tasks.check import run as subject
@@ -63,11 +63,43 @@ def test_good_recipe_is_told_line_by_line(recipe: Recipe, store: ArtifactStore, 
 
 def test_pretrained_base_is_checked_from_its_shape(recipe: Recipe, store: ArtifactStore):
     tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})
-    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1].endswith(", made here")
+    assert subject.check_recipe(tiny, pretrain_tiny(), store, HUB)[1].endswith(", made here of corpus shipped, 0.3 MB")
     with pytest.raises(
         errors.SpecError, match=r"row_tokens = 4096 but the base's context is 2048 tokens: lower row_token"
     ):
         subject.check_recipe(change(tiny, {"pack": {"row_tokens": 4096}}), pretrain_tiny(), store, HUB)
+
+
+def _missing(folder: Path) -> str:
+    return str(folder / "no.txt")
+
+
+def _short(folder: Path) -> str:
+    (folder / "short.txt").write_text("too short")
+    return str(folder / "short.txt")
+
+
+def _of_other_columns(folder: Path) -> str:
+    (folder / "rows.jsonl").write_text('{"body": "%s"}\n' % ("text " * 2000))
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        (_missing, r"corpus .*no\.txt is not there"),
+        (_short, r"short\.txt has 9 bytes, less than a row of 1024 tokens"),
+        (_of_other_columns, r"rows\.jsonl:1\): there is no column 'text' \(it has: body\)"),
+    ],
+)
+def test_a_corpus_that_no_base_can_be_made_of_is_said(
+    recipe: Recipe, store: ArtifactStore, tmp_path: Path, corpus: Callable[[Path], str], message: str
+):
+    made = change(recipe, {"base": {"model": "pretrain:compact_1b4"}})
+    pretraining = change(pretrain_compact_1b4(), {"corpus": corpus(tmp_path)})
+    with pytest.raises(errors.TataraError, match=message):
+        subject.check_recipe(made, pretraining, store, HUB)
+    assert not list(store.root.glob("corpus/*"))
 
 
 def _rows(text: str) -> Callable[[Path], dict[str, Any]]:

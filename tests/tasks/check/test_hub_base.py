@@ -86,6 +86,6 @@ def test_a_repo_without_safetensors_is_named(hub: HubServer):
 
 
 def test_the_tokenizer_comes_without_the_weights(recipe: Recipe, hub: HubServer, tmp_path: Path):
-    folder = find_tokenizer(SPEC, None, tmp_path, HfApi(endpoint=hub.url, token=READ))
+    folder = find_tokenizer(SPEC, None, ArtifactStore(tmp_path), HfApi(endpoint=hub.url, token=READ))
     assert (folder / "tokenizer.json").exists() and not list(folder.glob("*.safetensors"))
     assert whole_weights(hub) == []

@@ -8,13 +8,16 @@ from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.recipes import pretrain_tiny, tiny
+from flows.recipes import pretrain_compact_1b4, pretrain_tiny, tiny
 from tasks.artifacts import ArtifactStore, FetchedDataset
 from tasks.check import lengths as subject
+from tasks.check.base import find_origin, find_tokenizer
+from tasks.corpus.run import prepare_corpus
 from tasks.errors import DataError
 from tasks.fetch.run import fetch_base, fetch_dataset
 from tasks.pack.render import render_chats
 from tasks.pack.run import pack_dataset
+from tasks.pretrain.run import pretrain_key, pretrained_origin
 from tasks.specs import BaseModelSpec, FetchSpec, PackSpec, Recipe, change
 from tests.tiny import byte_tokenizer, save_model, write_chats
 
@@ -83,3 +86,13 @@ def test_no_rendered_row_has_more_tokens_than_the_bound(texts: list[str], system
     spec = PackSpec(row_tokens=4096, system_prompt=system)
     bound = subject.most_tokens(row, system)
     assert all(document.num_tokens <= bound for document in render_chats([row], byte_tokenizer(), spec))
+
+
+def test_a_base_with_a_tokenizer_of_its_own_has_its_corpus_prepared(tmp_path: Path):
+    store = ArtifactStore(tmp_path / "home")
+    spec = BaseModelSpec(model="pretrain:compact_1b4")
+    pretraining = pretrain_compact_1b4()
+    folder = find_tokenizer(spec, pretraining, store, HUB)
+    corpus = prepare_corpus(pretraining, store, HUB)
+    assert folder == corpus.path / "tokenizer"
+    assert find_origin(spec, pretraining, HUB) == pretrained_origin(pretrain_key(pretraining, corpus.pins))

@@ -108,7 +108,7 @@ def test_long_mixed_text_is_encoded_as_tiktoken_does(tokenizer: Any):
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {token: rank for rank, token in enumerate(subject.read_ranks())}
     specials = {text: i for i, text in subject.special_tokens().items()}
-    pattern = subject._PATTERN
+    pattern = subject.PATTERN
     reference = tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
     for text in [*TEXTS, "\n".join(TEXTS), "".join(reversed(TEXTS))]:
         assert tokenizer(text).input_ids == reference.encode(text, allowed_special="all")
@@ -116,7 +116,7 @@ def test_long_mixed_text_is_encoded_as_tiktoken_does(tokenizer: Any):
 
 def test_pattern_is_the_one_tiktoken_ships():
     source = pytest.importorskip("tiktoken_ext.openai_public")
-    pieces = [piece for piece in subject._PATTERN.split("|") if piece]
+    pieces = [piece for piece in subject.PATTERN.split("|") if piece]
     text = Path(source.__file__).read_text()
     body = text[text.index("def o200k_base") : text.index("def o200k_harmony")]
     assert all(piece in body for piece in pieces)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch.nn import functional
 
 from flows.recipes import resolve_pretrain
 from tasks.artifacts import ArtifactStore, digest_files, folder_digest
-from tasks.pretrain.run import SHIPPED, pretrain_model
-from tasks.pretrain.worker import TiedRestTrainer, Vocabulary, build_model, expand, pretrain
+from tasks.corpus.run import prepare_corpus
+from tasks.pretrain.compact import TiedRestTrainer, Vocabulary, expand
+from tasks.pretrain.run import pretrain_model
+from tasks.pretrain.worker import build_model, pretrain
 from tasks.specs import PretrainSpec, change
 
 SMALL = {"num_steps": 6, "save_steps": 6, "shape": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 32}}
@@ -25,16 +28,18 @@ def test_the_same_question_gives_the_same_bytes(tmp_path: Path, harmony_tokenize
     spec, store = change(resolve_pretrain("tiny"), SMALL), ArtifactStore(tmp_path / "home")
     store.root.mkdir()
     (store.root / "tokenizers").symlink_to(harmony_tokenizer.parent)
-    model = pretrain_model(spec, store, lambda record: None)
+    corpus = prepare_corpus(spec, store, HfApi(token=False))
+    model = pretrain_model(spec, corpus, store, lambda record: None)
     (tmp_path / "again").mkdir()
-    places = {"folder": str(tmp_path / "again"), "tokenizer_folder": str(harmony_tokenizer)}
+    places = {"folder": str(tmp_path / "again"), "corpus_folder": corpus.folder}
     try:
-        pretrain({**places, "spec": spec.model_dump(mode="json"), "corpus": str(SHIPPED)})
+        pretrain({**places, "spec": spec.model_dump(mode="json"), "corpus": {"dtype": corpus.dtype}})
     finally:
         torch.use_deterministic_algorithms(False)
     assert folder_digest(digest_files(tmp_path / "again" / "model")) == model.model_digest
     assert not (model.path / "checkpoints").exists()
-    assert pretrain_model(spec, store, lambda record: None) == model
+    assert model.parents == (corpus.ref,)
+    assert pretrain_model(spec, corpus, store, lambda record: None) == model
 
 
 def small_spec() -> PretrainSpec:
@@ -53,7 +58,7 @@ def test_the_compact_loss_is_the_full_softmax_of_the_expanded_model():
     holder = TiedRestTrainer.__new__(TiedRestTrainer)
     holder.rest_bias = float(torch.log(torch.tensor(float(vocabulary.num_rest))))
     compact = holder.compute_loss(trained, inputs)
-    model = expand(trained, vocabulary, spec, NoSpecialTokens()).eval()
+    model = expand(trained, vocabulary, lambda: build_model(spec, NoSpecialTokens(), 500)).eval()
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
     full = functional.cross_entropy(logits, ids[:, 1:].flatten())
     torch.testing.assert_close(compact, full, rtol=1e-5, atol=1e-5)

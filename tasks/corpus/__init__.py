@@ -1,0 +1,1 @@
+"""Verb: text into tokens to pretrain on."""
