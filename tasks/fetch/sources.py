@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 
 from tasks import files
 from tasks.errors import CorruptError, DataError, MissingError, SpecError, TataraError, TransientError
-from tasks.fetch.rows import Read, RejectedRowError, Row, is_validation_row, read_row
+from tasks.fetch.rows import Read, RejectedRowError, Row, is_validation_row, read_row, require_columns
 from tasks.hub import hub_errors, pin_commit
 from tasks.specs import FetchSpec
 
@@ -180,6 +180,8 @@ def _open_hub(spec: FetchSpec, split: str, commit: str, hub: HfApi, doing: str) 
     builder = load_dataset_builder(spec.source, spec.config or None, revision=commit, token=hub.token)
     if builder.hash != commit:  # when the Hub fails, datasets falls back to whatever revision it has cached
         raise TransientError(f"{doing}: the Hub failed, and the cache holds {builder.hash} instead")
+    if builder.info.features:  # what its card or its files tell before a row is downloaded
+        require_columns(list(builder.info.features), spec, doing)
     if spec.max_rows:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
