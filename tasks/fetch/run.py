@@ -180,7 +180,9 @@ def download_folder(key: str, store: ArtifactStore) -> Path:
     be downloaded again do not.
     """
     elsewhere = os.environ.get("TATARA_MODELS")
-    return Path(elsewhere).expanduser().resolve() / key[:16] if elsewhere else store.folder(BaseCheckpoint, key) / "model"
+    return (
+        Path(elsewhere).expanduser().resolve() / key[:16] if elsewhere else store.folder(BaseCheckpoint, key) / "model"
+    )
 
 
 def local_folder(spec: BaseModelSpec) -> Path | None:
