@@ -103,10 +103,12 @@ def _fault(name: str, value: Any) -> str:  # Any: whatever a person typed
         hint = f"did you mean {', '.join(near)}?" if near else f"settings are {', '.join(SETTINGS)}"
         return f"there is no setting {name}: {hint}"
     wanted = SETTINGS[name].kind
-    takes = {float: (int, float), list: (list, tuple)}.get(wanted, (wanted,))
-    is_right = isinstance(value, takes) and (wanted is bool or not isinstance(value, bool))
-    if wanted is list and is_right:
-        is_right = all(isinstance(each, str) for each in value)
+    if wanted is list:
+        is_right = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    elif wanted in (int, float):
+        is_right = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+    else:
+        is_right = isinstance(value, wanted)
     return "" if is_right else f"{name} = {value!r}: expected {SETTINGS[name].example}"
 
 

@@ -2,8 +2,8 @@
 
     Recipe + GPUs (this machine's, or imagined ones) -> estimate_fit() -> Fit -> say_fit(), require_fit()
 
-The figures are those of tasks/train/needs.py and plan.py, by which training itself is planned and refused; here they are
-only told part by part, with the changes that would make a recipe fit.
+The figures are those of tasks/train/needs.py and plan.py, by which training itself is planned and refused; here they
+are only told part by part, with the changes that would make a recipe fit.
 
 Ring: edge (Hub, disk, /proc, nvidia-smi).  Units: bytes.
 """

@@ -1,7 +1,7 @@
 """What a session of the notebook settles before long work: is a token needed, which GPU is this, which dtype.
 
-A notebook's session may be cut and go on tomorrow on another kind of GPU. The dtype is part of an adapter's key, so it is
-chosen once, for the first session, and kept beside the artifacts: else the second one would begin anew.
+A notebook's session may be cut and go on tomorrow on another kind of GPU. The dtype is part of an adapter's key, so it
+is chosen once, for the first session, and kept beside the artifacts: else the second one would begin anew.
 
 Ring: edge (Hub, disk, nvidia-smi).
 """

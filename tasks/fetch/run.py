@@ -179,10 +179,9 @@ def download_folder(key: str, store: ArtifactStore) -> Path:
     The second is for a TATARA_HOME on a small or slow disk (Google Drive): what was trained stays there, 15 GB that can
     be downloaded again do not.
     """
-    elsewhere = os.environ.get("TATARA_MODELS")
-    return (
-        Path(elsewhere).expanduser().resolve() / key[:16] if elsewhere else store.folder(BaseCheckpoint, key) / "model"
-    )
+    if elsewhere := os.environ.get("TATARA_MODELS"):
+        return Path(elsewhere).expanduser().resolve() / key[:16]
+    return store.folder(BaseCheckpoint, key) / "model"
 
 
 def local_folder(spec: BaseModelSpec) -> Path | None:

@@ -1,6 +1,6 @@
 """Lay a trained adapter out as Hugging Face tools expect it, in one folder outside the store.
 
-    TrainedAdapter -> final/: adapter_model.safetensors, adapter_config.json, tokenizer, config.json, README.md, recipe.json
+    TrainedAdapter -> final/: adapter_model.safetensors, adapter_config.json, tokenizer*, config.json, README.md, ...
 
 Ring: edge.
 """

@@ -94,15 +94,7 @@ def require_aligned(config: Config, spec: TrainSpec) -> None:
 
 
 def require_quantizable(config: Config, spec: TrainSpec) -> None:
-    """Raise SpecError for a base that is stored quantised and is to be quantised again: transformers takes one only.
-
-    >>> from tasks.specs import LoraSpec
-    >>> spec = TrainSpec(lora=LoraSpec(target_modules=("q_proj",)), quantization="nf4")
-    >>> require_quantizable({"quantization_config": {"quant_method": "mxfp4"}}, spec)
-    Traceback (most recent call last):
-    ...
-    tasks.errors.SpecError: TrainSpec.quantization = nf4 (USE_4BIT) but the base is stored as mxfp4: set it to none (False), which trains on it unpacked, or name a base in bfloat16
-    """
+    """Raise SpecError for a base that is stored quantised and is to be quantised again: transformers takes one only."""
     stored = config.get("quantization_config")
     if stored and spec.quantization != "none":
         raise SpecError(
