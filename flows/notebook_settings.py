@@ -82,8 +82,8 @@ def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:  # Any: a cell'
         _put(fields, ["pack", "loss_on"], "all")
     recipe = _change(resolve(_BASE_RECIPE), fields, SETTINGS)
     needed = recipe.pack.row_tokens + 1  # what is trained can be asked for, and answered
-    room = {"serve": {"max_model_len": max(recipe.serve.max_model_len, 2 * needed)}}
-    return change(change(recipe, room), settings.get("CHANGES"))
+    rest = {"serve": {"max_model_len": max(recipe.serve.max_model_len, 2 * needed)}, "publish": {"what": "adapter"}}
+    return change(change(recipe, rest), settings.get("CHANGES"))
 
 
 def output_folder(settings: Mapping[str, Any]) -> Path:  # Any: a cell's values

@@ -28,7 +28,7 @@ from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import PretrainSpec, Recipe, Spec
 from tasks.train.needs import choose_attention, require_quantizable, say_needs
 from tasks.train.plan import Workload, plan_step
-from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory
+from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, say_slow_dtype
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -59,6 +59,7 @@ def check_recipe(
         lambda: _check_fit(recipe, facts),
         lambda: _check_room(recipe, store, facts),
         lambda: _check_memory(recipe, store, facts),
+        lambda: say_slow_dtype(recipe.train),
     ]
     return _run_all([*checks, *_late_checks(recipe, store, hub, host)])
 

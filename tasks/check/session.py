@@ -16,10 +16,9 @@ from tasks.check.base import find_origin
 from tasks.check.run import keep_recipe
 from tasks.errors import AccessError, CorruptError
 from tasks.fetch.run import pin_dataset
-from tasks.machine import old_gpus
 from tasks.specs import PretrainSpec, Recipe, change
+from tasks.train.run import say_slow_dtype
 
-_BFLOAT16_SINCE = 8.0  # compute capability: Ampere
 logger = logging.getLogger(__name__)
 
 
@@ -44,8 +43,8 @@ def settle_dtype(recipe: Recipe, folder: Path) -> Recipe:
     slow. `folder` gets recipe.json.
     """
     chosen = recipe
-    if recipe.train.dtype == "bfloat16" and (old := old_gpus(_BFLOAT16_SINCE)):
-        logger.warning("%s has no bfloat16: training computes in float32, slower and in more memory", old[0])
+    if slow := say_slow_dtype(recipe.train):
+        logger.warning("%s: done, unless this project began otherwise", slow)
         chosen = change(recipe, {"train": {"dtype": "float32"}})
     kept = change(recipe, {"train": {"dtype": _first_dtype(recipe, folder) or chosen.train.dtype}})
     if kept.train.dtype != chosen.train.dtype:
