@@ -4,12 +4,9 @@
 
 The names are those of the Colab seed's template; docs/colab.md lists what each becomes. What is left out keeps the
 value of `qwen_qlora_16gb`, so hyper-parameters are still chosen in flows/recipes.py alone.
-
-Ring: pure.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,39 +18,31 @@ from tasks.specs import Recipe, change
 _BASE_RECIPE = "qwen_qlora_16gb"
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """What a value must be, an example for the error, and the recipe's field that it becomes ("" for none)."""
-
-    kind: type
-    example: str
-    field: str = ""
-
-
-SETTINGS: dict[str, _Setting] = {
-    "PROJECT_NAME": _Setting(str, '"my-first-adapter"', "serve.served_model_name"),
-    "BASE_SAVE_DIR": _Setting(str, '"/content/drive/MyDrive/llm-finetune"'),
-    "BASE_MODEL_ID": _Setting(str, '"Qwen/Qwen2.5-7B-Instruct"', "base.model"),
-    "USE_4BIT": _Setting(bool, "True", "train.quantization"),
-    "DATASET_ID": _Setting(str, '"shipped"', "fetch.source"),
-    "DATASET_SPLIT": _Setting(str, '"train"', "fetch.split"),
-    "TEXT_COLUMN": _Setting(str, '"text", or "" for chats', "fetch.text_column"),
-    "MAX_SEQ_LENGTH": _Setting(int, "1024", "pack.row_tokens"),
-    "PACKING": _Setting(bool, "True", "pack.packing"),
-    "LORA_R": _Setting(int, "64", "train.lora.rank"),
-    "LORA_ALPHA": _Setting(int, "16", "train.lora.alpha"),
-    "LORA_DROPOUT": _Setting(float, "0.05", "train.lora.dropout"),
-    "LORA_TARGET_MODULES": _Setting(list, '["q_proj", "v_proj"]', "train.lora.target_modules"),
-    "BATCH_SIZE": _Setting(int, "1", "train.rows_per_device"),
-    "GRADIENT_ACCUMULATION_STEPS": _Setting(int, "16", "train.gradient_accumulation"),
-    "LEARNING_RATE": _Setting(float, "2e-4", "train.learning_rate"),
-    "NUM_TRAIN_EPOCHS": _Setting(float, "2", "train.num_epochs"),
-    "WARMUP_STEPS": _Setting(int, "100", "train.warmup_steps"),
-    "LOGGING_STEPS": _Setting(int, "10", "train.log_steps"),
-    "SAVE_STEPS": _Setting(int, "500", "train.save_steps"),
-    "MAX_STEPS": _Setting(int, "-1", "train.max_steps"),
-    "HUB_REPO_ID": _Setting(str, '"" (nothing is pushed) or "owner/name"', "publish.repo_id"),
-    "CHANGES": _Setting(dict, '{"fetch": {"max_rows": 1000}}'),
+# name -> (type of its value, example for the error, field of the Recipe that it becomes, "" for none)
+SETTINGS: dict[str, tuple[type, str, str]] = {
+    "PROJECT_NAME": (str, '"my-first-adapter"', "serve.served_model_name"),
+    "BASE_SAVE_DIR": (str, '"/content/drive/MyDrive/llm-finetune"', ""),
+    "BASE_MODEL_ID": (str, '"Qwen/Qwen2.5-7B-Instruct"', "base.model"),
+    "USE_4BIT": (bool, "True", "train.quantization"),
+    "DATASET_ID": (str, '"shipped"', "fetch.source"),
+    "DATASET_SPLIT": (str, '"train"', "fetch.split"),
+    "TEXT_COLUMN": (str, '"text", or "" for chats', "fetch.text_column"),
+    "MAX_SEQ_LENGTH": (int, "1024", "pack.row_tokens"),
+    "PACKING": (bool, "True", "pack.packing"),
+    "LORA_R": (int, "64", "train.lora.rank"),
+    "LORA_ALPHA": (int, "16", "train.lora.alpha"),
+    "LORA_DROPOUT": (float, "0.05", "train.lora.dropout"),
+    "LORA_TARGET_MODULES": (list, '["q_proj", "v_proj"]', "train.lora.target_modules"),
+    "BATCH_SIZE": (int, "1", "train.rows_per_device"),
+    "GRADIENT_ACCUMULATION_STEPS": (int, "16", "train.gradient_accumulation"),
+    "LEARNING_RATE": (float, "2e-4", "train.learning_rate"),
+    "NUM_TRAIN_EPOCHS": (float, "2", "train.num_epochs"),
+    "WARMUP_STEPS": (int, "100", "train.warmup_steps"),
+    "LOGGING_STEPS": (int, "10", "train.log_steps"),
+    "SAVE_STEPS": (int, "500", "train.save_steps"),
+    "MAX_STEPS": (int, "-1", "train.max_steps"),
+    "HUB_REPO_ID": (str, '"" (nothing is pushed) or "owner/name"', "publish.repo_id"),
+    "CHANGES": (dict, '{"fetch": {"max_rows": 1000}}', ""),
 }
 
 
@@ -76,11 +65,11 @@ def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:  # Any: a cell'
         raise SpecError("; ".join(faults))
     fields: dict[str, Any] = {}  # Any: nested dicts of JSON values
     for name, value in settings.items():
-        if path := SETTINGS[name].field:
+        if path := SETTINGS[name][2]:
             _put(fields, path.split("."), _converted(name, value))
     if settings.get("TEXT_COLUMN"):
         _put(fields, ["pack", "loss_on"], "all")
-    recipe = _change(resolve(_BASE_RECIPE), fields, SETTINGS)
+    recipe = _change(resolve(_BASE_RECIPE), fields)
     needed = recipe.pack.row_tokens + 1  # what is trained can be asked for, and answered
     rest = {"serve": {"max_model_len": max(recipe.serve.max_model_len, 2 * needed)}, "publish": {"what": "adapter"}}
     return change(change(recipe, rest), settings.get("CHANGES"))
@@ -102,14 +91,14 @@ def _fault(name: str, value: Any) -> str:  # Any: whatever a person typed
         near = get_close_matches(str(name).upper(), SETTINGS, n=2, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else f"settings are {', '.join(SETTINGS)}"
         return f"there is no setting {name}: {hint}"
-    wanted = SETTINGS[name].kind
+    wanted, example, _ = SETTINGS[name]
     if wanted is list:
         is_right = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
     elif wanted in (int, float):
         is_right = isinstance(value, (int, wanted)) and not isinstance(value, bool)
     else:
         is_right = isinstance(value, wanted)
-    return "" if is_right else f"{name} = {value!r}: expected {SETTINGS[name].example}"
+    return "" if is_right else f"{name} = {value!r}: expected {example}"
 
 
 def _converted(name: str, value: Any) -> Any:  # Any: as above
@@ -124,13 +113,12 @@ def _put(fields: dict[str, Any], path: list[str], value: Any) -> None:  # Any: a
     fields[path[-1]] = value
 
 
-def _change(recipe: Recipe, fields: dict[str, Any], settings: Mapping[str, _Setting]) -> Recipe:  # Any: as above
+def _change(recipe: Recipe, fields: dict[str, Any]) -> Recipe:  # Any: as above
     """Apply the settings; an error names the setting and not only the field that it became."""
     try:
         return change(recipe, fields)
     except SpecError as error:
         said = str(error)
-        for name, setting in settings.items():
-            if setting.field:
-                said = said.replace(f"Recipe.{setting.field} =", f"{name} (Recipe.{setting.field}) =")
+        for name, (_, _, field) in SETTINGS.items():
+            said = said.replace(f"Recipe.{field} =", f"{name} (Recipe.{field}) =") if field else said
         raise SpecError(said) from None

@@ -123,7 +123,9 @@ def say_ways_out(fit: Fit) -> list[str]:
         needed = sum(work.needs(plan_step(work, fit.room_bytes)).values())
         if needed <= fit.room_bytes:
             gpus = f" on {count} such GPUs" if count > 1 else where
-            said.append(f"would fit{gpus} with {changes}: {_gb(needed)}")
+            copies = host_bytes(work.shapes, work.config, work.spec)
+            host = f", and {_gb(copies)} of host memory to load it" if copies else ""
+            said.append(f"would fit{gpus} with {changes}: {_gb(needed)}{host}")
     if said:
         return said
     return [

@@ -80,7 +80,7 @@ def test_each_setting_arrives_in_its_field(name: str):
     """One at a time: two that were mixed up would be seen."""
     given, expected = OTHER[name]
     value: Any = subject.recipe_from_settings({name: given})
-    for part in subject.SETTINGS[name].field.split("."):
+    for part in subject.SETTINGS[name][2].split("."):
         value = getattr(value, part)
     assert value == expected
 
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_named_with_what_is_right(settings: dict[str, Any], mes
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", 3])
 def test_a_project_name_that_is_no_folder_is_refused(name: Any):
-    with pytest.raises(SpecError, match="PROJECT_NAME = .*: expected the name of one folder"):
+    with pytest.raises(SpecError, match=r"PROJECT_NAME = .*: expected the name of one folder"):
         subject.output_folder({**SEED, "PROJECT_NAME": name})
 
 
