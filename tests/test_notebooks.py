@@ -62,6 +62,12 @@ def run(settings: dict[str, Any], folder: Path, **more: str) -> tuple[int, str]:
     return subject.run(COLAB, variables(settings, folder, **more), folder / "said.log")
 
 
+def gain(said: str) -> float:
+    """What the validation loss fell by, as the notebook says it."""
+    before, after = re.findall(r"^validation loss ([\d.]+) -> ([\d.]+)$", said, re.MULTILINE)[-1]
+    return float(before) - float(after)
+
+
 def adapter_digest(folder: Path) -> str:
     return digest(folder / "drive/tiny/final/adapter_model.safetensors")
 
@@ -96,7 +102,7 @@ def test_texts_go_from_the_settings_to_an_answer_and_run_all_again_trains_nothin
     assert code == 0, said
     assert "as nf4" in said and "fits: yes" in said
     assert re.search(r"--- what is given ---\n\n--- what is learnt ---\nThe smith of village 0 has 0 hammers", said)
-    assert re.search(r"validation loss 5\.\d+ -> 4\.\d+", said)
+    assert gain(said) > 0.05
     assert "completion: " in said and "chat: " in said and "nothing was pushed" in said
     project = tmp_path / "drive/tiny"
     assert {path.name for path in (project / "final").iterdir()} >= FINAL
@@ -113,7 +119,7 @@ def test_chats_without_quantisation(inputs: dict[str, Any], tmp_path: Path):
     code, said = run({**inputs, "USE_4BIT": False}, tmp_path)
     assert code == 0, said
     assert "<|start|>user<|message|>q0?<|end|><|start|>assistant" in said
-    assert re.search(r"validation loss 5\.\d+ -> 5\.[0-4]", said)
+    assert gain(said) > 0.05
     walked, told = subject.run(WALK, {"TATARA_HOME": str(tmp_path / "drive/tiny")}, tmp_path / "walk.log")
     assert walked == 0, told
     assert re.search(r"adapter +[0-9a-f]{8} .* trainable, validation loss 5\.\d+ -> 5\.", told)
