@@ -16,13 +16,15 @@ def cells(name: str, kind: str = "code") -> list[dict[str, Any]]:
     return [cell for cell in json.loads((NOTEBOOKS / name).read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def start(name: str, variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+def start(
+    name: str, variables: dict[str, str], log: Path, stdin: int = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
     """Begin to run a notebook in a session of its own, output in `log`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
     with log.open("ab") as output:
         argv = [sys.executable, __file__, name]
         return subprocess.Popen(
-            argv, env=env, cwd=NOTEBOOKS, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            argv, env=env, cwd=NOTEBOOKS, stdin=stdin, stdout=output, stderr=output, start_new_session=True
         )
 
 

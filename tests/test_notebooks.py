@@ -3,7 +3,9 @@
 import ast
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -19,8 +21,15 @@ from tasks.files import digest
 from tasks.metrics import read_metrics
 from tasks.procfs import read_start_ticks
 from tests import notebooks as subject
+from tests.hub_server import (
+    READ,
+    HubServer,
+    hub_fixture,  # noqa: F401  (the fixture `hub`)
+)
 from tests.needs import lack
+from tests.tasks.check.test_fit import dense, put_headers
 from tests.tiny import save_dense_model, write_chats
+from tests.waiting import wait_for
 
 COLAB, WALK = "finetune_colab.ipynb", "walkthrough.ipynb"
 FINAL = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"}
@@ -144,6 +153,65 @@ def test_a_wrong_setting_ends_the_run_with_its_name_and_the_way_out(
     assert code == 1
     assert re.search(message, said.splitlines()[-1]), said
     assert not list((tmp_path / "drive").rglob("adapter_model.safetensors"))
+
+
+def on_hub(hub: HubServer) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
+
+def test_without_room_for_the_base_it_ends_before_the_download(inputs: dict[str, Any], tmp_path: Path, hub: HubServer):
+    name = "Qwen/Qwen1.5-110B-Chat"
+    put_headers(hub, name, *dense(name))
+    code, said = run({**inputs, "BASE_MODEL_ID": name}, tmp_path, **on_hub(hub))
+    assert code == 1 and "no GPU: choose one in Runtime > Change runtime type" in said
+    assert "CapacityError: tiny on no GPU: the host's memory, " in said
+    assert re.search(r"fits: no\nnothing that was tried fits", said)
+    assert not list((tmp_path / "drive").rglob("train.parquet"))
+
+
+@pytest.mark.slow
+def test_a_gated_base_asks_for_a_token_with_hidden_input_and_keeps_it_nowhere(
+    inputs: dict[str, Any], tmp_path: Path, hub: HubServer
+):
+    base = Path(inputs["BASE_MODEL_ID"])
+    hub.add_repo("model", "ada/base", {path.name: path.read_bytes() for path in base.iterdir()})
+    hub.repos["model", "ada/base"].gated = True
+    settings = {**inputs, "BASE_MODEL_ID": "ada/base", "MAX_STEPS": 2}
+    elsewhere = {"TATARA_MODELS": str(tmp_path / "models")}
+    ours, theirs = pty.openpty()
+    process = subject.start(COLAB, variables(settings, tmp_path, **on_hub(hub), **elsewhere), tmp_path / "said", theirs)
+    try:
+        wait_for(lambda: "Hugging Face token (hidden)" in (tmp_path / "said").read_text(), 60)
+        time.sleep(0.2)  # the prompt comes before the echo is off
+        os.write(ours, f"{READ}\n".encode())
+        code = process.wait(200)
+        shown = os.read(ours, 4096) if select.select([ours], [], [], 0)[0] else b""  # what a terminal echoes
+    finally:
+        process.kill()
+        os.close(theirs)
+        os.close(ours)
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert "a Hugging Face token is needed: model ada/base@main" in said
+    assert READ not in said and READ.encode() not in shown
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and READ.encode() in path.read_bytes()]
+    assert written == []
+    assert list((tmp_path / "models").glob("*/model.safetensors"))
+    assert not list((tmp_path / "drive/tiny/base").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_stop_button_leaves_a_checkpoint_of_the_step_that_ran(inputs: dict[str, Any], tmp_path: Path):
+    project = tmp_path / "drive/tiny"
+    settings = {**inputs, "MAX_STEPS": NUM_STEPS, "SAVE_STEPS": NUM_STEPS}
+    kernel = subject.start(COLAB, variables(settings, tmp_path), tmp_path / "said.log")
+    folder = wait_for_step(project, 7)
+    kernel.send_signal(signal.SIGINT)
+    assert kernel.wait(60) != 0
+    reached = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert 7 <= reached < NUM_STEPS
+    assert is_complete(folder / f"checkpoints/checkpoint-{reached}")
+    assert read_start_ticks(json.loads((folder / "process.json").read_text())["pid"]) is None
 
 
 @pytest.fixture(scope="module")
