@@ -5,6 +5,7 @@
     tatara services ACTION          start | stop | restart | status of vLLM and the gateway
     tatara blocks                   register the block types with the Prefect server
     tatara recipe NAME              print a resolved recipe as JSON
+    tatara fit RECIPE               whether its training fits this machine, or one of --gpu-gb
     tatara traces ACTION            tail | stats | export | dead: look into the trace queue
     tatara provenance ID            from an answer to its data rows, from a row to the models it went into
 
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("blocks", help="register the block types")
     recipe = commands.add_parser("recipe", help="print a resolved recipe")
     recipe.add_argument("name")
+    _add_fit(commands, arguments)
     _add_traces(commands, arguments)
     _add_provenance(commands, arguments)
     options = parser.parse_args(arguments)
@@ -107,6 +109,21 @@ def _recipe(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_fit(commands: Any, arguments: list[str] | None) -> None:  # Any: argparse's own private class
+    """Add `fit`; its words are loaded only when they are asked for, as those below."""
+    parser = commands.add_parser("fit", help="whether a recipe's training fits a machine")
+    if "fit" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.fit import add_arguments
+
+        add_arguments(parser)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from deployments.fit import run
+
+    return run(options)
+
+
 def _add_traces(commands: Any, arguments: list[str] | None) -> None:  # Any: argparse's own private class
     """Add `traces`; its actions are loaded (0.4 s) only when they are asked for."""
     parser = commands.add_parser("traces", help="look into the trace queue")
@@ -143,6 +160,7 @@ _COMMANDS = {
     "services": _services,
     "blocks": _blocks,
     "recipe": _recipe,
+    "fit": _fit,
     "traces": _traces,
     "provenance": _provenance,
 }

@@ -28,7 +28,14 @@ from tasks.specs import (
     change,
 )
 
-RecipeName = Literal["tiny", "gptoss20b_lora_h100", "gptoss20b_experts_h100", "qwen_qlora_16gb"]
+RecipeName = Literal[
+    "tiny",
+    "gptoss20b_lora_h100",
+    "gptoss20b_experts_h100",
+    "qwen_qlora_16gb",
+    "qwen14b_qlora_16gb",
+    "qwen110b_qlora_80gb",
+]
 PretrainName = Literal["tiny", "compact_1b4"]
 F = TypeVar("F")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -126,6 +133,31 @@ def qwen_qlora_16gb() -> Recipe:
     )
 
 
+def qwen14b_qlora_16gb() -> Recipe:
+    """The same for 14 B, whose weights leave room for 2,048 tokens at a time on 16 GB."""
+    return change(
+        qwen_qlora_16gb(),
+        {"base": {"model": "Qwen/Qwen2.5-14B-Instruct"}, "serve": {"served_model_name": "qwen2.5-14b"}},
+    )
+
+
+def qwen110b_qlora_80gb() -> Recipe:
+    """A dense model of the 100 B class by QLoRA on one 80 GB GPU: a template, adapters on the last eight layers only.
+
+    Ask `tatara fit` first. A mixture of experts can't be tuned like this: bitsandbytes makes Linear layers small, not
+    the 3-D experts that such a model is made of.
+    """
+    last_layers = tuple(f"{layer}.self_attn.{name}" for layer in range(72, 80) for name in ("q_proj", "v_proj"))
+    return change(
+        qwen_qlora_16gb(),
+        {
+            "base": {"model": "Qwen/Qwen1.5-110B-Chat"},
+            "train": {"lora": {"target_modules": last_layers}, "num_epochs": 1, "save_steps": 10},
+            "serve": {"served_model_name": "qwen1.5-110b"},
+        },
+    )
+
+
 def pretrain_tiny() -> PretrainSpec:
     """53 M parameters, nearly all of them the true vocabulary; learns the shipped corpus in a minute or two."""
     return PretrainSpec(
@@ -197,6 +229,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
     "gptoss20b_experts_h100": gptoss20b_experts_h100,
     "qwen_qlora_16gb": qwen_qlora_16gb,
+    "qwen14b_qlora_16gb": qwen14b_qlora_16gb,
+    "qwen110b_qlora_80gb": qwen110b_qlora_80gb,
 }
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {
     "tiny": pretrain_tiny,

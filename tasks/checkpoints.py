@@ -142,7 +142,9 @@ def link_folder(source: Path, target: Path) -> None:
             shutil.copytree(source, target, copy_function=os.link)
         except (OSError, shutil.Error):  # a disk without hard links
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target)
+            for name in files.list_files(source):  # not copytree, which fails where modes can't be set
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, target / name)
 
 
 def _all(folder: Path) -> list[Path]:

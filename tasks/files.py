@@ -8,6 +8,7 @@ The only module that writes small files; big ones (shards, checkpoints) stream t
 Ring: edge (disk only).  Units: bytes.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,21 +27,34 @@ from tasks.errors import CapacityError, CorruptError, MissingError
 _CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100 << 20  # the limit that the safetensors library itself sets
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What a file system that lacks a call answers: Google Drive and other FUSE mounts know no locks, modes or folder syncs.
+UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK, errno.EPERM})
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def where_supported() -> Iterator[None]:
+    """Run a call that only makes things safer; a file system that does not have it does without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with where_supported():
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's content durable, whoever wrote it."""
-    with path.open("rb") as handle:
+    """Make a file's content durable, whoever wrote it, where the file system can."""
+    with path.open("rb") as handle, where_supported():
         os.fsync(handle.fileno())
 
 
@@ -58,7 +72,8 @@ def aside(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600 files; a served model is read by others
+        with where_supported():
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600 files; a served model is read by others
         fsync_file(temporary)
         temporary.replace(path)
         fsync_folder(path.parent)
@@ -180,7 +195,7 @@ def lock_file(path: Path, what: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path` while the body runs; a second holder says so and waits.
 
     `what` is what the holder makes, for the log. The kernel releases the lock when the process dies, so a
-    SIGKILL never leaves one behind.
+    SIGKILL never leaves one behind. On a file system without locks nothing is held, and a warning says so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
@@ -189,7 +204,12 @@ def lock_file(path: Path, what: str = "") -> Iterator[None]:
         except BlockingIOError:
             logger.info("waiting for another run that makes %s", what or path)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            logger.warning("%s is on a disk without locks: run one session at a time there", path.parent)
         try:
             yield
         finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            with where_supported():
+                fcntl.flock(handle, fcntl.LOCK_UN)

@@ -63,13 +63,25 @@ def require_memory(needed_bytes: int, step: str, way_out: str) -> None:
 
 def list_gpus() -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES leaves us, in its order; none when nvidia-smi does not answer."""
-    query = "--query-gpu=uuid,name,memory.total,memory.free"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    return parse_gpus(_ask_gpus("uuid,name,memory.total,memory.free"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def old_gpus(capability: float) -> list[str]:
+    """Return `name (compute capability)` of each GPU of the machine that is older; a driver that can't tell has none.
+
+    Asked apart from the memory: drivers before 510 refuse the whole question.
+    """
+    rows = [line.rsplit(", ", 1) for line in _ask_gpus("name,compute_cap").splitlines()]
+    told = [(row[0], row[1]) for row in rows if len(row) == 2 and row[1].replace(".", "", 1).isdigit()]
+    return [f"{name} (compute capability {has})" for name, has in told if float(has) < capability]
+
+
+def _ask_gpus(columns: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(answer, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return ""
 
 
 def wait_for_gpu_memory(free_before: list[int], timeout_s: float = 30.0, tolerance_bytes: int = 1 << 30) -> str:

@@ -16,7 +16,6 @@ Ring: edge (Linux: /proc).  Units: seconds, bytes; start times are clock ticks s
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
@@ -255,7 +254,7 @@ def _try_lock(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}  # a disk without locks: the marker has to do
+        return error.errno in files.UNSUPPORTED  # a disk without locks: the marker has to do
     return True
 
 

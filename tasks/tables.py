@@ -8,7 +8,7 @@ Ring: edge (disk, Hub).
 
 import csv
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class HubRows:
     is_stream: bool
     knob: str
     columns: tuple[str, ...] = ()
+    check: Callable[[list[str]], None] = lambda names: None  # raises for columns that lack what is wanted
 
     @property
     def name(self) -> str:
@@ -134,6 +135,8 @@ def _open_hub(wanted: HubRows, hub: HfApi) -> Any:  # Any: datasets' iterables
     builder = load_dataset_builder(wanted.repo_id, wanted.config or None, revision=wanted.commit, token=hub.token)
     if builder.hash != wanted.commit:  # when the Hub fails, datasets falls back to whatever revision it has cached
         raise TransientError(f"{wanted.name}: the Hub failed, and the cache holds {builder.hash} instead")
+    if builder.info.features:  # what its card or its files tell before a row is downloaded
+        wanted.check(list(builder.info.features))
     if not wanted.is_stream:
         builder.download_and_prepare()
     rows: Any = (builder.as_streaming_dataset if wanted.is_stream else builder.as_dataset)(split=wanted.split)

@@ -77,6 +77,26 @@ def make_base(store: ArtifactStore, folder: Path) -> BaseCheckpoint:
     return fetch_base(BaseModelSpec(model=str(save_model(folder))), store, HfApi(token=False))
 
 
+def save_dense_model(folder: Path) -> Path:
+    """Save a random dense model of two layers with the same tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(
+        **sizes,
+        vocab_size=262,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=257,
+        pad_token_id=261,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_chats(path: Path, count: int) -> Path:
     """Write `count` short single-turn chats as JSONL."""
     rows = [

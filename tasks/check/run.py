@@ -27,9 +27,9 @@ from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import PretrainSpec, Recipe, Spec
-from tasks.train.needs import choose_attention, say_needs
+from tasks.train.needs import choose_attention, require_quantizable, say_needs
 from tasks.train.plan import Workload, plan_step
-from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory
+from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, say_slow_dtype
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -60,6 +60,7 @@ def check_recipe(
         lambda: _check_fit(recipe, facts),
         lambda: _check_room(recipe, store, facts),
         lambda: _check_memory(recipe, store, facts),
+        lambda: say_slow_dtype(recipe.train),
     ]
     return _run_all([*checks, *_late_checks(recipe, store, hub, host)])
 
@@ -131,6 +132,7 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
             "server to score whole rows and to add one token: raise max_model_len or lower PackSpec.row_tokens"
         )
     choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(list_gpus()))
+    require_quantizable(facts[0].config, recipe.train)
     if stored := facts[0].config.get("quantization_config"):
         require_mxfp4(stored)
     return f"adapter: {len(targets)} weights, {sum(target.num_trainable for target in targets):,} trainable"

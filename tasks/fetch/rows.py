@@ -3,7 +3,9 @@
 Ring: pure.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any
@@ -41,6 +43,21 @@ def required_columns(spec: FetchSpec) -> tuple[str, ...]:
     if spec.question_column:
         return (spec.question_column, spec.answer_column)
     return (spec.messages_column,)
+
+
+def require_columns(names: Sequence[str], spec: FetchSpec, doing: str) -> None:
+    """Raise DataError when a table has no column of the name that is asked for.
+
+    >>> require_columns(["id", "text"], FetchSpec(source="x/y", text_column="txt"), "data set x/y")
+    Traceback (most recent call last):
+    ...
+    tasks.errors.DataError: data set x/y has no column 'txt': did you mean text? It has id, text
+    """
+    for wanted in required_columns(spec):
+        if wanted not in names:
+            near = ", ".join(get_close_matches(wanted, names, n=2, cutoff=0.5))
+            hint = f"did you mean {near}? It" if near else "it"
+            raise DataError(f"{doing} has no column {wanted!r}: {hint} has {', '.join(names)}")
 
 
 def read_row(row: dict[str, Any], spec: FetchSpec) -> dict[str, Any]:  # Any: whatever the source holds

@@ -8,6 +8,7 @@ Ring: edge.
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -146,9 +147,11 @@ def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseChe
     )
     key = make_key("fetch-base", VERSION, spec, pins)
     with store.claim(BaseCheckpoint, key) as claim:
-        if claim.found and Path(claim.found.model_folder).is_dir():
+        if claim.found and _is_whole(claim.found, store):
             return claim.found
-        model_folder = local or check_model_folder(_download(spec.model, pins["commit"], claim.folder, hub))
+        model_folder = local or check_model_folder(
+            _download(spec.model, pins["commit"], download_folder(key, store), hub)
+        )
         digests = _digest_model(model_folder)
         artifact = BaseCheckpoint(
             key=key,
@@ -161,6 +164,24 @@ def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseChe
         sizes = {name: (model_folder / name).stat().st_size for name in digests}
         about = {"digests": digests, "sizes": sizes, "stamp": files.stamp(model_folder)}
         return claim.commit(artifact, spec=spec, about=about)
+
+
+def _is_whole(base: BaseCheckpoint, store: ArtifactStore) -> bool:
+    """Say whether each file of a base is where its manifest says: it may have been on a disk that is gone."""
+    folder, about = Path(base.model_folder), (store.manifest(BaseCheckpoint, base.key) or {}).get("about", {})
+    present = files.list_files(folder)
+    return folder.is_dir() and all(present.get(name) == size for name, size in about.get("sizes", {}).items())
+
+
+def download_folder(key: str, store: ArtifactStore) -> Path:
+    """Return where a Hub base is downloaded to: its artifact's folder, or below TATARA_MODELS.
+
+    The second is for a TATARA_HOME on a small or slow disk (Google Drive): what was trained stays there, 15 GB that can
+    be downloaded again do not.
+    """
+    if elsewhere := os.environ.get("TATARA_MODELS"):
+        return Path(elsewhere).expanduser().resolve() / key[:16]
+    return store.folder(BaseCheckpoint, key) / "model"
 
 
 def local_folder(spec: BaseModelSpec) -> Path | None:
@@ -219,14 +240,13 @@ def download_bytes(repo_id: str, commit: str, hub: HfApi) -> int:
 def downloaded_bytes(spec: BaseModelSpec, commit: str, store: ArtifactStore) -> int:
     """Return the disk that an interrupted download of a Hub model takes already; it goes on from there."""
     key = make_key("fetch-base", VERSION, spec, {"commit": commit})
-    return sum(files.list_files(store.folder(BaseCheckpoint, key) / "model").values())
+    return sum(files.list_files(download_folder(key, store)).values())
 
 
-def _download(repo_id: str, commit: str, folder: Path, hub: HfApi) -> Path:
+def _download(repo_id: str, commit: str, target: Path, hub: HfApi) -> Path:
     """Download a snapshot; an interrupted one goes on where it was."""
-    target = folder / "model"
     here = sum(files.list_files(target).values())
-    files.require_disk(folder, max(0, download_bytes(repo_id, commit, hub) - here), f"downloading {repo_id}")
+    files.require_disk(target, max(0, download_bytes(repo_id, commit, hub) - here), f"downloading {repo_id}")
     with hub_errors(f"base model {repo_id}@{commit[:8]}"):
         hub.snapshot_download(  # the client's own: it keeps its endpoint and token
             repo_id,

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from tasks import files
 from tasks.errors import MissingError, SpecError, TataraError, TransientError
-from tasks.fetch.rows import Read, RejectedRowError, Row, is_validation_row, read_row
+from tasks.fetch.rows import Read, RejectedRowError, Row, is_validation_row, read_row, require_columns
 from tasks.hub import pin_commit
 from tasks.specs import FetchSpec
 from tasks.tables import TABLE_SUFFIXES, HubRows, read_file, read_hub
@@ -76,6 +76,7 @@ def _read(split: str, where: str, found: Row | str, spec: FetchSpec, *, is_split
 
 
 def _hub_rows(spec: FetchSpec, split: str, commit: str) -> HubRows:
+    name = f"data set {spec.source}@{commit[:8]} split {split!r}"
     return HubRows(
         repo_id=spec.source,
         config=spec.config,
@@ -83,6 +84,7 @@ def _hub_rows(spec: FetchSpec, split: str, commit: str) -> HubRows:
         commit=commit,
         is_stream=spec.max_rows > 0,
         knob="FetchSpec.source",
+        check=lambda columns: require_columns(columns, spec, name),
     )
 
 

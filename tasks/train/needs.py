@@ -93,6 +93,17 @@ def require_aligned(config: Config, spec: TrainSpec) -> None:
         raise SpecError(f"the base has {odd}, but in {spec.dtype} its experts are trained in multiples of {step} only")
 
 
+def require_quantizable(config: Config, spec: TrainSpec) -> None:
+    """Raise SpecError for a base that is stored quantised and is to be quantised again: transformers takes one only."""
+    stored = config.get("quantization_config")
+    if stored and spec.quantization != "none":
+        raise SpecError(
+            f"TrainSpec.quantization = {spec.quantization} (USE_4BIT) but the base is stored as "
+            f"{stored.get('quant_method')}: set it to none (False), which trains on it unpacked, or name a base in "
+            "bfloat16"
+        )
+
+
 def uses_fused_kernels(config: Config, spec: TrainSpec) -> bool:
     """Say whether our kernels run below this model: gpt-oss, unless the recipe says stock.
 

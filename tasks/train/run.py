@@ -37,6 +37,7 @@ from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 3  # 3: validation losses are means over tokens
 TRAINER = "tasks.train.worker"
+_BFLOAT16_SINCE = 8.0  # compute capability: Ampere; a T4 is 7.5
 logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free, before memory is looked at
 
@@ -59,6 +60,8 @@ def train_adapter(
             return claim.found
         require_warm(packed.num_train_rows, spec)
         make_room()
+        if slow := say_slow_dtype(spec):
+            logger.warning("%s", slow)
         placed = fit_processes(spec, available_processes(spec))  # the key stays that of the planned number
         if placed.num_processes != spec.num_processes:
             logger.info("%d processes instead of %d, same batch", placed.num_processes, spec.num_processes)
@@ -244,6 +247,14 @@ def _say_step(work: Workload, plan: StepPlan) -> str:
     if seconds is None:
         return said
     return f"{said}; about {seconds:.2f} s a step on {gpus[0].name}, {seconds * work.num_steps / 60:.0f} min in all"
+
+
+def say_slow_dtype(spec: TrainSpec) -> str:
+    """Say that this machine's GPU only imitates the recipe's dtype, and the way out; "" when it does not."""
+    old = machine.old_gpus(_BFLOAT16_SINCE) if spec.dtype == "bfloat16" else []
+    if not old:
+        return ""
+    return f"{old[0]} computes bfloat16 by imitation, many times slower: set TrainSpec.dtype to float32 there"
 
 
 def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:

@@ -31,6 +31,7 @@ TABLE: list[tuple[str, str]] = [
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
     (r"deployments/provenance/\w+\.py", r"deployments\.provenance\.\w+|tasks\.traces\.(?!task$)\w+|tasks\.(artifacts|errors|files)"),  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
+    (r"deployments/fit\.py", r"blocks\.opening|flows\.recipes|tasks\.check\.fit|tasks\.(errors|machine|specs)"),  # asks before Prefect  # noqa: E501
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
     (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|environment|errors|files|processes|procfs|specs)"),  # noqa: E501

@@ -2,6 +2,8 @@
 production one.
 """
 
+import re
+
 import pytest
 
 from tasks.artifacts import HealthReport, PublishedModel
@@ -9,6 +11,7 @@ from tasks.errors import AttestationError
 from tasks.serve.run import serve_model
 from tasks.verify.client import post_json
 from tasks.verify.run import verify_model
+from tests import notebooks
 from tests.flows.conftest import Line
 
 pytestmark = pytest.mark.timeout(900)
@@ -20,6 +23,17 @@ def test_the_served_endpoint_agrees_with_the_files_and_beats_the_base(verified: 
     assert abs(report.served_logprob - report.merged_logprob) < 1e-3
     assert report.served_logprob > report.base_logprob + 0.02
     assert report.answer
+
+
+def test_the_walkthrough_notebook_tells_it(verified: Line):
+    code, said = notebooks.run("walkthrough.ipynb", verified.env, verified.folder / "walk.log")
+    assert code == 0, said
+    report = verified.store.committed(HealthReport)[-1]
+    assert f"served_logprob  {report.served_logprob}" in said and "passed          True" in said
+    kinds = ["base", "dataset", "packed", "adapter", "merged", "published", "served", "health"]
+    assert [row.split()[0] for row in said.splitlines() if " s  " in row] == kinds
+    assert re.search(r"\d+ of \d+ tensors changed\n +[\d.]+  model\.layers\.0\.", said)
+    assert re.search(r"[1-9]\d* traces wait in the queue\n[0-9a-f-]{36}  /v1/\S+  ok  ", said)
 
 
 def ask_vllm(line: Line, path: str, body: dict) -> dict:

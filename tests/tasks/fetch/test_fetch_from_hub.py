@@ -304,3 +304,35 @@ def test_a_failing_hub_never_yields_another_revisions_rows(hub: HubServer, tmp_p
         rule.times = 0
     new = in_a_process(hub, tmp_path, fetch)
     assert new["train"][0]["messages"][1]["content"] == "new" and new["revision"] != old["revision"]
+
+
+def test_a_base_may_lie_elsewhere_and_comes_again_when_that_disk_is_gone(
+    store: ArtifactStore, hub: HubServer, model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Colab: TATARA_HOME is on Drive, the base on the machine's own disk, which the next session does not have."""
+    hub.add_repo("model", BASE, model)
+    monkeypatch.setenv("TATARA_MODELS", str(tmp_path / "models"))
+    first = fetch_base(SPEC, store, client(hub))
+    folder = Path(first.model_folder)
+    assert tmp_path / "models" in folder.parents and not list(store.root.rglob("*.safetensors"))
+    assert downloaded_bytes(SPEC, first.origin.rpartition("@")[2], store) == sum(map(len, model.values()))
+    hub.requests.clear()
+    assert fetch_base(SPEC, store, client(hub)) == first and downloads(hub) == []
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(b"half")  # a session that was cut in its download
+    assert fetch_base(SPEC, store, client(hub)) == first
+    assert shard.read_bytes() == model[shard.name]
+    monkeypatch.setenv("TATARA_MODELS", str(tmp_path / "another machine"))
+    again = fetch_base(SPEC, store, client(hub))
+    assert (again.key, again.model_digest) == (first.key, first.model_digest)
+    assert {path.name: path.read_bytes() for path in Path(again.model_folder).iterdir()} == model
+
+
+def test_a_column_that_is_not_there_is_said_before_the_download(hub: HubServer, tmp_path: Path):
+    card = "---\ndataset_info:\n  features:\n  - name: q\n    dtype: string\n  - name: a\n    dtype: string\n---\n"
+    rows = as_jsonl([{"q": "q", "a": "a"}])
+    hub.add_repo("dataset", "ada/rows", {"README.md": card.encode(), "train.jsonl": rows, "test.jsonl": rows})
+    values = {"source": "ada/rows", "text_column": "qq"}
+    said = in_a_process(hub, tmp_path, f"said = show({values!r}, {READ!r})")
+    assert said["error"] == "DataError" and "has no column 'qq': did you mean q? It has q, a" in said["message"]
+    assert not [path for method, path in hub.requests if method == "GET" and path.endswith(".jsonl")]

@@ -11,7 +11,7 @@ from tasks.fetch.run import fetch_base, fetch_dataset
 from tasks.pack.run import pack_dataset
 from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, PackSpec, TrainSpec
 from tests.tasks.train import runs
-from tests.tiny import byte_tokenizer, write_chats
+from tests.tiny import save_dense_model, write_chats
 
 SPEC = TrainSpec(
     lora=LoraSpec(rank=4, alpha=8, dropout=0.05, target_modules=("q_proj", "v_proj")),
@@ -23,13 +23,7 @@ SPEC = TrainSpec(
 
 
 def make_job(folder: Path) -> dict[str, object]:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=262, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=261, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
+    save_dense_model(folder / "base")
     store, hub = ArtifactStore(folder / "home"), HfApi(token=False)
     base = fetch_base(BaseModelSpec(model=str(folder / "base")), store, hub)
     source = FetchSpec(source=str(write_chats(folder / "chats.jsonl", 60)), validation_pct=20)

@@ -1,0 +1,175 @@
+"""Whether a recipe fits, from config and headers alone: true shapes of published models, none of their weights."""
+
+import json
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from deployments import cli
+from flows.recipes import resolve
+from tasks.check import fit as subject
+from tasks.errors import CapacityError, MissingError, SpecError
+from tasks.specs import Recipe, change
+from tests.hub_server import (
+    READ,
+    HubServer,
+    hub_fixture,  # noqa: F401  (the fixture `hub`)
+)
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+SIZES = {  # layers, hidden, inner, heads, key heads, vocabulary: config.json of each
+    "Qwen/Qwen2.5-7B-Instruct": (28, 3584, 18944, 28, 4, 152064),
+    "Qwen/Qwen2.5-14B-Instruct": (48, 5120, 13824, 40, 8, 152064),
+    "Qwen/Qwen1.5-110B-Chat": (80, 8192, 49152, 64, 8, 152064),
+}
+PUBLISHED = {  # parameters, as the model cards say
+    "Qwen/Qwen2.5-7B-Instruct": 7.6e9,
+    "Qwen/Qwen2.5-14B-Instruct": 14.8e9,
+    "Qwen/Qwen1.5-110B-Chat": 111.2e9,
+    "openai/gpt-oss-120b": 116.8e9,
+}
+
+
+def dense(name: str) -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors of a Qwen2."""
+    layers, hidden, inner, heads, keys, vocabulary = SIZES[name]
+    wide = hidden // heads * keys
+    linear = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (wide, hidden)}
+    linear |= {"self_attn.v_proj": (wide, hidden), "self_attn.o_proj": (hidden, hidden)}
+    linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    shapes: Shapes = {f"{part}.weight": ("BF16", (vocabulary, hidden)) for part in ("model.embed_tokens", "lm_head")}
+    for layer in range(layers):
+        for part, size in linear.items():
+            shapes[f"model.layers.{layer}.{part}.weight"] = ("BF16", size)
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary}
+    more = {"num_attention_heads": heads, "num_key_value_heads": keys, "max_position_embeddings": 32768}
+    return {"model_type": "qwen2", "dtype": "bfloat16", **sizes, **more}, shapes
+
+
+def gpt_oss_120b() -> tuple[dict[str, Any], Shapes]:
+    """Config and tensors as published: experts in MXFP4 blocks."""
+    shapes: Shapes = {f"{part}.weight": ("BF16", (201088, 2880)) for part in ("model.embed_tokens", "lm_head")}
+    attention = {"q_proj": (4096, 2880), "k_proj": (512, 2880), "v_proj": (512, 2880), "o_proj": (2880, 4096)}
+    for layer in range(36):
+        for part, size in attention.items():
+            shapes[f"model.layers.{layer}.self_attn.{part}.weight"] = ("BF16", size)
+        for part, rows in (("gate_up_proj", 5760), ("down_proj", 2880)):
+            shapes[f"model.layers.{layer}.mlp.experts.{part}_blocks"] = ("U8", (128, rows, 90, 16))
+            shapes[f"model.layers.{layer}.mlp.experts.{part}_scales"] = ("U8", (128, rows, 90))
+    sizes = {"num_hidden_layers": 36, "hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088}
+    more = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_experts_per_tok": 4}
+    stored = {"quantization_config": {"quant_method": "mxfp4"}, "max_position_embeddings": 131072}
+    return {"model_type": "gpt_oss", **sizes, **more, **stored}, shapes
+
+
+def put_headers(hub: HubServer, name: str, config: dict[str, Any], shapes: Shapes) -> None:
+    """Put a model on the Hub whose weights file ends with its header."""
+    header: dict[str, Any] = {}
+    end = 0
+    for tensor, (kind, size) in shapes.items():
+        begin, end = end, end + prod(size) * (1 if kind == "U8" else 2)
+        header[tensor] = {"dtype": kind, "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    weights = struct.pack("<Q", len(text)) + text
+    hub.add_repo("model", name, {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
+
+
+@pytest.fixture
+def client(hub: HubServer) -> HfApi:
+    for name in SIZES:
+        put_headers(hub, name, *dense(name))
+    put_headers(hub, "openai/gpt-oss-120b", *gpt_oss_120b())
+    return HfApi(endpoint=hub.url, token=READ)
+
+
+def fit_of(recipe: Recipe, client: HfApi, gb: float, count: int = 1) -> subject.Fit:
+    return subject.estimate_fit(recipe, None, client, subject.imagine_gpus(gb, count))
+
+
+@pytest.mark.parametrize(
+    ("name", "gb"), [("qwen_qlora_16gb", 16), ("qwen14b_qlora_16gb", 16), ("qwen110b_qlora_80gb", 80)]
+)
+def test_a_recipe_fits_the_card_that_it_is_named_after(client: HfApi, name: str, gb: float):
+    recipe = resolve(name)
+    fit = fit_of(recipe, client, gb)
+    weights = sum(map(prod, fit.base.shapes.values()))
+    assert weights == pytest.approx(PUBLISHED[recipe.base.model], rel=0.01)
+    assert fit.fits and fit.needed_bytes < gb * 1e9
+    assert fit.plan.num_rows == recipe.train.rows_per_device * recipe.train.gradient_accumulation
+    said = subject.say_fit(fit, name)
+    assert f"{weights / 1e9:.1f} billion parameters as nf4, embeddings and head in bfloat16" in said
+    assert f"GPU        = {fit.needed_bytes / 1e9:.1f} GB of {gb:.1f} GB" in said and said.endswith("fits: yes")
+
+
+def test_the_parts_are_those_of_the_shapes(client: HfApi):
+    """7 B: 6.525 billion Linear weights in 0.52 bytes, 1.09 billion around them in two, 16 bytes an adapter weight."""
+    needs = fit_of(resolve("qwen_qlora_16gb"), client, 16).needs
+    assert needs["weights"] == pytest.approx(0.52 * 6.525e9 + 2 * 1.090e9, rel=1e-3)
+    assert needs["adapter and optimizer"] == 16 * 28 * 64 * (3584 + 3584 + 3584 + 512)
+
+
+def test_gpt_oss_120b_is_told_for_what_it_is(client: HfApi):
+    """Its experts are unpacked to bfloat16: 234 GB, whatever is asked of the rest."""
+    recipe = change(resolve("gptoss20b_lora_h100"), {"base": {"model": "openai/gpt-oss-120b"}})
+    fit = fit_of(recipe, client, 80)
+    assert sum(map(prod, fit.base.shapes.values())) == pytest.approx(PUBLISHED["openai/gpt-oss-120b"], rel=0.01)
+    said = subject.say_fit(fit, "gptoss20b_lora_h100")
+    assert not fit.fits and "GPU        weights 233." in said and "as bfloat16, unpacked from MXFP4" in said
+    ways = said.partition("fits: no\n")[2]
+    assert "on 8 such GPUs with train.num_processes = 8, parallel = fsdp2: " in ways and "nf4" not in ways
+    assert ways.strip().endswith("and 1868.4 GB of host memory to load it")  # eight copies while it is unpacked
+    shared = change(recipe, {"train": {"num_processes": 8, "parallel": "fsdp2"}})
+    assert fit_of(shared, client, 80, 8).fits
+    assert "host       1868." in subject.say_fit(fit_of(shared, client, 80, 8), "x")  # 8 copies while it is unpacked
+    with pytest.raises(SpecError, match=r"nf4 \(USE_4BIT\) but the base is stored as mxfp4: set it to none \(False\)"):
+        fit_of(change(recipe, {"train": {"quantization": "nf4"}}), client, 80)
+
+
+def test_a_way_out_is_one_that_was_tried(client: HfApi):
+    plain = change(resolve("qwen_qlora_16gb"), {"train": {"quantization": "none"}})
+    fit = fit_of(plain, client, 16)
+    assert not fit.fits
+    ways = subject.say_ways_out(fit)
+    assert ways[0].startswith("would fit with train.quantization = nf4: ")
+    assert not [way for way in ways if "row_tokens" in way]  # 15 GB of weights: no shorter row helps
+    assert fit_of(change(plain, {"train": {"quantization": "nf4"}}), client, 16).fits
+    long = change(resolve("qwen14b_qlora_16gb"), {"pack": {"row_tokens": 8192}})
+    [half, quarter] = subject.say_ways_out(fit_of(long, client, 16)) or ["", ""]
+    assert "pack.row_tokens = 4096" in half and "pack.row_tokens = 2048" in quarter
+    [none] = subject.say_ways_out(fit_of(resolve("qwen14b_qlora_16gb"), client, 8))
+    assert none.startswith("nothing that was tried fits") and "or a smaller base" in none
+    with pytest.raises(CapacityError, match=r"(?s)qwen on 1 x 8 GB GPU, 8\.0 GB free\n.*fits: no\nnothing that was"):
+        subject.require_fit(fit_of(resolve("qwen14b_qlora_16gb"), client, 8), "qwen")
+
+
+def test_without_a_gpu_the_host_has_to_hold_it(client: HfApi):
+    fit = subject.estimate_fit(resolve("qwen110b_qlora_80gb"), None, client, [])
+    said = subject.say_fit(fit, "x")
+    assert fit.room_bytes < 1e12 and "on no GPU: the host's memory" in said and "host       weights " in said
+
+
+def test_what_can_not_be_trained_at_all_is_an_error(client: HfApi):
+    recipe = resolve("qwen_qlora_16gb")
+    with pytest.raises(SpecError, match=r"row_tokens = 65536 but the base's context is 32768 .*MAX_SEQ_LENGTH"):
+        fit_of(change(recipe, {"pack": {"row_tokens": 65536}}), client, 16)
+    with pytest.raises(SpecError, match="'c_attn' hits nothing"):
+        fit_of(change(recipe, {"train": {"lora": {"target_modules": ("c_attn",)}}}), client, 16)
+    with pytest.raises(MissingError, match="Qwen/Qwen9"):
+        fit_of(change(recipe, {"base": {"model": "Qwen/Qwen9"}}), client, 16)
+
+
+def test_the_command_prints_it_and_its_status_is_the_answer(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert cli.main(["fit", "tiny", "--gpu-gb", "16"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tiny on 1 x 16 GB GPU, 16.0 GB free\nbase       pretrained ") and "fits: yes" in said
+    assert cli.main(["fit", "tiny", "--gpu-gb", "1"]) == 1
+    assert "fits: no\n" in capsys.readouterr().out
+    assert cli.main(["fit", "tiny", "--gpu-gb", "16", "--gpus", "2"]) == 0
+    assert "tiny on 2 x 16 GB GPU" in capsys.readouterr().out
+    for words, message in ((["--changes", "{x"], "is not JSON"), (["--gpus", "0", "--gpu-gb", "1"], "above 0")):
+        assert cli.main(["fit", "tiny", *words]) == 1
+        assert message in capsys.readouterr().err

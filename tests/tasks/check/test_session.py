@@ -1,0 +1,106 @@
+"""What a notebook's session settles: whether a token is needed, and one dtype for all sessions of a project."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+from flows.recipes import resolve, resolve_base
+from tasks.check import session as subject
+from tasks.errors import MissingError
+from tasks.specs import FetchSpec, Recipe, change
+from tests.hub_server import (
+    READ,
+    HubServer,
+    hub_fixture,  # noqa: F401  (the fixture `hub`)
+)
+
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+  *compute_cap*) echo "{name}, {capability}" ;;
+  *) echo "GPU-1, {name}, 15360, 15000" ;;
+esac
+"""
+
+
+@pytest.fixture
+def recipe(hub: HubServer) -> Recipe:
+    """A public base and public data, both on the Hub."""
+    hub.add_repo("model", "ada/base", {"config.json": b"{}"})
+    hub.add_repo("dataset", "ada/rows", {"train.jsonl": b"{}\n"})
+    return change(resolve("qwen_qlora_16gb"), {"base": {"model": "ada/base"}, "fetch": {"source": "ada/rows"}})
+
+
+def client(hub: HubServer, token: str | bool = False) -> HfApi:
+    return HfApi(endpoint=hub.url, token=token)
+
+
+def test_nothing_is_asked_for_where_all_is_public_or_here(recipe: Recipe, hub: HubServer):
+    assert subject.why_token(recipe, None, client(hub)) == ""
+    tiny = resolve("tiny")
+    hub.requests.clear()
+    assert subject.why_token(tiny, resolve_base(tiny), client(hub)) == ""
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "ada/base"), ("dataset", "ada/rows")])
+def test_a_gated_repo_needs_one(recipe: Recipe, hub: HubServer, kind: str, name: str):
+    hub.repos[kind, name].gated = True
+    reason = subject.why_token(recipe, None, client(hub))
+    assert name in reason
+    assert subject.why_token(recipe, None, client(hub, READ)) == ""  # there is one: what it may do is said later
+
+
+def test_publishing_needs_one(recipe: Recipe, hub: HubServer):
+    published = change(recipe, {"publish": {"repo_id": "me/it"}})
+    assert subject.why_token(published, None, client(hub)) == "publishing to me/it"
+
+
+def test_a_data_file_that_is_not_there_is_no_matter_of_a_token(recipe: Recipe, hub: HubServer):
+    with pytest.raises(MissingError, match=r"no\.jsonl is not there"):
+        subject.why_token(recipe.model_copy(update={"fetch": FetchSpec(source="no.jsonl")}), None, client(hub))
+
+
+def use_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, capability: str) -> None:
+    """Let nvidia-smi, which is not ours, tell of another GPU."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text(NVIDIA_SMI.format(name=name, capability=capability))
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_an_old_gpu_trains_in_float32_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    use_gpu(tmp_path / "bin", monkeypatch, "Tesla T4", "7.5")
+    settled = subject.settle_dtype(resolve("qwen_qlora_16gb"), tmp_path / "out")
+    assert settled.train.dtype == "float32"
+    assert "Tesla T4 (compute capability 7.5) computes bfloat16 by imitation" in caplog.text
+    use_gpu(tmp_path / "bin", monkeypatch, "NVIDIA L4", "8.9")
+    assert subject.settle_dtype(resolve("qwen_qlora_16gb"), tmp_path / "new").train.dtype == "bfloat16"
+    use_gpu(tmp_path / "bin", monkeypatch, "Old", "[N/A]")  # a driver that can't tell
+    assert subject.settle_dtype(resolve("qwen_qlora_16gb"), tmp_path / "third").train.dtype == "bfloat16"
+
+
+def test_the_next_session_goes_on_in_the_first_ones_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The dtype is in the adapter's key: another one would begin anew, and Colab gives what GPU it has."""
+    recipe = resolve("qwen_qlora_16gb")
+    for first, second, dtype in (("7.5", "8.9", "float32"), ("8.9", "7.5", "bfloat16")):
+        folder = tmp_path / first
+        use_gpu(tmp_path / "bin", monkeypatch, "first", first)
+        begun = subject.settle_dtype(recipe, folder)
+        use_gpu(tmp_path / "bin", monkeypatch, "second", second)
+        assert subject.settle_dtype(recipe, folder) == begun
+        assert begun.train.dtype == dtype
+        assert json.loads((folder / "recipe.json").read_text())["resolved"]["train"]["dtype"] == dtype
+    other = change(recipe, {"train": {"lora": {"rank": 2}}})  # other settings: nothing to go on with
+    assert subject.settle_dtype(other, tmp_path / "7.5").train.dtype == "float32"
+    use_gpu(tmp_path / "bin", monkeypatch, "third", "8.0")
+    assert subject.settle_dtype(recipe, tmp_path / "7.5").train.dtype == "bfloat16"
+
+
+def test_a_torn_recipe_is_written_again(tmp_path: Path):
+    (tmp_path / "recipe.json").write_text('{"resolved": {"train"')
+    subject.settle_dtype(resolve("tiny"), tmp_path)
+    assert json.loads((tmp_path / "recipe.json").read_text())["resolved"]["train"]["dtype"] == "float32"
