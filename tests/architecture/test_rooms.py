@@ -36,7 +36,7 @@ TABLE: list[tuple[str, str]] = [
     (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|environment|errors|files|processes|procfs|specs)"),  # noqa: E501
 ]  # fmt: skip
 PURE_MAY = (
-    r"tasks\.(artifacts|environment|specs|errors)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
+    r"tasks\.(artifacts|environment|specs|errors|pictures)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
     r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked|deployments\.provenance\.lineage"
 )
 IMPURE = {
