@@ -7,6 +7,7 @@
     tatara recipe NAME              print a resolved recipe as JSON
     tatara traces ACTION            tail | stats | export | dead: look into the trace queue
     tatara provenance ID            from an answer to its data rows, from a row to the models it went into
+    tatara generate --prompt TEXT   what a model says, token by token: from its files, or from an endpoint
 
 Ring: edge. Exit status: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage.
 """
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe.add_argument("name")
     _add_traces(commands, arguments)
     _add_provenance(commands, arguments)
+    _add_generate(commands, arguments)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -136,6 +138,20 @@ def _provenance(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _add_generate(commands: Any, arguments: list[str] | None) -> None:  # Any: as above
+    parser = commands.add_parser("generate", help="what a model says, token by token")
+    if "generate" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.generate.command import add_arguments
+
+        add_arguments(parser)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from deployments.generate.command import run
+
+    return run(options)
+
+
 _COMMANDS = {
     "demo": _demo,
     "up": _up,
@@ -145,6 +161,7 @@ _COMMANDS = {
     "recipe": _recipe,
     "traces": _traces,
     "provenance": _provenance,
+    "generate": _generate,
 }
 
 if __name__ == "__main__":

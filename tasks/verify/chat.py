@@ -13,7 +13,7 @@ from tasks.artifacts import ServedModel
 from tasks.errors import AttestationError, CorruptError, ServiceError
 from tasks.specs import VerifySpec
 from tasks.verify import contract
-from tasks.verify.client import post_json, stream_chat, text_of
+from tasks.verify.client import post_json, stream_choices, text_of
 
 Json = dict[str, Any]  # Any: JSON values
 
@@ -40,7 +40,7 @@ def ask(served: ServedModel, spec: VerifySpec, folder: Path) -> tuple[Json, Atte
     seconds = time.monotonic() - start
     if "tatara" in reply:  # the gateway marks what vLLM did not say
         raise ServiceError(f"{url} was answered by {reply['tatara']}, not by vLLM: unset LITE_CANNED and LITE_MODEL")
-    choices = list(stream_chat(url, body, spec.request_timeout_s))
+    choices = list(stream_choices(url, body, spec.request_timeout_s))
     pieces = [(when, text) for when, choice in choices if (text := text_of(choice.get("delta") or {}))]
     answer = text_of(reply["choices"][0]["message"])
     streamed = "".join(text for _, text in pieces)

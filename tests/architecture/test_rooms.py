@@ -30,6 +30,7 @@ TABLE: list[tuple[str, str]] = [
     (r"blocks/\w+\.py", r"blocks\.\w+"),
     (r"deployments/gateway/\w+\.py", r"deployments\.gateway.*|tasks\.traces\.(?!task$|run$|\w+_sink$|calls$)\w+|tasks\.(errors|files)"),  # noqa: E501
     (r"deployments/provenance/\w+\.py", r"deployments\.provenance\.\w+|tasks\.traces\.(?!task$)\w+|tasks\.(artifacts|errors|files)"),  # noqa: E501
+    (r"deployments/generate/\w+\.py", r"deployments\.generate\.\w+|deployments\.lite\.said|flows\.recipes|tasks\.(artifacts|environment|errors|files|models|pictures)|tasks\.pretrain\.found|tasks\.verify\.client"),  # finds as the flows do, asks as verify does  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
