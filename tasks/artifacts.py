@@ -84,6 +84,22 @@ class PretrainedModel(BaseCheckpoint):
     last_loss: float
 
 
+class TokenizedCorpus(Artifact):
+    """What a model is pretrained on: `tokens.bin`, `document_ends.bin` and `tokenizer/`.
+
+    `tokens.bin` holds ids of `dtype`, `document_ends.bin` the int64 offset behind each document's last token; both
+    little-endian. `pins` are what the names of corpus and tokenizer meant: digests of files, commits of the Hub.
+    """
+
+    kind: ClassVar[str] = "corpus"
+    source: str
+    pins: dict[str, str]
+    dtype: str  # "uint16" or "uint32"
+    vocab_size: int  # ids of the tokenizer; the model may have more
+    num_documents: int
+    num_tokens: int
+
+
 class FetchedDataset(Artifact):
     """`train.parquet`, `validation.parquet` of conversations or texts, and `rejected.jsonl`."""
 
@@ -232,6 +248,7 @@ KINDS: dict[str, type[Artifact]] = {
     cls.kind: cls
     for cls in (
         BaseCheckpoint,
+        TokenizedCorpus,
         PretrainedModel,
         FetchedDataset,
         PackedDataset,

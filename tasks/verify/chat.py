@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 
 from tasks.artifacts import ServedModel
 from tasks.errors import AttestationError, CorruptError, ServiceError
+from tasks.gptoss.tokenizer import can_chat
 from tasks.specs import VerifySpec
 from tasks.verify import contract
 from tasks.verify.client import post_json, stream_choices, text_of
+from tasks.verify.completions import ask_completions
 
 Json = dict[str, Any]  # Any: JSON values
 
@@ -25,8 +27,11 @@ def ask(served: ServedModel, spec: VerifySpec, folder: Path) -> tuple[Json, Atte
         served: the live endpoint.
         spec: the question.
         folder: the merged model's, whose tokenizer and template count.
+    A gpt-oss with a vocabulary of its own is asked by completions: vLLM can't chat with it.
     Raises: ServiceError when nothing is said.
     """
+    if not can_chat(folder):
+        return ask_completions(served, spec, folder)
     url = f"{served.gateway_url}/v1/chat/completions"
     messages = [{"role": "user", "content": spec.question}]
     body: Json = {

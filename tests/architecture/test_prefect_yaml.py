@@ -11,7 +11,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
 
 from deployments.orchestration import NUM_DEPLOYMENTS, POOLS, ROOT
-from tasks.specs import PretrainSpec, Recipe, Spec, _spec_of
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec, _spec_of
 
 TEXT = (ROOT / "prefect.yaml").read_text()
 FILE = yaml.safe_load(TEXT)
@@ -47,6 +47,7 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/qlora-16gb",
             "pretrain/tiny",
             "release/h100",
+            "release-base/compact-1b4",
             "publish/model",
             "evaluate/h100",
             "evaluate/tiny",
@@ -80,7 +81,7 @@ def _defaults(flow: Flow[..., Any]) -> dict[str, Any]:
 
 def test_gpu_work_goes_to_the_gpu_pool():
     pools = {_full_name(deployment): deployment["work_pool"]["name"] for deployment in DEPLOYMENTS}
-    assert pools == {name: "gpu" if "h100" in name or "16gb" in name else "local" for name in pools}
+    assert pools == {name: "gpu" if "h100" in name or "16gb" in name or "1b4" in name else "local" for name in pools}
 
 
 def test_drain_runs_every_5_minutes_one_at_a_time():
@@ -127,6 +128,7 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
         ("publish", "publish", Recipe, 60),
         ("evaluation", "evaluate", Recipe, 60),
         ("pretrain", "pretrain", PretrainSpec, 25),
+        ("release_base", "release_base", BaseRelease, 25),
     ],
 )
 def test_form_lists_every_field(module: str, flow: str, spec: type[Spec], least: int):
