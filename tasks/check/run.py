@@ -54,6 +54,7 @@ def check_recipe(
     """
     facts: list[BaseFacts] = []  # empty when the base can't be looked at: then that is the fault to say
     checks: list[Callable[[], str]] = [
+        lambda: _check_contract(recipe, pretraining),
         lambda: _check_data(recipe, hub),
         lambda: _look(recipe, pretraining, hub, facts),
         lambda: _check_fit(recipe, facts),
@@ -111,6 +112,18 @@ def _run_all(checks: list[Callable[[], str]]) -> list[str]:
 def _check_data(recipe: Recipe, hub: HfApi) -> str:
     """A Hub data set must be there; files are read: a bad row is said before a base is trained or downloaded."""
     return f"data: {survey_dataset(recipe.fetch, hub)}"
+
+
+def _check_contract(recipe: Recipe, pretraining: PretrainSpec | None) -> str:
+    """What is learnt must be what can be asked: vLLM reads every chat with a gpt-oss as harmony."""
+    if pretraining and pretraining.tokenizer != "gpt-oss" and not recipe.fetch.text_column:
+        raise SpecError(
+            f"FetchSpec gives chats, but the base {recipe.base.model} has a vocabulary of its own (tokenizer = "
+            f"{pretraining.tokenizer!r}), and vLLM reads each chat with a gpt-oss as harmony, so it would refuse them. "
+            "Tune it on plain text (FetchSpec.text_column), which /v1/completions serves, or pretrain it with "
+            "tokenizer='gpt-oss'"
+        )
+    return ""
 
 
 def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:

@@ -82,11 +82,11 @@ def _compare_whole(published: PublishedModel, found: dict[str, str], store: Arti
     sent = {name: digest for name, digest in found.items() if name not in BESIDE_MODEL and "/" not in name}
     if folder_digest(sent) != published.model_digest:
         made = _made(published, store)
-        why = f"{made.ref} has no digest of each file" if made else "the artifact that it was published from is gone"
+        why = f"{made.ref} tells no digest of each file" if made else "The artifact that it was published from is gone"
         raise CorruptError(
             f"the files of {published.model_folder} have the digest {folder_digest(sent)[:16]}..., the published model "
-            f"{published.model_digest[:16]}...; nothing was started. Which file differs is not known, since {why}: "
-            "make and publish it again"
+            f"{published.model_digest[:16]}...; nothing was started. {why}, so which file differs is not "
+            "known: make and publish it again"
         )
 
 

@@ -17,9 +17,10 @@ from tasks.specs import VerifySpec
 from tasks.verify.probes import Scores
 
 PROBE_TOKENS = 128
-# mean |served - files| of a token that rounding explains: ten times what vLLM's CPU build and transformers were apart
-# in float32 (2e-5 to 5e-4), once the largest single token in bfloat16 (0.12), where tokens go to other experts
-TOKEN_GAPS = {"float32": 0.005, "float16": 0.03, "bfloat16": 0.12}
+# mean |served - files| of a token that rounding explains: vLLM's CPU build and transformers were at most 5e-4 apart in
+# float32, at a single token; in bfloat16 0.12, where rounding sends tokens to other experts. In bfloat16 a neighbouring
+# checkpoint of the same training is not told apart by this, only by its files' digests
+TOKEN_GAPS = {"float32": 0.001, "float16": 0.03, "bfloat16": 0.12}
 
 
 def choose_spans(ends: Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -16,14 +16,18 @@ from huggingface_hub import HfApi
 
 from deployments.generate import local, remote
 from deployments.generate.wish import Told, Wish
-from flows.recipes import resolve_base_release
-from tasks.artifacts import ArtifactStore, HealthReport, PretrainedModel, PublishedModel, ServedModel
+from flows.recipes import resolve, resolve_base_release
+from tasks.artifacts import ArtifactStore, HealthReport, PretrainedModel, PublishedModel
 from tasks.errors import AttestationError, ServiceError
+from tasks.fetch.run import fetch_dataset
+from tasks.merge.run import merge_adapter
+from tasks.pack.run import pack_dataset
 from tasks.publish.run import publish_model
 from tasks.serve import services
 from tasks.serve.run import serve_model
 from tasks.serve.settings import ServiceSettings
-from tasks.specs import BaseRelease, PublishSpec
+from tasks.specs import BaseRelease, PublishSpec, change
+from tasks.train.run import train_adapter
 from tasks.verify.client import post_json
 from tasks.verify.run import verify_model
 from tests.flows.line import ROOT, need_vllm, serve_unchecked
@@ -50,7 +54,7 @@ class Released:
 
     @property
     def published(self) -> PublishedModel:
-        return self.store.committed(PublishedModel)[-1]
+        return self.store.committed(PublishedModel)[0]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
 
 
 def test_the_flow_proves_that_the_files_are_served_and_were_trained(released: Released):
-    report = released.store.committed(HealthReport)[-1]
+    report = released.store.committed(HealthReport)[0]
     assert report.passed and report.num_answers == 16 and report.num_greedy_tokens > 0
     assert abs(report.served_logprob - report.merged_logprob) < 1e-4 and report.token_gap < 1e-3
     assert report.served_logprob > report.base_logprob + 4  # random weights say log(1/512)
@@ -112,6 +116,31 @@ def test_generate_says_the_same_from_files_and_endpoint(released: Released):
     assert told.stopped_by == "eos"
 
 
+def test_it_can_be_tuned_on_plain_text_and_is_verified_by_completions(released: Released, tmp_path: Path):
+    """The line of `finetune` on a base whose tokenizer is not harmony's."""
+    texts = [f"{who} {what}" for who in ("Iron sand", "Charcoal") for what in ("is hot.", "burns at night.", "glows.")]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts * 8))
+    recipe = change(
+        resolve("tiny"),
+        {
+            "fetch": {"source": str(tmp_path / "texts.jsonl"), "text_column": "text", "validation_pct": 20},
+            "pack": {"row_tokens": 64},
+            "train": {"max_steps": 20, "warmup_steps": 2, "learning_rate": 3e-2, "save_steps": 20},
+            "serve": released.release.serve.model_dump(),
+            "verify": {"question": "Iron sand", "max_answer_tokens": 8, "may_break_format": False},
+        },
+    )
+    store, hub = released.store, HfApi(token=False)
+    packed = pack_dataset(fetch_dataset(recipe.fetch, store, hub), released.model, recipe.pack, store)
+    adapter = train_adapter(packed, released.model, recipe.train, store, lambda record: None)
+    published = publish_model(merge_adapter(adapter, recipe.merge, store), recipe.publish, store, hub)
+    served = serve_model(published, recipe.serve, store)
+    report = verify_model(served, recipe.verify, store, lambda report, about: None)
+    about = (store.manifest(HealthReport, report.key) or {})["about"]
+    assert report.passed and about["chat"]["contract"] == "completions"
+    assert report.served_logprob > report.base_logprob + 0.5
+
+
 def test_random_weights_in_its_place_are_refused(released: Released):
     """Served by a deploy that does not look at the files; then as what was published, faithfully."""
     random = make_pretrained(released.store, num_steps=0)
@@ -122,5 +151,4 @@ def test_random_weights_in_its_place_are_refused(released: Released):
     served = serve_model(published, released.release.serve, released.store)
     with pytest.raises(AttestationError, match="is no better than random weights of its shape"):
         verify_model(served, released.release.verify, released.store, lambda report, about: None)
-    assert [report.passed for report in released.store.committed(HealthReport)] == [True, False, False]
-    assert len(released.store.committed(ServedModel)) == 3
+    assert [report.passed for report in released.store.committed(HealthReport)[-2:]] == [False, False]
