@@ -85,19 +85,20 @@ def make_pretrained(store: ArtifactStore, num_steps: int = 60) -> PretrainedMode
             for step, loss in enumerate(losses, 1)
         ]
         (claim.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        digests = digest_files(folder)
         model = PretrainedModel(
             key=claim.key,
             folder=str(claim.folder),
             parents=(corpus.ref,),
             model_folder=str(folder),
             origin=f"pretrained {claim.key[:8]}",
-            model_digest=folder_digest(digest_files(folder)),
+            model_digest=folder_digest(digests),
             num_parameters=GptOssForCausalLM.from_pretrained(folder).num_parameters(),
             num_steps=spec.num_steps,
             first_loss=losses[0],
             last_loss=losses[-1],
         )
-        return claim.commit(model, spec=spec, about={"num_corpus_tokens": corpus.num_tokens})
+        return claim.commit(model, spec=spec, about={"num_corpus_tokens": corpus.num_tokens, "digests": digests})
 
 
 def _train(tokenizer: Any, spec: PretrainSpec, num_steps: int, folder: Path) -> list[float]:

@@ -62,17 +62,19 @@ def require_merged_files(published: PublishedModel, store: ArtifactStore) -> Non
     if not expected:
         _compare_whole(published, found, store)
         return
+    made = _made(published, store)
+    kind = made.kind if made else ""
     for name, digest in expected.items():
         if found.get(name) != digest:
-            what = f"has sha256 {found[name][:16]}..., merged was {digest[:16]}..." if name in found else "is missing"
+            what = f"has sha256 {found[name][:16]}..., {kind} was {digest[:16]}..." if name in found else "is missing"
             raise CorruptError(
-                f"{folder / name} is not the merged file: it {what}; nothing was started. Publish the merged model "
-                f"again (it is at {_made_folder(published, store)})"
+                f"{folder / name} is not the {kind} file: it {what}; nothing was started. Publish the {kind} model "
+                f"again (it is at {made.model_folder if made else 'nowhere any more'})"
             )
     added = [name for name in found if name not in expected and _is_loaded(name)]
     if added:
         raise CorruptError(
-            f"{folder} holds {', '.join(added)}, which the merged model has not and a server would load; nothing was "
+            f"{folder} holds {', '.join(added)}, which the {kind} model has not and a server would load; nothing was "
             "started. Remove it, or publish again"
         )
 
@@ -110,11 +112,6 @@ def _made_digests(published: PublishedModel, store: ArtifactStore) -> dict[str, 
             f"parent {folder_digest(digests)[:16]}...: one of the two manifests was edited; make and publish it again"
         )
     return digests
-
-
-def _made_folder(published: PublishedModel, store: ArtifactStore) -> str:
-    made = _made(published, store)
-    return made.model_folder if made else "nowhere any more"
 
 
 def _is_loaded(name: str) -> bool:

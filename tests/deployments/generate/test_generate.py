@@ -68,13 +68,15 @@ def test_a_seed_repeats_a_draw_and_another_one_draws_another(model: Path):
 
 
 def test_who_stops_listening_stops_the_model(model: Path):
-    told = Told()
     wish = Wish(prompt="x", max_tokens=400, temperature=1.9, seed=1, device="cpu")
-    pieces = local.say(str(model), wish, told)
+    told, cut = Told(), Told()
+    list(local.say(str(model), wish, told))
+    pieces = local.say(str(model), wish, cut)
     next(pieces)
     start = time.monotonic()
     pieces.close()  # type: ignore[attr-defined]  # a generator
-    assert time.monotonic() - start < 5 and told.num_tokens == 0
+    assert told.num_tokens > 200 and time.monotonic() - start < told.seconds / 4
+    assert cut.num_tokens == 0
 
 
 def test_the_memory_is_drawn(model: Path, tmp_path: Path):

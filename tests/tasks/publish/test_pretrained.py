@@ -56,11 +56,13 @@ def test_its_files_are_compared_before_they_are_served(store: ArtifactStore, mod
     require_merged_files(published, store)
     untrained = publish_model(make_pretrained(store, 0), PublishSpec(repo_id="ada/random"), store, NOBODY)
     swapped = published.model_copy(update={"model_folder": untrained.model_folder})
-    with pytest.raises(CorruptError, match=r"have the digest .* nothing was started"):
+    with pytest.raises(
+        CorruptError, match=r"model\.safetensors is not the pretrained file: it has .* nothing was started"
+    ):
         require_merged_files(swapped, store)
     added = Path(published.model_folder) / "tokenizer.model"
     added.write_text("x")
-    with pytest.raises(CorruptError, match="nothing was started"):
+    with pytest.raises(CorruptError, match=r"tokenizer\.model, which the pretrained model has not"):
         require_merged_files(published, store)
     added.unlink()
 
