@@ -8,6 +8,7 @@
     tatara fit RECIPE               whether its training fits this machine, or one of --gpu-gb
     tatara traces ACTION            tail | stats | export | dead: look into the trace queue
     tatara provenance ID            from an answer to its data rows, from a row to the models it went into
+    tatara generate --prompt TEXT   what a model says, token by token: from its files, or from an endpoint
 
 Ring: edge. Exit status: 0 done, 1 an error of ours (one line on stderr), 2 wrong usage.
 """
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_fit(commands, arguments)
     _add_traces(commands, arguments)
     _add_provenance(commands, arguments)
+    _add_generate(commands, arguments)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -153,6 +155,20 @@ def _provenance(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _add_generate(commands: Any, arguments: list[str] | None) -> None:  # Any: as above
+    parser = commands.add_parser("generate", help="what a model says, token by token")
+    if "generate" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.generate.command import add_arguments
+
+        add_arguments(parser)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from deployments.generate.command import run
+
+    return run(options)
+
+
 _COMMANDS = {
     "demo": _demo,
     "up": _up,
@@ -163,6 +179,7 @@ _COMMANDS = {
     "fit": _fit,
     "traces": _traces,
     "provenance": _provenance,
+    "generate": _generate,
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from tasks.errors import SpecError
 from tasks.specs import (
     BaseModelSpec,
+    BaseRelease,
     EvaluateSpec,
     FetchSpec,
     GptOssShape,
@@ -224,6 +225,22 @@ def pretrain_compact_1b4() -> PretrainSpec:
     )
 
 
+def release_tiny() -> BaseRelease:
+    """The base of the embedded default, served as its tune is."""
+    recipe = tiny()
+    return BaseRelease(serve=recipe.serve, verify=change(recipe.verify, {"min_base_margin": 1.0}))
+
+
+def release_compact_1b4() -> BaseRelease:
+    """The compact GPT-OSS on one 16 GB GPU; its own vocabulary is served by completions, chats are harmony's."""
+    return BaseRelease(
+        serve=ServeSpec(served_model_name="tatara-compact-1b4", max_model_len=4096, max_num_seqs=32),
+        verify=VerifySpec(
+            max_logprob_gap=0.05, min_base_margin=1.0, question="GPT models are", max_answer_tokens=20
+        ),  # the seed's prompt
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
@@ -237,6 +254,11 @@ PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {
     "compact_1b4": pretrain_compact_1b4,
 }
 
+BASE_RELEASES: dict[str, Callable[[], BaseRelease]] = {
+    "tiny": release_tiny,
+    "compact_1b4": release_compact_1b4,
+}
+
 
 def resolve(name: str, changes: BaseModel | dict[str, Any] | None = None) -> Recipe:  # Any: JSON values
     """Return the named recipe with the caller's changes. Raises SpecError for an unknown name or field."""
@@ -246,6 +268,11 @@ def resolve(name: str, changes: BaseModel | dict[str, Any] | None = None) -> Rec
 def resolve_pretrain(name: str, changes: BaseModel | dict[str, Any] | None = None) -> PretrainSpec:  # Any: as above
     """Return the named pretraining recipe with the caller's changes."""
     return change(_named(PRETRAIN_RECIPES, name, "pretrain recipe")(), changes)
+
+
+def resolve_base_release(name: str, changes: BaseModel | dict[str, Any] | None = None) -> BaseRelease:  # Any: as above
+    """Return how models of the named pretraining recipe are published, served and verified."""
+    return change(_named(BASE_RELEASES, name, "pretrain recipe")(), changes)
 
 
 def resolve_base(

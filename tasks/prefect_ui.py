@@ -1,4 +1,4 @@
-"""What tasks show in the Prefect UI: progress bars, tables, pictures, links.
+"""What tasks show in the Prefect UI: progress bars, tables, pictures, links; live ones while a trainer runs.
 
 Shared by the `task.py` files; beside them the only module that knows Prefect. Showing is never
 worth a failed run: when the API is away, the log says so and the work goes on.
@@ -8,7 +8,8 @@ Ring: task.
 
 import base64
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
@@ -21,6 +22,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
 
 from tasks.metrics import say_record
 
@@ -62,8 +64,11 @@ def show_link(key: str, url: str, text: str) -> None:
 @_never_fatal
 def show_picture(key: str, png: bytes, description: str) -> None:
     """Show a PNG; it is carried in the artifact itself, so that no file server is needed."""
-    url = "data:image/png;base64," + base64.b64encode(png).decode()
-    create_image_artifact(image_url=url, key=key, description=description)
+    create_image_artifact(image_url=_png_url(png), key=key, description=description)
+
+
+def _png_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 class Progress:
@@ -88,3 +93,42 @@ class Progress:
             self._artifact = created  # Any above: the function is typed as maybe a coroutine
         else:
             update_progress_artifact(self._artifact, progress=percent, description=description)
+
+
+class Live:
+    """Artifacts that are renewed in place while a trainer runs: one row each in the data base, not one each time.
+
+    Call it with each metrics record; at most every `every_s` seconds it asks `look` for what there is to show.
+    """
+
+    def __init__(self, look: Callable[[], Mapping[str, str | bytes]], every_s: float = 15.0) -> None:
+        """Args: look returns key -> Markdown text or PNG bytes; every_s is the shortest time between two looks."""
+        self._look, self._every_s = look, every_s
+        self._ids: dict[str, UUID] = {}
+        self._last = float("-inf")
+
+    def __call__(self, record: dict[str, Any]) -> None:  # Any: a metrics record
+        """Look again when it is time."""
+        if time.monotonic() - self._last >= self._every_s:
+            self.renew()
+
+    @_never_fatal
+    def renew(self) -> None:
+        """Look now and show what there is."""
+        for key, shown in self._look().items():
+            self._put(key, shown)
+        self._last = time.monotonic()  # also counts the drawing: a slow server is not asked more often
+
+    def _put(self, key: str, shown: str | bytes) -> None:
+        data = shown if isinstance(shown, str) else _png_url(shown)
+        if key in self._ids:
+            with get_client(sync_client=True) as client:
+                # client.update_artifact would also send an event that carries the whole picture
+                client.request("PATCH", "/artifacts/{id}", path_params={"id": self._ids[key]}, json={"data": data})
+            return
+        created: Any = (  # Any: the functions are typed as maybe coroutines
+            create_markdown_artifact(shown, key=key)
+            if isinstance(shown, str)
+            else create_image_artifact(image_url=data, key=key)
+        )
+        self._ids[key] = created

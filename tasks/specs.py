@@ -514,6 +514,9 @@ class VerifySpec(Spec):
     )
     max_answer_tokens: Positive = 96
     request_timeout_s: float = Field(default=120.0, gt=0)
+    probe_texts: tuple[str, ...] = Field(
+        default=(), description="Of a model that was pretrained here: texts to score; empty: parts of its corpus."
+    )
 
 
 class EvaluateSpec(Spec):
@@ -592,6 +595,14 @@ class Recipe(Spec):
     promote: PromoteSpec = PromoteSpec()
 
 
+class BaseRelease(Spec):
+    """Everything that `release-base` needs to know of a model that was pretrained here."""
+
+    publish: PublishSpec = PublishSpec()
+    serve: ServeSpec = ServeSpec()
+    verify: VerifySpec = VerifySpec()
+
+
 def _partial_field(annotation: Any) -> Any:  # Any: annotations are arbitrary type expressions
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
@@ -632,6 +643,7 @@ S = TypeVar("S", bound=Spec)
 
 RecipeChanges = partial(Recipe)
 PretrainChanges = partial(PretrainSpec)
+BaseReleaseChanges = partial(BaseRelease)
 
 
 def change(spec: S, changes: BaseModel | dict[str, Any] | None) -> S:  # Any: JSON values

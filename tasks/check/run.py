@@ -14,9 +14,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, PretrainedModel, TrainedAdapter
 from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.corpus.run import survey_corpus
+from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import downloaded_bytes, survey_dataset
 from tasks.gptoss.layout import MODEL_TYPE
@@ -26,8 +27,8 @@ from tasks.models import require_mxfp4
 from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
-from tasks.specs import PretrainSpec, Recipe, Spec
-from tasks.train.needs import choose_attention, require_quantizable, say_needs
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
+from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
 from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, say_slow_dtype
 from tasks.train.targets import Target, find_targets
@@ -55,6 +56,7 @@ def check_recipe(
     """
     facts: list[BaseFacts] = []  # empty when the base can't be looked at: then that is the fault to say
     checks: list[Callable[[], str]] = [
+        lambda: _check_contract(recipe, pretraining),
         lambda: _check_data(recipe, hub),
         lambda: _look(recipe, pretraining, hub, facts),
         lambda: _check_fit(recipe, facts),
@@ -66,10 +68,15 @@ def check_recipe(
 
 
 def check_release(
-    recipe: Recipe, store: ArtifactStore, hub: HfApi, host: Mapping[str, str] = NO_OVERRIDES
+    recipe: Recipe | BaseRelease,
+    store: ArtifactStore,
+    hub: HfApi,
+    host: Mapping[str, str] = NO_OVERRIDES,
+    base: PretrainedModel | None = None,
 ) -> list[str]:
-    """Run the checks that matter from the merge on; returns and raises as check_recipe does."""
-    return _run_all(_late_checks(recipe, store, hub, host))
+    """Run the checks that matter from the merge on, or for a pretrained model; returns and raises as check_recipe."""
+    first = [] if base is None else [lambda: _check_base(recipe, base)]
+    return _run_all([*first, *_late_checks(recipe, store, hub, host)])
 
 
 def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
@@ -77,7 +84,9 @@ def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]
     return _run_all([lambda: _check_publish(recipe, hub), lambda: _check_free_disk(store)])
 
 
-def _late_checks(recipe: Recipe, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]) -> list[Callable[[], str]]:
+def _late_checks(
+    recipe: Recipe | BaseRelease, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]
+) -> list[Callable[[], str]]:
     return [
         lambda: _check_publish(recipe, hub),
         lambda: _check_serving(recipe, store, host),
@@ -106,6 +115,18 @@ def _run_all(checks: list[Callable[[], str]]) -> list[str]:
 def _check_data(recipe: Recipe, hub: HfApi) -> str:
     """A Hub data set must be there; files are read: a bad row is said before a base is trained or downloaded."""
     return f"data: {survey_dataset(recipe.fetch, hub)}"
+
+
+def _check_contract(recipe: Recipe, pretraining: PretrainSpec | None) -> str:
+    """What is learnt must be what can be asked: vLLM reads every chat with a gpt-oss as harmony."""
+    if pretraining and pretraining.tokenizer != "gpt-oss" and not recipe.fetch.text_column:
+        raise SpecError(
+            f"FetchSpec gives chats, but the base {recipe.base.model} has a vocabulary of its own (tokenizer = "
+            f"{pretraining.tokenizer!r}), and vLLM reads each chat with a gpt-oss as harmony, so it would refuse them. "
+            "Tune it on plain text (FetchSpec.text_column), which /v1/completions serves, or pretrain it with "
+            "tokenizer='gpt-oss'"
+        )
+    return ""
 
 
 def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:
@@ -190,7 +211,19 @@ def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:
         return []
 
 
-def _check_publish(recipe: Recipe, hub: HfApi) -> str:
+def _check_base(release: Recipe | BaseRelease, model: PretrainedModel) -> str:
+    config = files.read_json(Path(model.model_folder) / "config.json")
+    context, longest = config.get("max_position_embeddings") or 0, release.serve.max_model_len
+    if context and longest > context:
+        raise SpecError(f"ServeSpec.max_model_len = {longest} but the model's context is {context}: lower it")
+    if release.publish.what != "merged":
+        raise SpecError(
+            f"PublishSpec.what = {release.publish.what!r}, but a pretrained model has no adapter: leave it at 'merged'"
+        )
+    return f"model: {model.origin}, {model.num_parameters:,} parameters"
+
+
+def _check_publish(recipe: Recipe | BaseRelease, hub: HfApi) -> str:
     repo_id = find_repo(recipe.publish)
     if not hub.token or not repo_id:
         lacking = "repo" if hub.token else "token"
@@ -200,7 +233,7 @@ def _check_publish(recipe: Recipe, hub: HfApi) -> str:
     return f"publish: {spec.what} as {name} to {repo_id}{' by a pull request' if spec.create_pr else ''}"
 
 
-def _check_serving(recipe: Recipe, store: ArtifactStore, host: Mapping[str, str]) -> str:
+def _check_serving(recipe: Recipe | BaseRelease, store: ArtifactStore, host: Mapping[str, str]) -> str:
     settings = service_settings(str(store.root), recipe.serve, store.root, host)
     if not settings.vllm_python.exists():
         raise SpecError(
@@ -209,7 +242,11 @@ def _check_serving(recipe: Recipe, store: ArtifactStore, host: Mapping[str, str]
         )
     check_ports(settings, SERVICES)
     _check_keys(settings.spec.host, settings.variables)
-    if recipe.train.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    if (
+        isinstance(recipe, Recipe)
+        and recipe.train.quantization != "none"
+        and importlib.util.find_spec("bitsandbytes") is None
+    ):
         raise SpecError(
             f"TrainSpec.quantization = {recipe.train.quantization} needs bitsandbytes: install the train extra"
         )

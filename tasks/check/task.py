@@ -4,9 +4,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from tasks.artifacts import FetchedDataset
+from tasks.artifacts import FetchedDataset, PretrainedModel
 from tasks.errors import is_worth_retrying
-from tasks.specs import PretrainSpec, Recipe, Spec
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
 
 _WHEN = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_jitter_factor": 0.5, "timeout_seconds": 300}
 _RETRYING = {**_WHEN, "retry_condition_fn": is_worth_retrying, "cache_policy": NO_CACHE}  # the world changes
@@ -31,13 +31,21 @@ def check_recipe(
 
 
 @task(task_run_name="check-{name}", **_RETRYING)
-def check_release(name: str, recipe: Recipe, storage: str = "", hub_account: str = "", serving_host: str = "") -> None:
-    """The same for a run that begins with the merge."""
+def check_release(
+    name: str,
+    recipe: Recipe | BaseRelease,
+    storage: str = "",
+    hub_account: str = "",
+    serving_host: str = "",
+    base: PretrainedModel | None = None,
+) -> None:
+    """The same for a run that begins with the merge, or with a `base` that was pretrained here."""
     from blocks.opening import open_host, open_hub, open_store
     from tasks.check import run
 
     keep_recipe.fn(name, recipe, storage)
-    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host)))
+    store, host = open_store(storage), open_host(serving_host)
+    _show_checks(run.check_release(recipe, store, open_hub(hub_account), host, base))
 
 
 @task(task_run_name="check-{name}", **_RETRYING)

@@ -36,7 +36,7 @@ RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d
 BOS_TOKEN, BOS_ID = "<|startoftext|>", 199_998
 PAD_TOKEN, PAD_ID = "<|endoftext|>", 199_999
 EOS_TOKEN, EOS_ID = "<|return|>", 200_002
-END_ID, CALL_ID = 200_007, 200_012
+START_ID, END_ID, MESSAGE_ID, CALL_ID = 200_006, 200_007, 200_008, 200_012
 
 _NAMED_SPECIALS = {
     BOS_ID: BOS_TOKEN,
@@ -44,9 +44,9 @@ _NAMED_SPECIALS = {
     EOS_ID: EOS_TOKEN,
     200_003: "<|constrain|>",
     200_005: "<|channel|>",
-    200_006: "<|start|>",
+    START_ID: "<|start|>",
     END_ID: "<|end|>",
-    200_008: "<|message|>",
+    MESSAGE_ID: "<|message|>",
     CALL_ID: "<|call|>",
     200_018: "<|endofprompt|>",
 }
@@ -107,6 +107,18 @@ def shared_tokenizer(root: Path) -> Path:
             aside.rename(folder)
             files.fsync_folder(folder.parent)
     return folder
+
+
+def can_chat(model_folder: Path) -> bool:
+    """Say whether vLLM can chat with a model: it reads every gpt_oss as harmony, whatever its own tokenizer is.
+
+    A gpt-oss with another vocabulary answers /v1/completions only: vLLM 0.26 to 0.33 refuse its chats with 400.
+    """
+    if files.read_json(model_folder / "config.json").get("model_type") != "gpt_oss":
+        return True
+    path = model_folder / "tokenizer.json"
+    added = files.read_json(path).get("added_tokens", []) if path.is_file() else []
+    return {START_ID: "<|start|>", MESSAGE_ID: "<|message|>"}.items() <= {t["id"]: t["content"] for t in added}.items()
 
 
 def special_tokens() -> dict[int, str]:

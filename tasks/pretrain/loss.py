@@ -12,7 +12,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from tasks.gptoss.forward import find_decoder
-from tasks.head import TrainedHeadLoss
+from tasks.gptoss.head import TrainedHeadLoss
 from tasks.pretrain.balance import RouterTap, balance_loss
 from tasks.pretrain.rows import NOT_LEARNT
 

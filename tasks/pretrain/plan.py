@@ -7,11 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tasks.costs import HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import parameter_shapes
 from tasks.specs import PretrainSpec
-from tasks.train.needs import HEAD_ROWS
 
+EXPERTS = "experts.jsonl"  # {"step", "usage": [[share of each expert] of each layer]}, beside metrics.jsonl
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
 

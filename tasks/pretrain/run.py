@@ -19,10 +19,10 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
+from tasks.costs import say_needs
 from tasks.errors import CapacityError
 from tasks.pretrain.plan import pretraining_needs
 from tasks.specs import PretrainSpec
-from tasks.train.needs import say_needs
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 1
@@ -54,13 +54,14 @@ def pretrain_model(
             on_progress,
         )
         model_folder = claim.folder / "model"
+        digests = digest_files(model_folder)
         artifact = PretrainedModel(
             key=key,
             folder=str(claim.folder),
             parents=(corpus.ref,),
             model_folder=str(model_folder),
             origin=pretrained_origin(key),
-            model_digest=folder_digest(digest_files(model_folder)),
+            model_digest=folder_digest(digests),
             num_parameters=result["num_parameters"],
             num_steps=spec.num_steps,
             first_loss=result["first_loss"],
@@ -72,6 +73,7 @@ def pretrain_model(
             about={
                 "num_corpus_tokens": corpus.num_tokens,
                 "memory": result["memory"],
+                "digests": digests,
                 "stamp": files.stamp(model_folder),
             },
         )

@@ -1,5 +1,7 @@
 """Prefect's view of pretraining."""
 
+from typing import Any
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -17,14 +19,31 @@ from tasks.specs import PretrainSpec
     cache_policy=NO_CACHE,  # the artifact folder is the cache
 )
 def pretrain_model(spec: PretrainSpec, corpus: TokenizedCorpus, storage: str = "") -> PretrainedModel:
-    """Train a gpt-oss from scratch; resumes from the newest whole checkpoint."""
+    """Train a gpt-oss from scratch; resumes from the newest whole checkpoint. Its pictures are renewed as it runs."""
     from blocks.opening import open_store
-    from tasks.metrics import read_metrics
-    from tasks.pictures import loss_curve
-    from tasks.prefect_ui import Progress, show_picture
+    from tasks.prefect_ui import Live, Progress
     from tasks.pretrain import run
+    from tasks.pretrain.live import look
+    from tasks.pretrain.plan import pretraining_needs
 
-    model = run.pretrain_model(spec, corpus, open_store(storage), Progress("pretrain-progress", "Optimizer steps"))
-    picture = loss_curve(read_metrics(model.path / "metrics.jsonl"), f"Pretraining {model.short}")
-    show_picture("pretrain-loss", picture, "Training loss by step")
+    store = open_store(storage)
+    folder = store.folder(PretrainedModel, run.pretrain_key(spec, corpus.pins))
+    estimate_bytes = sum(pretraining_needs(spec).values())
+    progress, live = Progress("pretrain-progress", "Optimizer steps"), Live(lambda: look(folder, estimate_bytes))
+
+    def follow(record: dict[str, Any]) -> None:  # Any: a metrics record
+        progress(record)
+        live(record)
+
+    model = run.pretrain_model(spec, corpus, store, follow)
+    live.renew()
     return model
+
+
+@task(task_run_name="find-pretrained-{name}", cache_policy=NO_CACHE)
+def find_pretrained(name: str, recipe: str, spec: PretrainSpec, storage: str = "") -> PretrainedModel:
+    """Find a pretrained model by the first digits of its key, or the newest of this recipe as `latest`."""
+    from blocks.opening import open_store
+    from tasks.pretrain.found import find_pretrained
+
+    return find_pretrained(name, recipe, spec, open_store(storage))

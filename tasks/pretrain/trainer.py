@@ -20,9 +20,9 @@ from transformers import Trainer, TrainingArguments
 from tasks.gptoss.forward import find_decoder
 from tasks.metrics import append_metrics
 from tasks.pretrain.balance import usage_shares
+from tasks.pretrain.plan import EXPERTS
 from tasks.recorder import say
 
-EXPERTS = "experts.jsonl"
 _WEIGHTS = "model.safetensors"  # names and places of Trainer's own checkpoints
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from tasks import files
 from tasks.checkpoints import checkpoint_step, latest_checkpoint
+from tasks.costs import peak_flops, whole_flops_per_token
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import find_decoder, flash_attention, fuse_norms
 from tasks.gptoss.layout import config_values
@@ -26,12 +27,11 @@ from tasks.gptoss.trained_experts import train_experts
 from tasks.metrics import read_metrics, truncate_metrics
 from tasks.pretrain.compact import TiedRestTrainer, Vocabulary, expand
 from tasks.pretrain.loss import train_head
-from tasks.pretrain.plan import choose_attention, trainer_settings, uses_fused_kernels
+from tasks.pretrain.plan import EXPERTS, choose_attention, trainer_settings, uses_fused_kernels
 from tasks.pretrain.rows import DocumentRows, TokenFile, Windows, collate, open_rows
-from tasks.pretrain.trainer import EXPERTS, HostArguments, PretrainTrainer, SharedTrainer, held_bytes, whole_state
+from tasks.pretrain.trainer import HostArguments, PretrainTrainer, SharedTrainer, held_bytes, whole_state
 from tasks.recorder import Measures, Recorder, say
 from tasks.specs import PretrainSpec
-from tasks.train.flops import peak_flops, whole_flops_per_token
 from tasks.training import RESULT, Keeper, fix_seeds, is_rank_zero, require_end, run_worker
 
 _NUM_SCORED = 8  # rows that the last loss is the mean of

@@ -38,9 +38,9 @@ def model_card(lineage: Lineage, spec: PublishSpec, repo_id: str) -> str:
         _intro(lineage, spec),
         block(_usage(lineage, spec, repo_id), "python"),
         "## What went in",
-        _table(_sources(lineage, spec)),
+        table(_sources(lineage, spec)),
         "## Training",
-        _table(_training(lineage)),
+        table(_training(lineage)),
         *([f"![Training loss by step, validation loss before and after]({CURVE})"] if lineage.records else []),
         *_merge(lineage, spec),
         "## Make it again",
@@ -49,7 +49,7 @@ def model_card(lineage: Lineage, spec: PublishSpec, repo_id: str) -> str:
         *_data_caveat(lineage),
         block(json.dumps(reproduction(lineage), ensure_ascii=False, indent=2), "json"),
         "## Versions",
-        _table([(package, code(number)) for package, number in lineage.versions.items()]),
+        table([(package, code(number)) for package, number in lineage.versions.items()]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -57,7 +57,7 @@ def model_card(lineage: Lineage, spec: PublishSpec, repo_id: str) -> str:
 def front_matter(lineage: Lineage, spec: PublishSpec, name: str) -> str:
     """Return the metadata of the card as YAML."""
     values: dict[str, Any] = {  # Any: YAML values
-        **_license(lineage.base_card, spec),
+        **license_values(lineage.base_card, spec),
         "library_name": "peft" if spec.what == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tatara", "lora", "sft", *(["qlora"] if _is_quantized(lineage) else [])],
@@ -75,7 +75,8 @@ def front_matter(lineage: Lineage, spec: PublishSpec, name: str) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def _license(base: SourceCard, spec: PublishSpec) -> dict[str, str]:
+def license_values(base: SourceCard, spec: PublishSpec) -> dict[str, str]:
+    """Return the licence for the front matter: what a person stated, else that of the source."""
     if spec.license:
         return {"license": spec.license}
     named = {"license": base.license, "license_name": base.license_name, "license_link": base.license_link}
@@ -167,7 +168,7 @@ def _merge(lineage: Lineage, spec: PublishSpec) -> list[str]:
     sized = [entry for entry in lineage.changes if isinstance(entry.get("delta_norm"), (int, float))]
     for entry in sorted(sized, key=lambda entry: -entry["delta_norm"])[:_SHOWN_CHANGES]:
         rows.append(("largest changes", f"{code(str(entry.get('tensor')))}: norm {entry['delta_norm']:.4g}"))
-    return ["## Merge", _table(rows)]
+    return ["## Merge", table(rows)]
 
 
 def _data_caveat(lineage: Lineage) -> list[str]:
@@ -176,6 +177,6 @@ def _data_caveat(lineage: Lineage) -> list[str]:
     return [f"The data was a local file, {code(lineage.dataset.source)}; its sha256 stands above."]
 
 
-def _table(rows: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """Return a table of two columns; the cells are Markdown already."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, RepoCard
 from huggingface_hub.repocard_data import CardData
 
+from tasks import files
 from tasks.artifacts import (
     Artifact,
     ArtifactStore,
@@ -21,17 +22,20 @@ from tasks.artifacts import (
     MergedModel,
     PackedDataset,
     PretrainedModel,
+    TokenizedCorpus,
     TrainedAdapter,
 )
-from tasks.errors import TataraError, TransientError
+from tasks.errors import MissingError, TataraError, TransientError
+from tasks.gptoss.tokenizer import can_chat
 from tasks.hub import hub_errors
 from tasks.metrics import read_metrics
+from tasks.publish.base_card import BaseLineage
 from tasks.publish.facts import Lineage, SourceCard
 from tasks.publish.names import hub_id
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHIPPED_CARD = _ROOT / "data" / "ja_culture" / "README.md"
-_CORPUS_CARDS = {"shipped": _SHIPPED_CARD, "short_english": _ROOT / "data" / "short_english" / "README.md"}
+_SHIPPED_CORPORA = {"shipped": "ja_culture", "short_english": "short_english"}
 _PACKAGES = ("tatara", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,40 @@ def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: 
     )
 
 
+def base_lineage_of(model: PretrainedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool) -> BaseLineage:
+    """Collect what is known of a model that was pretrained here; the arguments are lineage_of's."""
+    manifest = _manifest(store, model)
+    spec = manifest.get("spec", {})
+    return BaseLineage(
+        model=model,
+        spec=spec,
+        config=files.read_json(Path(model.model_folder) / "config.json"),
+        about=manifest.get("about", {}),
+        corpus=_corpus(model, store),
+        records=read_metrics(model.path / "metrics.jsonl"),
+        corpus_card=_corpus_card(spec, _corpus(model, store), hub, goes_to_hub=goes_to_hub),
+        can_chat=can_chat(Path(model.model_folder)),
+        versions=_versions(),
+    )
+
+
+def _corpus(model: PretrainedModel, store: ArtifactStore) -> dict[str, Any]:  # Any: an artifact's fields
+    try:
+        return store.ancestor(model, TokenizedCorpus).model_dump(mode="json")
+    except MissingError:  # cleared away, or the model is older than this kind
+        return {}
+
+
+def _corpus_card(spec: dict[str, Any], corpus: dict[str, Any], hub: HfApi, *, goes_to_hub: bool) -> SourceCard:
+    name = str(spec.get("corpus", ""))
+    if name in _SHIPPED_CORPORA:
+        return _local_card(_ROOT / "data" / _SHIPPED_CORPORA[name] / "README.md")
+    commit = (corpus.get("pins") or {}).get("corpus", "")
+    if hub_id(name) and commit:
+        return _hub_card(hub, name, commit, "dataset", goes_to_hub=goes_to_hub)
+    return SourceCard()
+
+
 def _manifest(store: ArtifactStore, artifact: Artifact) -> dict[str, Any]:  # Any: JSON values
     return store.manifest(type(artifact), artifact.key) or {}
 
@@ -79,8 +117,7 @@ def _changes(manifest: dict[str, Any]) -> list[dict[str, Any]]:  # Any: JSON val
 
 def _base_card(base: BaseCheckpoint, spec: dict[str, Any], hub: HfApi, *, goes_to_hub: bool) -> SourceCard:  # Any: JSON
     if isinstance(base, PretrainedModel):  # made here: it is what its corpus allows
-        card = _CORPUS_CARDS.get(spec.get("corpus", ""))
-        return _local_card(card) if card else SourceCard()
+        return _corpus_card(spec, {}, hub, goes_to_hub=goes_to_hub)
     name, _, commit = base.origin.rpartition("@")
     if hub_id(name):
         return _hub_card(hub, name, commit, "model", goes_to_hub=goes_to_hub)

@@ -1,7 +1,7 @@
-"""Publish a merged model, its adapter or both: to the Hub, or without a repo and a token to a local folder.
+"""Publish a model, an adapter or both: to the Hub, or without a repo and a token to a local folder.
 
-    MergedModel | TrainedAdapter -> staging (hard links) + card -> Hub commit
-                                                                 | <root>/hub/models--owner--name/snapshots/<commit>
+    MergedModel | TrainedAdapter | PretrainedModel -> staging (hard links) + card -> Hub commit
+                                             or <root>/hub/models--owner--name/snapshots/<commit>
 
 Ring: edge.
 """
@@ -14,16 +14,25 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, TrainedAdapter, folder_digest, make_key
+from tasks.artifacts import (
+    ArtifactStore,
+    MergedModel,
+    PretrainedModel,
+    PublishedModel,
+    TrainedAdapter,
+    folder_digest,
+    make_key,
+)
 from tasks.errors import SpecError
 from tasks.hub import find_model, find_repo, hub_errors
-from tasks.publish.lineage import lineage_of
-from tasks.publish.staging import link_all, stage
+from tasks.publish.lineage import base_lineage_of, lineage_of
+from tasks.publish.staging import link_all, stage, stage_base
 from tasks.publish.upload import Job, Uploaded, upload
 from tasks.specs import PublishSpec
 
 VERSION = 2
 LOCAL_REPO = "local/{name}"
+Source = MergedModel | TrainedAdapter | PretrainedModel
 logger = logging.getLogger(__name__)
 
 
@@ -42,9 +51,7 @@ class _Goal:
         return self.cache / f"models--{self.repo_id.replace('/', '--')}" / "snapshots" / self.digest[:40]
 
 
-def publish_model(
-    source: MergedModel | TrainedAdapter, spec: PublishSpec, store: ArtifactStore, hub: HfApi
-) -> PublishedModel:
+def publish_model(source: Source, spec: PublishSpec, store: ArtifactStore, hub: HfApi) -> PublishedModel:
     """Publish to the Hub when a repo and a token are given, else to a local folder in Hub layout.
 
     A second call finds the finished one and uploads nothing, unless the Hub holds something else by now.
@@ -57,10 +64,9 @@ def publish_model(
     with store.claim(PublishedModel, key) as claim:
         if claim.found and _is_still_there(claim.found, goal, spec, hub):
             return claim.found
-        lineage = lineage_of(source, store, hub, goes_to_hub=goal.place == "hub")
-        staging = stage(lineage, spec, goal.repo_id, claim.folder / "model")
+        staging = _stage(source, goal, spec, store, hub, claim.folder / "model")
         made, published, url = _send(staging, goal, spec, hub, keep_card=claim.found is not None)
-        merged = source if isinstance(source, MergedModel) else None
+        whole = None if isinstance(source, TrainedAdapter) else source
         artifact = PublishedModel(
             key=key,
             folder=str(claim.folder),
@@ -69,8 +75,8 @@ def publish_model(
             repo_id=goal.repo_id,
             commit=made.commit,
             url=url,
-            model_folder=merged.model_folder if merged and spec.what == "adapter" else str(published),
-            model_digest=merged.model_digest if merged else goal.digest,
+            model_folder=whole.model_folder if whole and spec.what == "adapter" else str(published),
+            model_digest=whole.model_digest if whole else goal.digest,
             what=spec.what,
             revision=made.branch,
             pull_request=made.pull_request,
@@ -78,10 +84,21 @@ def publish_model(
         return claim.commit(artifact, spec=spec)
 
 
-def _aim(source: MergedModel | TrainedAdapter, spec: PublishSpec, store: ArtifactStore, hub: HfApi) -> _Goal:
+def _stage(source: Source, goal: _Goal, spec: PublishSpec, store: ArtifactStore, hub: HfApi, folder: Path) -> Path:
+    if isinstance(source, PretrainedModel):
+        lineage = base_lineage_of(source, store, hub, goes_to_hub=goal.place == "hub")
+        return stage_base(lineage, spec, goal.repo_id, folder)
+    return stage(lineage_of(source, store, hub, goes_to_hub=goal.place == "hub"), spec, goal.repo_id, folder)
+
+
+def _aim(source: Source, spec: PublishSpec, store: ArtifactStore, hub: HfApi) -> _Goal:
+    if isinstance(source, PretrainedModel) and spec.what != "merged":
+        raise SpecError(f"PublishSpec.what = {spec.what!r}, but {source.origin} is a whole model without an adapter")
     if isinstance(source, TrainedAdapter) and spec.what != "adapter":
         raise SpecError(f"PublishSpec.what = {spec.what!r} needs a merged model, but adapter {source.short} was given")
-    digests = {"merged": source.model_digest} if isinstance(source, MergedModel) and spec.what != "adapter" else {}
+    digests: dict[str, str] = {}
+    if not isinstance(source, TrainedAdapter) and spec.what != "adapter":
+        digests["merged"] = source.model_digest
     if spec.what != "merged":
         adapter = source if isinstance(source, TrainedAdapter) else store.ancestor(source, TrainedAdapter)
         digests["adapter"] = adapter.adapter_digest

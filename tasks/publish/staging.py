@@ -3,6 +3,7 @@
     merged:  model files              + README.md, recipe.json, loss_curve.png
     adapter: adapter and tokenizer    + the same
     both:    model files, adapter/ without a second tokenizer + the same
+    a pretrained model: its files + the same
 
 Ring: edge (disk).
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import files
-from tasks.pictures import loss_curve
+from tasks.pictures import loss_curve, training_panels
+from tasks.publish.base_card import BaseLineage, base_card, base_reproduction
 from tasks.publish.card import ADAPTER_FOLDER, CURVE, RECIPE, model_card
 from tasks.publish.facts import Lineage, reproduction
 from tasks.publish.plan import CARD
@@ -38,6 +40,18 @@ def stage(lineage: Lineage, spec: PublishSpec, repo_id: str, folder: Path) -> Pa
     files.write_json(folder / RECIPE, reproduction(lineage))
     if lineage.records:
         files.write_bytes(folder / CURVE, _curve(lineage))
+    return folder
+
+
+def stage_base(lineage: BaseLineage, spec: PublishSpec, repo_id: str, folder: Path) -> Path:
+    """Fill `folder`, which is emptied first, with a pretrained model."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    link_all(Path(lineage.model.model_folder), folder)
+    files.write_text(folder / CARD, base_card(lineage, spec, repo_id))
+    files.write_json(folder / RECIPE, base_reproduction(lineage))
+    if lineage.records:
+        files.write_bytes(folder / CURVE, training_panels(lineage.records, f"Pretraining {lineage.model.short}"))
     return folder
 
 

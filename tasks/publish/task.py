@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifacts import MergedModel, PublishedModel, TrainedAdapter
+from tasks.artifacts import MergedModel, PretrainedModel, PublishedModel, TrainedAdapter
 from tasks.errors import is_worth_retrying
 from tasks.specs import PublishSpec
 
@@ -18,7 +18,10 @@ from tasks.specs import PublishSpec
     cache_policy=NO_CACHE,  # the artifact folder is the cache
 )
 def publish_model(
-    source: MergedModel | TrainedAdapter, spec: PublishSpec, storage: str = "", hub_account: str = ""
+    source: MergedModel | TrainedAdapter | PretrainedModel,
+    spec: PublishSpec,
+    storage: str = "",
+    hub_account: str = "",
 ) -> PublishedModel:
     """Publish to the Hub, or to a local folder in Hub layout when no repo and token are given."""
     from blocks.opening import open_hub, open_store

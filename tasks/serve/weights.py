@@ -1,4 +1,4 @@
-"""Whether the files that vLLM is given are the merged ones: byte for byte, before anything is started.
+"""Whether the files that vLLM is given are those that were made: byte for byte, before anything is started.
 
     PublishedModel -> require_merged_files()      raises, naming the first file that differs
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, folder_digest
+from tasks.artifacts import ArtifactStore, MergedModel, PretrainedModel, PublishedModel, folder_digest
 from tasks.errors import CorruptError, MissingError
 from tasks.hub import hub_errors
 from tasks.serve.settings import BESIDE_MODEL
@@ -55,61 +55,63 @@ def require_merged_files(published: PublishedModel, store: ArtifactStore) -> Non
     Cost: one read of each file that changed since the last look; microseconds without.
     """
     folder = Path(published.model_folder)
-    expected = _merged_digests(published, store)
+    expected = _made_digests(published, store)
     for path in filter(Path.exists, files.weight_files(folder)):  # a truncated shard is found in microseconds
         files.read_safetensors_header(path)
     found = _digest_known(folder, store)
     if not expected:
-        _compare_whole(published, found)
+        _compare_whole(published, found, store)
         return
+    made = _made(published, store)
+    kind = made.kind if made else ""
     for name, digest in expected.items():
         if found.get(name) != digest:
-            what = f"has sha256 {found[name][:16]}..., merged was {digest[:16]}..." if name in found else "is missing"
+            what = f"has sha256 {found[name][:16]}..., {kind} was {digest[:16]}..." if name in found else "is missing"
             raise CorruptError(
-                f"{folder / name} is not the merged file: it {what}; nothing was started. Publish the merged model "
-                f"again (it is at {_merged_folder(published, store)})"
+                f"{folder / name} is not the {kind} file: it {what}; nothing was started. Publish the {kind} model "
+                f"again (it is at {made.model_folder if made else 'nowhere any more'})"
             )
     added = [name for name in found if name not in expected and _is_loaded(name)]
     if added:
         raise CorruptError(
-            f"{folder} holds {', '.join(added)}, which the merged model has not and a server would load; nothing was "
+            f"{folder} holds {', '.join(added)}, which the {kind} model has not and a server would load; nothing was "
             "started. Remove it, or publish again"
         )
 
 
-def _compare_whole(published: PublishedModel, found: dict[str, str]) -> None:
-    """Without the merged manifest (it was cleared away) only the digest over all files is known, not each."""
+def _compare_whole(published: PublishedModel, found: dict[str, str], store: ArtifactStore) -> None:
+    """Without a digest of each file (its artifact was cleared away) only that over all files is known."""
     sent = {name: digest for name, digest in found.items() if name not in BESIDE_MODEL and "/" not in name}
     if folder_digest(sent) != published.model_digest:
+        made = _made(published, store)
+        why = f"{made.ref} tells no digest of each file" if made else "The artifact that it was published from is gone"
         raise CorruptError(
-            f"the files of {published.model_folder} have the digest {folder_digest(sent)[:16]}..., the merged model "
-            f"{published.model_digest[:16]}...; nothing was started. The merged artifact is gone, so which file "
-            "differs is not known: merge and publish again"
+            f"the files of {published.model_folder} have the digest {folder_digest(sent)[:16]}..., the published model "
+            f"{published.model_digest[:16]}...; nothing was started. {why}, so which file differs is not "
+            "known: make and publish it again"
         )
 
 
-def _merged(published: PublishedModel, store: ArtifactStore) -> MergedModel | None:
-    try:
-        return store.ancestor(published, MergedModel)
-    except MissingError:
-        return None
+def _made(published: PublishedModel, store: ArtifactStore) -> MergedModel | PretrainedModel | None:
+    """Return the model that was published: merged, or pretrained here; the nearest, so never a merged one's base."""
+    for cls in (MergedModel, PretrainedModel):
+        try:
+            return store.ancestor(published, cls)
+        except MissingError:
+            continue
+    return None
 
 
-def _merged_digests(published: PublishedModel, store: ArtifactStore) -> dict[str, str]:
-    merged = _merged(published, store)
-    about = (store.manifest(MergedModel, merged.key) or {}).get("about", {}) if merged else {}
+def _made_digests(published: PublishedModel, store: ArtifactStore) -> dict[str, str]:
+    made = _made(published, store)
+    about = (store.manifest(type(made), made.key) or {}).get("about", {}) if made else {}
     digests = about.get("digests", {})
     if digests and folder_digest(digests) != published.model_digest:
         raise CorruptError(
-            f"{published.ref} says model digest {published.model_digest[:16]}..., its merged parent "
-            f"{folder_digest(digests)[:16]}...: one of the two manifests was edited; merge and publish again"
+            f"{published.ref} says model digest {published.model_digest[:16]}..., its {made.kind if made else ''} "
+            f"parent {folder_digest(digests)[:16]}...: one of the two manifests was edited; make and publish it again"
         )
     return digests
-
-
-def _merged_folder(published: PublishedModel, store: ArtifactStore) -> str:
-    merged = _merged(published, store)
-    return merged.model_folder if merged else "nowhere any more"
 
 
 def _is_loaded(name: str) -> bool:

@@ -8,7 +8,7 @@ on another card it scales with the peak, which is a guess. Stock kernels and oth
 Ring: pure.  Units: seconds, floating point operations.
 """
 
-from tasks.train.flops import attention_flops, layer_weights
+from tasks.costs import attention_flops, layer_weights
 from tasks.train.needs import uses_fused_kernels
 from tasks.train.plan import StepPlan, Workload
 from tasks.train.targets import first_trained_layer

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.errors import DataError
-from tasks.head import block_rows, score_block
+from tasks.gptoss.head import block_rows, score_block
 from tasks.train.sharding import average_gradients
 
 

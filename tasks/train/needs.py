@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from tasks.costs import HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
@@ -19,7 +20,6 @@ from tasks.train.targets import Shapes, Target, first_trained_layer
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
-HEAD_ROWS = 2048  # rows of logits that exist at once on a GPU (tasks/head.py)
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 _STORED = {"nf4": 0.52, "int8": 1.0}  # bytes of a quantised weight, scales included
 Config = Mapping[str, Any]  # Any: config.json
@@ -147,16 +147,6 @@ def choose_attention(model_type: str, spec: TrainSpec, *, on_gpu: bool) -> str:
     if wanted != "auto":
         return wanted
     return "eager" if not on_gpu else "flash" if has_flash else "flex_attention"
-
-
-def say_needs(needs: Mapping[str, int]) -> str:
-    """Write the parts, largest first.
-
-    >>> say_needs({"weights": 41_800_000_000, "workspace": 1_100_000_000, "experts": 0})
-    '42.9 GB (weights 41.8, workspace 1.1)'
-    """
-    parts = [f"{name} {size / 1e9:.1f}" for name, size in sorted(needs.items(), key=lambda part: -part[1]) if size]
-    return f"{sum(needs.values()) / 1e9:.1f} GB ({', '.join(parts)})"
 
 
 def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) -> dict[str, int]:

@@ -11,8 +11,9 @@ Ring: pure.  Units: bytes, tokens.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tasks.costs import say_needs
 from tasks.specs import TrainSpec
-from tasks.train.needs import Config, say_needs, training_needs, uses_fused_kernels
+from tasks.train.needs import Config, training_needs, uses_fused_kernels
 from tasks.train.targets import Shapes, Target
 
 _RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows

@@ -25,10 +25,11 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
+from tasks.costs import peak_flops
 from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.duration import step_seconds
-from tasks.train.flops import flops_per_token, peak_flops
+from tasks.train.flops import flops_per_token
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.costs import peak_flops
 from tasks.recorder import Measures, Recorder
 from tasks.specs import TrainSpec
 from tasks.train.best import BestKeeper
-from tasks.train.flops import peak_flops
 
 
 def watch(trainer: SFTTrainer, job: dict[str, Any], spec: TrainSpec) -> None:  # Any: JSON values

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 
 from tasks.artifacts import ServedModel
 from tasks.errors import AttestationError, CorruptError, ServiceError
+from tasks.gptoss.tokenizer import can_chat
 from tasks.specs import VerifySpec
 from tasks.verify import contract
-from tasks.verify.client import post_json, stream_chat, text_of
+from tasks.verify.client import post_json, stream_choices, text_of
+from tasks.verify.completions import ask_completions
 
 Json = dict[str, Any]  # Any: JSON values
 
@@ -25,8 +27,11 @@ def ask(served: ServedModel, spec: VerifySpec, folder: Path) -> tuple[Json, Atte
         served: the live endpoint.
         spec: the question.
         folder: the merged model's, whose tokenizer and template count.
+    A gpt-oss with a vocabulary of its own is asked by completions: vLLM can't chat with it.
     Raises: ServiceError when nothing is said.
     """
+    if not can_chat(folder):
+        return ask_completions(served, spec, folder)
     url = f"{served.gateway_url}/v1/chat/completions"
     messages = [{"role": "user", "content": spec.question}]
     body: Json = {
@@ -40,7 +45,7 @@ def ask(served: ServedModel, spec: VerifySpec, folder: Path) -> tuple[Json, Atte
     seconds = time.monotonic() - start
     if "tatara" in reply:  # the gateway marks what vLLM did not say
         raise ServiceError(f"{url} was answered by {reply['tatara']}, not by vLLM: unset LITE_CANNED and LITE_MODEL")
-    choices = list(stream_chat(url, body, spec.request_timeout_s))
+    choices = list(stream_choices(url, body, spec.request_timeout_s))
     pieces = [(when, text) for when, choice in choices if (text := text_of(choice.get("delta") or {}))]
     answer = text_of(reply["choices"][0]["message"])
     streamed = "".join(text for _, text in pieces)

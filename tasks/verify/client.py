@@ -29,10 +29,10 @@ def post_json(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any
         return json.load(reply)
 
 
-def stream_chat(
+def stream_events(
     url: str, body: dict[str, Any], timeout_s: float
 ) -> Iterator[tuple[float, dict[str, Any]]]:  # Any: JSON
-    """POST a streamed chat; yield (seconds since the request, choice) of each event that has one.
+    """POST a streamed chat or completion; yield (seconds since the request, event).
 
     Raises ServiceError when the stream breaks off before its end.
     """
@@ -43,9 +43,17 @@ def stream_chat(
             if data == "[DONE]":
                 return
             if line.startswith(b"data: "):
-                for choice in json.loads(data).get("choices") or []:
-                    yield time.monotonic() - start, choice
+                yield time.monotonic() - start, json.loads(data)
     raise ServiceError(f"{url} broke its stream off: it ended without [DONE]")
+
+
+def stream_choices(
+    url: str, body: dict[str, Any], timeout_s: float
+) -> Iterator[tuple[float, dict[str, Any]]]:  # Any: JSON
+    """The same, choice by choice."""
+    for seconds, event in stream_events(url, body, timeout_s):
+        for choice in event.get("choices") or []:
+            yield seconds, choice
 
 
 def text_of(message: dict[str, Any]) -> str:  # Any: JSON values

@@ -23,10 +23,15 @@ Json = dict[str, Any]  # Any: JSON values
 
 def check_text_ids(ids: object, expected: list[int]) -> None:
     """Raise AttestationError unless the server reads a text with the tokenizer that the model was trained with."""
+    check_ids(ids, expected, TEXT)
+
+
+def check_ids(ids: object, expected: list[int], text: str) -> None:
+    """Raise AttestationError unless `text` is these tokens to the server."""
     if ids != expected:
         raise AttestationError(
-            f"the server reads {TEXT!r} as the tokens {_shown(ids)}, the merged model's tokenizer as "
-            f"{_shown(expected)}: a stale tokenizer is served. Redeploy the merged folder"
+            f"the server reads {text!r} as the tokens {_shown(ids)}, the model's own tokenizer as "
+            f"{_shown(expected)}: a stale tokenizer is served. Redeploy the published folder"
         )
 
 

@@ -4,6 +4,7 @@
 
     merged, base      from their files
     tuned             the base with the adapter, merged in memory by PEFT: other code than ours, from what was trained
+    base              without an adapter: random weights of the same config and seed, which nothing was taught
     greedy            transformers' greedy answers to the first prompts, with each token's lead over the next best
 
 Ring: edge.  Units: nats.
@@ -32,6 +33,13 @@ def load_model(folder: Path, dtype: str) -> Model:
     if getattr(config, "quantization_config", None):
         kwargs["quantization_config"] = dequantized(config.quantization_config)
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def make_untrained(folder: Path, dtype: str, seed: int) -> Model:
+    """Return a model of the folder's config whose weights are as random as those that its training began with."""
+    config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def score_documents(model: Model, documents: list[Document]) -> list[float]:
@@ -84,6 +92,9 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
     asked = documents[: job["num_greedy_prompts"]]
     scores["greedy"] = [answer_greedily(model, document["prompt_ids"], job["greedy_tokens"]) for document in asked]
     del model
+    if "adapter" not in job:  # a model that was pretrained here
+        model = make_untrained(Path(job["merged"]), dtype, job["untrained_seed"])
+        return {**scores, "base": score_documents(model, documents)}
     model = load_model(Path(job["base"]), dtype)
     scores["base"] = score_documents(model, documents)
     stored: Any = AutoConfig.from_pretrained(job["merged"]).dtype or torch.bfloat16  # Any: typed as str or dtype

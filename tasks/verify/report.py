@@ -11,6 +11,8 @@ from tasks.artifacts import HealthReport
 def health_markdown(report: HealthReport, about: dict[str, Any]) -> str:  # Any: manifest values
     """Return verdict, scores and a sample answer."""
     verdict = "PASSED" if report.passed else "FAILED"
+    if "pretrained" in about:
+        return _base_markdown(report, about, verdict)
     chat = about["chat"]
     return f"""# Verification {verdict}: {report.served_model_name}
 
@@ -35,4 +37,40 @@ Served minus base: {report.served_logprob - report.base_logprob:+.4f}; training 
 
 {chat["seconds"]} s for the whole answer, {chat["first_token_s"]} s to the first streamed piece \
 ({chat["num_stream_pieces"]} pieces).
-"""
+{_not_served(chat)}"""
+
+
+def _base_markdown(report: HealthReport, about: dict[str, Any], verdict: str) -> str:  # Any: as above
+    chat = about["chat"]
+    return f"""# Verification {verdict}: {report.served_model_name}, {about["pretrained"]}
+
+| mean log-probability of {report.num_answers} texts | nats per token |
+|---|---:|
+| served, asked from {report.gateway_url} | {report.served_logprob:.4f} |
+| the published files, by transformers | {report.merged_logprob:.4f} |
+| random weights of the same config | {report.base_logprob:.4f} |
+
+Token by token the served model is {report.token_gap:.5f} from its files, and random weights {report.tuning_gap:.4f}. \
+Training lowered its loss by {report.trainer_gain:.4f}. Greedy tokens compared: {report.num_greedy_tokens}.
+
+{about.get("failure") or "The served weights are the published ones, and they were trained."} {chat.get("format", "")}
+
+**{chat["question"]}**
+
+> {chat["answer"]}
+
+{chat["seconds"]} s for the whole answer, {chat["first_token_s"]} s to the first streamed piece \
+({chat["num_stream_pieces"]} pieces).
+{_not_served(chat)}"""
+
+
+def _not_served(chat: dict[str, Any]) -> str:  # Any: as above
+    """Say what a client can't ask of a model whose contract is completions."""
+    refused = chat.get("not_served")
+    if not refused:
+        return ""
+    said = "".join(f"\n- `{path}`: {reply}" for path, reply in refused.items())
+    return (
+        "\nIts contract is `/v1/completions`: vLLM reads each chat with a gpt-oss as harmony, whose token ids this "
+        f"model's own vocabulary does not have. What it says elsewhere:\n{said}\n"
+    )

@@ -3,68 +3,62 @@
 Ring: edge.
 """
 
-import os
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from tasks import files, machine
 from tasks.artifacts import (
     ArtifactStore,
     BaseCheckpoint,
     HealthReport,
     MergedModel,
     PackedDataset,
+    PretrainedModel,
     ServedModel,
     TrainedAdapter,
     make_key,
 )
-from tasks.children import run_child
-from tasks.environment import without_secrets
 from tasks.errors import AttestationError, ServiceError
-from tasks.processes import last_lines
 from tasks.specs import VerifySpec
+from tasks.verify.base import base_scores, find_base, probe_documents
+from tasks.verify.base_probes import check_base_scores
 from tasks.verify.chat import ask, check_texts
-from tasks.verify.client import get_json, post_json
-from tasks.verify.greedy import GreedyStep, compare_greedy, greedy_request, greedy_tokens
-from tasks.verify.probes import (
-    Gain,
-    Scores,
-    answer_logprobs,
-    check_gain,
-    check_scores,
-    compare,
-    measure_gain,
-    scoring_request,
-)
+from tasks.verify.client import get_json
+from tasks.verify.greedy import GreedyStep, compare_greedy
+from tasks.verify.probes import Gain, Scores, check_gain, check_scores, compare, mean, measure_gain
+from tasks.verify.scoring import computed_once, endpoint_answers, endpoint_scores
 
 VERSION = 3
 ShowFn = Callable[[HealthReport, dict[str, Any]], None]  # Any: JSON values
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, show: ShowFn) -> HealthReport:
     """Probe the served model through the gateway; commit a report whether it passed or not.
 
     Args:
-        served: the live endpoint; its parents lead to the merged model, the base and the data.
+        served: the live endpoint; its parents lead to the merged model, the base and the data, or to a pretrained
+            model and its corpus.
         spec: what it has to show.
         store: where those artifacts are.
         show: called with the report and what stands beside it, passed or failed.
-    Raises: AttestationError when the served model is not the merged one or no better than its base;
+    Raises: AttestationError when the served model is not the merged one or no better than its base (of a pretrained
+        one: than random weights);
         ServiceError or TransientError when the endpoint is not healthy.
     """
     key = make_key("verify", VERSION, spec, {"time": str(time.time_ns())}, (served,))
     with store.claim(HealthReport, key) as claim:
-        findings, about = probe(served, spec, store)
-        is_requantized = store.ancestor(served, MergedModel).experts == "mxfp4"
-        failure = find_failure(findings, spec, served.dtype, is_requantized=is_requantized)
+        base = find_base(served, store)
+        if base:
+            findings, about = probe_base(served, base, spec, store)
+            failure = find_base_failure(findings, spec, served.dtype)
+        else:
+            findings, about = probe(served, spec, store)
+            is_requantized = store.ancestor(served, MergedModel).experts == "mxfp4"
+            failure = find_failure(findings, spec, served.dtype, is_requantized=is_requantized)
         about["failure"] = str(failure) if failure else ""
         scores = findings.scores
         report = HealthReport(
@@ -117,6 +111,38 @@ def find_failure(
     return findings.broken
 
 
+def find_base_failure(findings: Findings, spec: VerifySpec, dtype: str) -> AttestationError | None:
+    """The same for a pretrained model."""
+    try:
+        check_base_scores(findings.scores, spec, dtype)
+        for served, expected in findings.greedy:
+            compare_greedy(served, expected, dtype)
+    except AttestationError as error:
+        return error
+    return findings.broken
+
+
+def probe_base(
+    served: ServedModel, model: PretrainedModel, spec: VerifySpec, store: ArtifactStore
+) -> tuple[Findings, dict[str, Any]]:  # Any: JSON values
+    """Ask everything that is asked of a pretrained model's endpoint; its `gain` is what its training loss fell by."""
+    documents, folder = probe_documents(model, spec, store), Path(model.model_folder)
+    reference = base_scores(served, model, documents, spec, store)
+    about = {"health": check_health(served, spec), "num_answers": len(documents), "pretrained": model.origin}
+    about["chat"], broken = ask(served, spec, folder)
+    broken = check_texts(served, spec, folder) or broken
+    values = endpoint_scores(served, documents, spec)
+    files_scores, untrained = reference["merged"], reference["base"]
+    scores = compare(values, files_scores, untrained, files_scores)
+    findings = Findings(
+        scores=replace(scores, adapter_gap=0.0, adapter_move=0.0),  # there is no adapter to merge by other code
+        gain=Gain(trainer=model.first_loss - model.last_loss, served=mean(values) - mean(untrained), error=0.0),
+        greedy=endpoint_answers(served, documents, reference["greedy"], spec),
+        broken=broken,
+    )
+    return findings, about
+
+
 def probe(
     served: ServedModel, spec: VerifySpec, store: ArtifactStore
 ) -> tuple[Findings, dict[str, Any]]:  # Any: JSON values
@@ -127,12 +153,7 @@ def probe(
     about = {"health": check_health(served, spec), "num_answers": len(documents)}
     about["chat"], broken = ask(served, spec, Path(store.ancestor(served, MergedModel).model_folder))
     broken = check_texts(served, spec, Path(store.ancestor(served, MergedModel).model_folder)) or broken
-    values: list[float] = []
-    for document in documents:
-        prompt, answer = document["prompt_ids"], document["answer_ids"]
-        body = scoring_request(served.served_model_name, prompt, answer)
-        reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
-        values.extend(answer_logprobs(reply, prompt, answer))
+    values = endpoint_scores(served, documents, spec)
     gain = measure_gain(
         values,
         reference["base"],
@@ -143,25 +164,11 @@ def probe(
     findings = Findings(
         scores=compare(values, reference["merged"], reference["base"], reference["tuned"]),
         gain=gain,
-        greedy=_answer_greedily(served, documents, reference["greedy"], spec),
+        greedy=endpoint_answers(served, documents, reference["greedy"], spec),
         broken=broken,
     )
     about["gain"] = {"trainer": gain.trainer, "served": gain.served, "error": gain.error}
     return findings, about
-
-
-def _answer_greedily(
-    served: ServedModel,
-    documents: list[dict[str, Any]],  # Any: token columns
-    expected: list[list[dict[str, Any]]],  # Any: GreedyStep's fields
-    spec: VerifySpec,
-) -> list[tuple[list[int], list[GreedyStep]]]:
-    answers: list[tuple[list[int], list[GreedyStep]]] = []
-    for document, steps in zip(documents, expected, strict=False):  # the first few only
-        body = greedy_request(served.served_model_name, document["prompt_ids"], len(steps))
-        reply = post_json(f"{served.gateway_url}/v1/completions", body, spec.request_timeout_s)
-        answers.append((greedy_tokens(reply), [GreedyStep(**step) for step in steps]))
-    return answers
 
 
 def reference_scores(
@@ -184,33 +191,16 @@ def reference_scores(
         spec.num_greedy_prompts,
         spec.greedy_tokens,
     ]
-    folder = store.root / "reference" / sha256(repr(identity).encode()).hexdigest()[:16]
-    result = folder / "scores.json"
-    with files.lock_file(folder.with_suffix(".lock"), "the reference scores"):
-        if not result.exists():
-            machine.require_memory(needed, "scoring with transformers", "verify on a machine with more memory")
-            job = {
-                "merged": merged.model_folder,
-                "base": adapter.base_folder,
-                "adapter": adapter.adapter_folder,
-                "documents": documents,
-                "dtype": served.dtype,
-                "num_greedy_prompts": spec.num_greedy_prompts,
-                "greedy_tokens": spec.greedy_tokens,
-                "result": str(result),
-            }
-            files.write_json(folder / "job.json", job)
-            _run_reference(folder)
-        return files.read_json(result)
-
-
-def _run_reference(folder: Path) -> None:
-    log = folder / "output.log"
-    env = without_secrets(os.environ)
-    env.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(_ROOT))
-    code = run_child([sys.executable, "-m", "tasks.verify.reference", str(folder / "job.json")], env, log)
-    if code:
-        raise ServiceError(f"scoring with transformers ended with code {code}; its last lines:\n{last_lines(log)}")
+    job = {
+        "merged": merged.model_folder,
+        "base": adapter.base_folder,
+        "adapter": adapter.adapter_folder,
+        "documents": documents,
+        "dtype": served.dtype,
+        "num_greedy_prompts": spec.num_greedy_prompts,
+        "greedy_tokens": spec.greedy_tokens,
+    }
+    return computed_once(identity, job, needed, store)
 
 
 def check_health(served: ServedModel, spec: VerifySpec) -> dict[str, Any]:  # Any: JSON values

@@ -11,7 +11,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
 
 from deployments.orchestration import NUM_DEPLOYMENTS, POOLS, ROOT
-from tasks.specs import PretrainSpec, Recipe, Spec, _spec_of
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec, _spec_of
 
 TEXT = (ROOT / "prefect.yaml").read_text()
 FILE = yaml.safe_load(TEXT)
@@ -48,6 +48,7 @@ def test_all_deployments_of_the_issue_are_there():
             "pretrain/tiny",
             "pretrain/compact-1b4",
             "release/h100",
+            "release-base/compact-1b4",
             "publish/model",
             "evaluate/h100",
             "evaluate/tiny",
@@ -130,6 +131,7 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
         ("publish", "publish", Recipe, 60),
         ("evaluation", "evaluate", Recipe, 60),
         ("pretrain", "pretrain", PretrainSpec, 25),
+        ("release_base", "release_base", BaseRelease, 25),
     ],
 )
 def test_form_lists_every_field(module: str, flow: str, spec: type[Spec], least: int):

@@ -102,6 +102,13 @@ def test_a_corpus_that_no_base_can_be_made_of_is_said(
     assert not list(store.root.glob("corpus/*"))
 
 
+def test_chats_for_a_base_that_can_not_chat_are_refused(recipe: Recipe, store: ArtifactStore):
+    own = change(pretrain_tiny(), {"tokenizer": "train"})
+    tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})
+    with pytest.raises(errors.SpecError, match=r"FetchSpec gives chats, but .*tokenizer = 'train'.* /v1/completions"):
+        subject.check_recipe(tiny, own, store, HUB)
+
+
 def _rows(text: str) -> Callable[[Path], dict[str, Any]]:
     def changes(folder: Path) -> dict[str, Any]:
         (folder / "bad.jsonl").write_text(text)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from flows.recipes import resolve_pretrain
 from tasks.errors import SpecError
+from tasks.gptoss.head import TrainedHeadLoss
 from tasks.gptoss.layout import config_values, parameter_shapes
-from tasks.head import TrainedHeadLoss
 from tasks.pretrain.balance import balance_loss
 from tasks.pretrain.plan import choose_attention, pretraining_needs
 from tasks.pretrain.rows import NOT_LEARNT, TokenFile, collate, open_rows

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from flows.recipes import resolve
+from tasks.costs import peak_flops
 from tasks.specs import change
 from tasks.train.duration import step_seconds
-from tasks.train.flops import peak_flops
 from tests.tasks.train.test_needs import BASELINE, plan_of, work_of
 
 MEASURED = json.loads(BASELINE.read_text())

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tasks.train.flops import flops_per_token, peak_flops
+from tasks.costs import peak_flops
+from tasks.train.flops import flops_per_token
 from tasks.train.targets import Target
 
 CONFIG = {

@@ -8,11 +8,12 @@ import pytest
 
 from flows.recipes import resolve
 from tasks import machine
+from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
 from tasks.train import run as subject
-from tasks.train.needs import host_bytes, require_aligned, say_needs
+from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
 from tasks.train.targets import find_targets
 

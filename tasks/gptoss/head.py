@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from tasks.costs import HEAD_ROWS
 from tasks.gptoss.fused import fused
-from tasks.train.needs import HEAD_ROWS
 
 _CPU_ROWS = 128  # rows of logits that exist at once on a CPU
 
