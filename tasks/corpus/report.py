@@ -22,7 +22,7 @@ class Statistics:
 
     >>> said = Statistics(num_ids=8)
     >>> for text, ids in (("ab", [1, 2]), ("abc", [1, 2, 3]), ("a", [1])):
-    ...     said.add(Piece(text, "x:1", is_last=True), ids)
+    ...     _ = said.add(Piece(text, "x:1", is_last=True), ids)
     >>> said.num_documents, said.values()["lengths"]["50"], said.values()["num_used_ids"]
     (3, 2, 3)
     """
