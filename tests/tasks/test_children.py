@@ -46,7 +46,8 @@ PARENTS = {
         "run._ask_files(N(folder='m'), N(dtype='float32', spec=EvaluateSpec()), [], [], 'cpu', Path({folder!r}))"
     ),
     "verify's reference": (
-        "from tasks.verify import scoring as run; from types import SimpleNamespace as N; run.sys = N(executable={program!r}); "
+        "from tasks.verify import scoring as run; from types import SimpleNamespace as N; "
+        "run.sys = N(executable={program!r}); "
         "run._run_reference(Path({folder!r}))"
     ),
     "merge's check": (
