@@ -33,11 +33,11 @@ chaos-test: export OMP_NUM_THREADS = 1
 chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker
 	@$(PYTEST) -n 2 -m chaos --durations=8 \
 		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/flows/test_publish.py tests/tasks \
-		tests/deployments
+		tests/deployments tests/test_notebooks.py
 
 vllm-test: export OMP_NUM_THREADS = 1
-vllm-test: setup ## longer tests of real vLLM: wrecked weights, each served by its own, and the evaluation gate (ten minutes)
-	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line_killed.py
+vllm-test: setup ## longer tests of real vLLM: wrecked weights, the evaluation gate, a pretrained base (twenty minutes)
+	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line_killed.py tests/flows/test_release_base.py
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave

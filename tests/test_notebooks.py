@@ -123,7 +123,7 @@ def test_texts_go_from_the_settings_to_an_answer_and_run_all_again_trains_nothin
     assert adapter_digest(tmp_path) == before
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_chats_without_quantisation(inputs: dict[str, Any], tmp_path: Path):
     code, said = run({**inputs, "USE_4BIT": False}, tmp_path)
     assert code == 0, said
@@ -200,7 +200,7 @@ def test_a_gated_base_asks_for_a_token_with_hidden_input_and_keeps_it_nowhere(
     assert not list((tmp_path / "drive/tiny/base").rglob("*.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_stop_button_leaves_a_checkpoint_of_the_step_that_ran(inputs: dict[str, Any], tmp_path: Path):
     project = tmp_path / "drive/tiny"
     settings = {**inputs, "MAX_STEPS": NUM_STEPS, "SAVE_STEPS": NUM_STEPS}
@@ -246,8 +246,9 @@ def wait_for_step(project: Path, step: int) -> Path:
     raise AssertionError("no such step")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("disk", ["plain", "fuse"])
+@pytest.mark.parametrize(
+    "disk", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("fuse", marks=pytest.mark.chaos)]
+)
 def test_a_session_that_is_cut_goes_on_elsewhere_with_run_all_and_loses_at_most_save_steps(
     inputs: dict[str, Any], whole: str, fuse: str, tmp_path: Path, disk: str
 ):
