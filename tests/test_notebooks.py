@@ -1,6 +1,7 @@
 """The notebooks: nothing in them but code, and all of their code runs, as a person on Colab would run it."""
 
 import ast
+import inspect
 import json
 import os
 import pty
@@ -9,7 +10,10 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,47 @@ def test_every_setting_is_in_the_one_cell_and_in_the_docs():
     assert names == list(SETTINGS)
     told = re.findall(r"^\| `([A-Z0-9_]+)` \|", (subject.ROOT / "docs/colab.md").read_text(), re.MULTILINE)
     assert told == names
+
+
+def _calls_of_ours(tree: ast.Module) -> Iterator[tuple[Any, ast.Call]]:
+    """Each call of a function that the code imports from this repository."""
+    rooms, ours = ("tasks", "flows", "blocks", "deployments"), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in rooms:
+            ours |= {name.name: getattr(import_module(node.module), name.name) for name in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
+            yield ours[node.func.id], node
+
+
+@pytest.mark.parametrize("name", [COLAB, WALK])
+def test_a_call_of_ours_has_the_arguments_that_the_function_takes(name: str):
+    """Notebooks are outside of pyright, and not every branch of theirs is run here."""
+    code = "\n".join("".join(cell["source"]) for cell in subject.cells(name))
+    calls = list(_calls_of_ours(ast.parse(code)))
+    for function, call in calls:
+        words = {word.arg: None for word in call.keywords if word.arg}
+        try:
+            inspect.signature(function).bind(*call.args, **words)
+        except TypeError as error:
+            pytest.fail(f"{ast.unparse(call)}: {error}")
+    assert len(calls) >= 5
+
+
+def test_asking_needs_sections_1_to_3_alone(tmp_path: Path):
+    """As its text says: in a new session a person asks `final/` without the data and the training."""
+    cells, sections = json.loads((subject.NOTEBOOKS / COLAB).read_text())["cells"], dict[str, list[str]]()
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and (head := re.match(r"## (\d)", text)):
+            sections[head[1]] = []
+        elif cell["cell_type"] == "code":
+            sections[list(sections)[-1]].append(text)
+    path = tmp_path / "ask.py"
+    path.write_text("\n".join(text for number in "1237" for text in sections[number]))
+    argv = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(path)]
+    told = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stdout
 
 
 def test_texts_go_from_the_settings_to_an_answer_and_run_all_again_trains_nothing(
