@@ -14,23 +14,29 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.check.base import find_origin
 from tasks.check.run import keep_recipe
-from tasks.errors import AccessError, CorruptError
+from tasks.errors import AccessError, CorruptError, SpecError
 from tasks.fetch.run import pin_dataset
-from tasks.specs import PretrainSpec, Recipe, change
+from tasks.hub import require_target
+from tasks.specs import PretrainSpec, Recipe, change, validate
 from tasks.train.run import say_slow_dtype
 
 logger = logging.getLogger(__name__)
 
 
 def why_token(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi) -> str:
-    """Say why a token is needed, "" when none is or there is one. Raises MissingError, TransientError."""
-    if hub.token:
-        return ""
-    if recipe.publish.repo_id:
-        return f"publishing to {recipe.publish.repo_id}"
+    """Say why a token is needed, or another one: what the recipe reads and publishes is asked of the Hub.
+
+    "" when all of it is allowed: not after hours of training.  Raises: MissingError, TransientError.
+    """
+    publish = recipe.publish
+    if publish.repo_id and not hub.token:
+        return f"publishing to {publish.repo_id}"
     try:
         find_origin(recipe.base, pretraining, hub)
         pin_dataset(recipe.fetch, hub)
+        if repo_id := publish.repo_id:
+            doing = f"checking the Hub token for {repo_id}"
+            require_target(hub, repo_id, doing, private=publish.private, create_pr=publish.create_pr)
     except AccessError as error:
         return str(error)
     return ""
@@ -40,13 +46,14 @@ def settle_dtype(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe in the dtype that its first session had, else in one that this machine's GPUs have.
 
     GPUs before Ampere (T4, V100) only imitate bfloat16, many times slower: there float32 is taken, which is right and
-    slow. `folder` gets recipe.json.
+    slow. A recipe that names float32 itself is left as it is. `folder` gets recipe.json.
     """
     chosen = recipe
     if slow := say_slow_dtype(recipe.train):
         logger.warning("%s: done, unless this project began otherwise", slow)
         chosen = change(recipe, {"train": {"dtype": "float32"}})
-    kept = change(recipe, {"train": {"dtype": _first_dtype(recipe, folder) or chosen.train.dtype}})
+    first = _first_dtype(recipe, folder) if recipe.train.dtype == "bfloat16" else ""
+    kept = change(recipe, {"train": {"dtype": first or chosen.train.dtype}})
     if kept.train.dtype != chosen.train.dtype:
         logger.warning("this project began in %s on another GPU, and goes on in it", kept.train.dtype)
     keep_recipe("notebook", kept, folder)
@@ -54,10 +61,12 @@ def settle_dtype(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _first_dtype(recipe: Recipe, folder: Path) -> str:
-    """Return the dtype of the recipe that was kept here when that is this one but for it; else ""."""
+    """Return the dtype of the recipe that was kept here when it trains what this one does but for it; else ""."""
     try:
-        resolved = files.read_json(folder / "recipe.json")["resolved"]
-        dtype = str(resolved["train"]["dtype"])
-        return dtype if change(recipe, {"train": {"dtype": dtype}}).model_dump(mode="json") == resolved else ""
-    except (FileNotFoundError, CorruptError, KeyError, TypeError, ValueError):
+        kept = validate(Recipe, files.read_json(folder / "recipe.json")["resolved"])
+    except (FileNotFoundError, CorruptError, KeyError, TypeError, SpecError):
         return ""
+    now = change(recipe, {"train": {"dtype": kept.train.dtype}})
+    trained_by = ((each.base, each.fetch, each.pack, each.train) for each in (kept, now))
+    first, second = ([spec.key_values() for spec in specs] for specs in trained_by)
+    return kept.train.dtype if first == second else ""

@@ -158,6 +158,9 @@ def test_what_can_not_be_trained_at_all_is_an_error(client: HfApi):
         fit_of(change(recipe, {"pack": {"row_tokens": 65536}}), client, 16)
     with pytest.raises(SpecError, match="'c_attn' hits nothing"):
         fit_of(change(recipe, {"train": {"lora": {"target_modules": ("c_attn",)}}}), client, 16)
+    short = {"train": {"max_steps": 50, "warmup_steps": 100}}  # a first try with the template's warm-up
+    with pytest.raises(SpecError, match=r"warmup_steps = 100 but .* 50 optimizer steps \(max_steps\): lower warmup_st"):
+        fit_of(change(recipe, short), client, 16)
     with pytest.raises(MissingError, match="Qwen/Qwen9"):
         fit_of(change(recipe, {"base": {"model": "Qwen/Qwen9"}}), client, 16)
 
@@ -173,3 +176,6 @@ def test_the_command_prints_it_and_its_status_is_the_answer(capsys: pytest.Captu
     for words, message in ((["--changes", "{x"], "is not JSON"), (["--gpus", "0", "--gpu-gb", "1"], "above 0")):
         assert cli.main(["fit", "tiny", *words]) == 1
         assert message in capsys.readouterr().err
+    for size in ("nan", "inf", "-1"):
+        assert cli.main(["fit", "tiny", f"--gpu-gb={size}"]) == 1
+        assert "above 0" in capsys.readouterr().err

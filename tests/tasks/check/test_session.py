@@ -12,6 +12,7 @@ from tasks.errors import MissingError
 from tasks.specs import FetchSpec, Recipe, change
 from tests.hub_server import (
     READ,
+    WRITE,
     HubServer,
     hub_fixture,  # noqa: F401  (the fixture `hub`)
 )
@@ -49,12 +50,16 @@ def test_a_gated_repo_needs_one(recipe: Recipe, hub: HubServer, kind: str, name:
     hub.repos[kind, name].gated = True
     reason = subject.why_token(recipe, None, client(hub))
     assert name in reason
-    assert subject.why_token(recipe, None, client(hub, READ)) == ""  # there is one: what it may do is said later
+    assert subject.why_token(recipe, None, client(hub, READ)) == ""
+    assert "wrong or expired" in subject.why_token(recipe, None, client(hub, "hf_mistyped"))  # else it stays
 
 
 def test_publishing_needs_one(recipe: Recipe, hub: HubServer):
     published = change(recipe, {"publish": {"repo_id": "me/it"}})
     assert subject.why_token(published, None, client(hub)) == "publishing to me/it"
+    mine = change(recipe, {"publish": {"repo_id": "ada/it"}})
+    assert subject.why_token(mine, None, client(hub, WRITE)) == ""
+    assert "is read-only; it needs write access" in subject.why_token(mine, None, client(hub, READ))  # not after hours
 
 
 def test_a_data_file_that_is_not_there_is_no_matter_of_a_token(recipe: Recipe, hub: HubServer):
@@ -98,6 +103,27 @@ def test_the_next_session_goes_on_in_the_first_ones_dtype(tmp_path: Path, monkey
     assert subject.settle_dtype(other, tmp_path / "7.5").train.dtype == "float32"
     use_gpu(tmp_path / "bin", monkeypatch, "third", "8.0")
     assert subject.settle_dtype(recipe, tmp_path / "7.5").train.dtype == "bfloat16"
+
+
+def test_a_setting_that_trains_nothing_changes_no_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """HUB_REPO_ID is set when the adapter is there: in float32, which a push from a newer GPU must find."""
+    recipe = resolve("qwen_qlora_16gb")
+    use_gpu(tmp_path / "bin", monkeypatch, "first", "7.5")
+    begun = subject.settle_dtype(recipe, tmp_path)
+    use_gpu(tmp_path / "bin", monkeypatch, "second", "8.9")
+    changes = {"publish": {"repo_id": "me/it"}, "train": {"report_to": "wandb"}, "serve": {"max_model_len": 9}}
+    settled = subject.settle_dtype(change(recipe, changes), tmp_path)
+    assert settled.train.key_values() == begun.train.key_values()
+    assert settled.publish.repo_id == "me/it"
+
+
+def test_a_dtype_that_was_asked_for_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the warning of a slow one advises, also where the project began in that one."""
+    recipe = resolve("qwen_qlora_16gb")
+    use_gpu(tmp_path / "bin", monkeypatch, "first", "8.9")
+    assert subject.settle_dtype(recipe, tmp_path).train.dtype == "bfloat16"
+    asked = change(recipe, {"train": {"dtype": "float32"}})
+    assert subject.settle_dtype(asked, tmp_path) == asked
 
 
 def test_a_torn_recipe_is_written_again(tmp_path: Path):
