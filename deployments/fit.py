@@ -10,6 +10,7 @@ Ring: edge. Exit status: 0 it fits, 1 it does not, or an error of ours.
 import argparse
 import json
 import sys
+from math import isfinite
 from typing import Any
 
 from blocks.opening import open_hub
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _resolve(options: argparse.Namespace) -> Recipe:
     """Return the recipe with its changes, on as many GPUs as are asked for. Raises SpecError."""
-    if options.gpu_gb < 0 or options.gpus < 1:
+    if not (isfinite(options.gpu_gb) and options.gpu_gb >= 0) or options.gpus < 1:
         raise SpecError(f"--gpu-gb {options.gpu_gb:g} --gpus {options.gpus}: expected a size and a number above 0")
     try:
         changes: dict[str, Any] = json.loads(options.changes)  # Any: JSON values

@@ -82,7 +82,7 @@ def output_folder(settings: Mapping[str, Any]) -> Path:  # Any: a cell's values
         raise SpecError(f"PROJECT_NAME = {name!r}: expected the name of one folder, such as my-first-adapter")
     if not isinstance(root, str) or not root:
         raise SpecError(f"BASE_SAVE_DIR = {root!r}: expected a folder, such as /content/drive/MyDrive/llm-finetune")
-    return Path(root) / name
+    return Path(root).expanduser() / name
 
 
 def _fault(name: str, value: Any) -> str:  # Any: whatever a person typed

@@ -22,7 +22,7 @@ from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
 from tasks.train.needs import choose_attention, host_bytes, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
-from tasks.train.run import checkpoint_bytes
+from tasks.train.run import checkpoint_bytes, require_warm
 from tasks.train.targets import find_targets
 
 _LEAST_ROW_TOKENS = 256
@@ -140,6 +140,8 @@ def imagine_gpus(gb: float, count: int) -> list[Gpu]:
 
 
 def _require_trainable(recipe: Recipe, base: BaseFacts, *, on_gpu: bool) -> None:
+    if recipe.train.max_steps > 0:  # by epochs only the packed rows tell
+        require_warm(0, recipe.train)
     require_aligned(base.config, recipe.train)
     require_quantizable(base.config, recipe.train)
     if stored := base.config.get("quantization_config"):

@@ -30,7 +30,7 @@ from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
-from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, say_slow_dtype
+from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, require_warm, say_slow_dtype
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -152,6 +152,8 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
             f"ServeSpec.max_model_len = {longest} but a row holds {recipe.pack.row_tokens} tokens, and verify asks the "
             "server to score whole rows and to add one token: raise max_model_len or lower PackSpec.row_tokens"
         )
+    if recipe.train.max_steps > 0:  # by epochs only the packed rows tell
+        require_warm(0, recipe.train)
     choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(list_gpus()))
     require_quantizable(facts[0].config, recipe.train)
     if stored := facts[0].config.get("quantization_config"):

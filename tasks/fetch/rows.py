@@ -57,7 +57,10 @@ def require_columns(names: Sequence[str], spec: FetchSpec, doing: str) -> None:
         if wanted not in names:
             near = ", ".join(get_close_matches(wanted, names, n=2, cutoff=0.5))
             hint = f"did you mean {near}? It" if near else "it"
-            raise DataError(f"{doing} has no column {wanted!r}: {hint} has {', '.join(names)}")
+            texts = (
+                "" if spec.text_column else "; for plain text name its column in FetchSpec.text_column (TEXT_COLUMN)"
+            )
+            raise DataError(f"{doing} has no column {wanted!r}: {hint} has {', '.join(names)}{texts}")
 
 
 def read_row(row: dict[str, Any], spec: FetchSpec) -> dict[str, Any]:  # Any: whatever the source holds

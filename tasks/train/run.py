@@ -140,9 +140,10 @@ def require_warm(num_rows: int, spec: TrainSpec) -> None:
     """Raise SpecError when the warm-up lasts as long as the run: the learning rate would never reach its value."""
     planned = planned_steps(num_rows, spec)
     if spec.warmup_steps >= planned:
+        by_rows = f"{num_rows} packed rows", "lower warmup_steps or gradient_accumulation, or train more epochs"
+        why, way_out = by_rows if spec.max_steps < 0 else ("max_steps", "lower warmup_steps or raise max_steps")
         raise SpecError(
-            f"TrainSpec.warmup_steps = {spec.warmup_steps} but the run has {planned} optimizer steps "
-            f"({num_rows} packed rows): lower warmup_steps or gradient_accumulation, or train more epochs"
+            f"TrainSpec.warmup_steps = {spec.warmup_steps} but the run has {planned} optimizer steps ({why}): {way_out}"
         )
 
 

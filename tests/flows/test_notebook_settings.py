@@ -129,6 +129,11 @@ def test_a_project_name_that_is_no_folder_is_refused(name: Any):
         subject.output_folder({**SEED, "PROJECT_NAME": name})
 
 
+def test_a_save_folder_may_be_named_from_home(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert subject.output_folder({"PROJECT_NAME": "p", "BASE_SAVE_DIR": "~/tuned"}) == Path("/home/ada/tuned/p")
+
+
 def test_a_save_folder_that_is_missing_is_refused():
     with pytest.raises(SpecError, match="BASE_SAVE_DIR = ''"):
         subject.output_folder({"PROJECT_NAME": "p"})

@@ -135,6 +135,7 @@ QUESTION_ONLY = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "
         (_rows('{"messages": '), errors.CorruptError, r"bad\.jsonl:1 is not JSON \(.*mend or delete that line"),
         (_rows('{"q": "a"}\n'), errors.DataError, r"bad\.jsonl:1: no column 'messages'; the row has q"),
         (lambda f: {"pack": {"row_tokens": 1024}}, errors.SpecError, r"row_tokens = 1024 but the .* is 512 tokens"),
+        (lambda f: {"train": {"max_steps": 5, "warmup_steps": 5}}, errors.SpecError, r"raise max_steps"),
         (
             lambda f: {"train": {"lora": {"target_modules": ("q_porj",)}}},
             errors.SpecError,

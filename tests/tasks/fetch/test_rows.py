@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.errors import DataError
 from tasks.fetch import rows as subject
 from tasks.specs import FetchSpec
 
@@ -90,3 +91,8 @@ def test_split_is_monotone_in_the_share(row: dict[str, str], one: float, other: 
 def test_split_takes_about_its_share():
     held_out = sum(subject.is_validation_row({"text": f"row {index}"}, 20.0) for index in range(5000))
     assert 900 < held_out < 1100
+
+
+def test_a_table_of_texts_taken_for_chats_is_told_where_texts_are_named():
+    with pytest.raises(DataError, match=r"has text; for plain text name its column in FetchSpec\.text_column \(TEXT_"):
+        subject.require_columns(["text"], CHAT, "x/y")
