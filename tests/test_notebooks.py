@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flows.notebook_settings import SETTINGS
 from tasks.checkpoints import is_complete
@@ -32,6 +33,7 @@ from tests.hub_server import (
 )
 from tests.needs import lack
 from tests.tasks.check.test_fit import dense, put_headers
+from tests.tasks.check.test_session import NVIDIA_SMI
 from tests.tiny import save_dense_model, write_chats
 from tests.waiting import wait_for
 
@@ -198,6 +200,16 @@ def test_a_wrong_setting_ends_the_run_with_its_name_and_the_way_out(
     assert code == 1
     assert re.search(message, said.splitlines()[-1]), said
     assert not list((tmp_path / "drive").rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this torch has its GPU")
+def test_a_gpu_that_torch_can_not_use_ends_the_first_section(inputs: dict[str, Any], tmp_path: Path):
+    """An older driver than the CUDA of the pinned torch: else a 7 B model would be trained by the CPU, without a word."""
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI.format(name="Tesla T4", capability="7.5"))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    code, said = run(inputs, tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert code == 1
+    assert "Tesla T4: 15.7 of 16.1 GB free\n" in said and "can't use this GPU" in said.splitlines()[-1]
 
 
 def on_hub(hub: HubServer) -> dict[str, str]:
