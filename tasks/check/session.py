@@ -1,7 +1,7 @@
 """What a session of the notebook settles before long work: is a token needed, which GPU is this, which dtype.
 
 A notebook's session may be cut and go on tomorrow on another kind of GPU. The dtype is part of an adapter's key, so it
-is chosen once, for the first session, and kept beside the artifacts: else the second one would begin anew.
+is that of the first session, whose recipe is kept beside the artifacts: else the second one would begin anew.
 
 Ring: edge (Hub, disk, nvidia-smi).
 """
@@ -13,7 +13,6 @@ from huggingface_hub import HfApi
 
 from tasks import files
 from tasks.check.base import find_origin
-from tasks.check.run import keep_recipe
 from tasks.errors import AccessError, CorruptError, SpecError
 from tasks.fetch.run import pin_dataset
 from tasks.hub import require_target
@@ -45,8 +44,9 @@ def why_token(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi) -> s
 def settle_dtype(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe in the dtype that its first session had, else in one that this machine's GPUs have.
 
-    GPUs before Ampere (T4, V100) only imitate bfloat16, many times slower: there float32 is taken, which is right and
-    slow. A recipe that names float32 itself is left as it is. `folder` gets recipe.json.
+    GPUs before Ampere (T4) only imitate bfloat16, many times slower: there float32 is taken, which is right and
+    slow. A recipe that names float32 itself is left as it is. `folder` has the recipe.json of the last training that
+    began; the caller writes it when this one begins, since a session that was refused settles nothing.
     """
     chosen = recipe
     if slow := say_slow_dtype(recipe.train):
@@ -56,7 +56,6 @@ def settle_dtype(recipe: Recipe, folder: Path) -> Recipe:
     kept = change(recipe, {"train": {"dtype": first or chosen.train.dtype}})
     if kept.train.dtype != chosen.train.dtype:
         logger.warning("this project began in %s on another GPU, and goes on in it", kept.train.dtype)
-    keep_recipe("notebook", kept, folder)
     return kept
 
 

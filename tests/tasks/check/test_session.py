@@ -1,6 +1,5 @@
 """What a notebook's session settles: whether a token is needed, and one dtype for all sessions of a project."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from huggingface_hub import HfApi
 
 from flows.recipes import resolve, resolve_base
 from tasks.check import session as subject
+from tasks.check.run import keep_recipe
 from tasks.errors import MissingError
 from tasks.specs import FetchSpec, Recipe, change
 from tests.hub_server import (
@@ -88,19 +88,25 @@ def test_an_old_gpu_trains_in_float32_and_says_so(
     assert subject.settle_dtype(resolve("qwen_qlora_16gb"), tmp_path / "third").train.dtype == "bfloat16"
 
 
+def begin(recipe: Recipe, folder: Path) -> Recipe:
+    """A session that comes as far as its training."""
+    settled = subject.settle_dtype(recipe, folder)
+    keep_recipe("notebook", settled, folder)
+    return settled
+
+
 def test_the_next_session_goes_on_in_the_first_ones_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The dtype is in the adapter's key: another one would begin anew, and Colab gives what GPU it has."""
     recipe = resolve("qwen_qlora_16gb")
     for first, second, dtype in (("7.5", "8.9", "float32"), ("8.9", "7.5", "bfloat16")):
         folder = tmp_path / first
         use_gpu(tmp_path / "bin", monkeypatch, "first", first)
-        begun = subject.settle_dtype(recipe, folder)
+        begun = begin(recipe, folder)
         use_gpu(tmp_path / "bin", monkeypatch, "second", second)
         assert subject.settle_dtype(recipe, folder) == begun
         assert begun.train.dtype == dtype
-        assert json.loads((folder / "recipe.json").read_text())["resolved"]["train"]["dtype"] == dtype
     other = change(recipe, {"train": {"lora": {"rank": 2}}})  # other settings: nothing to go on with
-    assert subject.settle_dtype(other, tmp_path / "7.5").train.dtype == "float32"
+    assert begin(other, tmp_path / "7.5").train.dtype == "float32"
     use_gpu(tmp_path / "bin", monkeypatch, "third", "8.0")
     assert subject.settle_dtype(recipe, tmp_path / "7.5").train.dtype == "bfloat16"
 
@@ -109,7 +115,7 @@ def test_a_setting_that_trains_nothing_changes_no_dtype(tmp_path: Path, monkeypa
     """HUB_REPO_ID is set when the adapter is there: in float32, which a push from a newer GPU must find."""
     recipe = resolve("qwen_qlora_16gb")
     use_gpu(tmp_path / "bin", monkeypatch, "first", "7.5")
-    begun = subject.settle_dtype(recipe, tmp_path)
+    begun = begin(recipe, tmp_path)
     use_gpu(tmp_path / "bin", monkeypatch, "second", "8.9")
     changes = {"publish": {"repo_id": "me/it"}, "train": {"report_to": "wandb"}, "serve": {"max_model_len": 9}}
     settled = subject.settle_dtype(change(recipe, changes), tmp_path)
@@ -121,12 +127,22 @@ def test_a_dtype_that_was_asked_for_is_taken(tmp_path: Path, monkeypatch: pytest
     """As the warning of a slow one advises, also where the project began in that one."""
     recipe = resolve("qwen_qlora_16gb")
     use_gpu(tmp_path / "bin", monkeypatch, "first", "8.9")
-    assert subject.settle_dtype(recipe, tmp_path).train.dtype == "bfloat16"
+    assert begin(recipe, tmp_path).train.dtype == "bfloat16"
     asked = change(recipe, {"train": {"dtype": "float32"}})
     assert subject.settle_dtype(asked, tmp_path) == asked
 
 
-def test_a_torn_recipe_is_written_again(tmp_path: Path):
+def test_a_session_that_was_refused_settles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No GPU was chosen, or 14 B did not fit a T4: the next GPU has the dtype that is right there."""
+    recipe = resolve("qwen_qlora_16gb")
+    assert subject.settle_dtype(recipe, tmp_path).train.dtype == "bfloat16"
+    use_gpu(tmp_path / "bin", monkeypatch, "Tesla T4", "7.5")
+    assert subject.settle_dtype(recipe, tmp_path).train.dtype == "float32"
+    use_gpu(tmp_path / "bin", monkeypatch, "NVIDIA L4", "8.9")
+    assert subject.settle_dtype(recipe, tmp_path).train.dtype == "bfloat16"
+
+
+def test_a_torn_recipe_is_no_matter(tmp_path: Path):
     (tmp_path / "recipe.json").write_text('{"resolved": {"train"')
-    subject.settle_dtype(resolve("tiny"), tmp_path)
-    assert json.loads((tmp_path / "recipe.json").read_text())["resolved"]["train"]["dtype"] == "float32"
+    assert subject.settle_dtype(resolve("tiny"), tmp_path).train.dtype == "float32"
+    assert subject.settle_dtype(resolve("qwen_qlora_16gb"), tmp_path).train.dtype == "bfloat16"
