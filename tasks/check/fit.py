@@ -20,7 +20,7 @@ from tasks.errors import CapacityError, SpecError
 from tasks.machine import Gpu, available_memory_bytes
 from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
-from tasks.train.needs import choose_attention, host_bytes, require_aligned, require_quantizable
+from tasks.train.needs import choose_attention, host_bytes, is_expert, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
 from tasks.train.run import checkpoint_bytes, require_warm
 from tasks.train.targets import find_targets
@@ -174,7 +174,7 @@ def _stored_as(base: BaseFacts, spec: TrainSpec) -> str:
     """Say what the weights are in while they train: bitsandbytes makes Linear layers small, never 3-D experts."""
     if spec.quantization == "none":
         return spec.dtype + (", unpacked from MXFP4" if base.config.get("quantization_config") else "")
-    has_experts = any(len(size) == 3 for size in base.shapes.values())
+    has_experts = any(is_expert(name, size) for name, size in base.shapes.items())
     return f"{spec.quantization}, {'experts, ' if has_experts else ''}embeddings and head in {spec.dtype}"
 
 

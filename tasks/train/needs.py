@@ -8,6 +8,7 @@ H200. It refuses what can't fit and lets plan.py choose what does.
 Ring: pure.  Units: bytes.  Shapes: L layers, T tokens of a forward pass, H hidden, F inner, K experts per token.
 """
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -22,6 +23,7 @@ _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of 
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 _STORED = {"nf4": 0.52, "int8": 1.0}  # bytes of a quantised weight, scales included
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 Config = Mapping[str, Any]  # Any: config.json
 
 
@@ -169,9 +171,20 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
 
 
 def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: int) -> float:
-    """Of a quantised base the Linear weights are stored in less; embeddings, head, norms and 3-D experts stay."""
-    is_linear = len(size) == 2 and ".layers." in name and name.endswith(".weight")
+    """Of a quantised base the Linear weights are stored in less; embeddings, head, norms and experts stay."""
+    is_linear = len(size) == 2 and ".layers." in name and name.endswith(".weight") and not is_expert(name, size)
     return _STORED[spec.quantization] if is_linear and spec.quantization != "none" else element
+
+
+def is_expert(name: str, size: tuple[int, ...]) -> bool:
+    """Say whether a stored tensor is of 3-D experts: of all of them, or of one that transformers stacks as it loads.
+
+    >>> is_expert("model.layers.0.mlp.experts.7.up_proj.weight", (768, 2048))
+    True
+    >>> is_expert("model.layers.0.mlp.shared_experts.up_proj.weight", (768, 2048))
+    False
+    """
+    return len(size) == 3 or bool(_ONE_EXPERT.search(name))
 
 
 def _fused_activations(

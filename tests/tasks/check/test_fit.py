@@ -129,6 +129,23 @@ def test_gpt_oss_120b_is_told_for_what_it_is(client: HfApi):
         fit_of(change(recipe, {"train": {"quantization": "nf4"}}), client, 80)
 
 
+def test_experts_that_lie_apart_in_the_files_are_not_made_small(hub: HubServer):
+    """transformers stacks them as it loads, and bitsandbytes leaves what is no Linear: 30 B in nf4 are 58 GB."""
+    shapes: Shapes = {f"{part}.weight": ("BF16", (151936, 2048)) for part in ("model.embed_tokens", "lm_head")}
+    linear = {"q_proj": (4096, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 4096)}
+    expert = {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}
+    for layer in range(48):
+        parts = {f"self_attn.{part}": size for part, size in linear.items()}
+        parts |= {f"mlp.experts.{n}.{part}": size for n in range(128) for part, size in expert.items()}
+        shapes |= {f"model.layers.{layer}.{part}.weight": ("BF16", size) for part, size in parts.items()}
+    sizes = {"num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151936}
+    put_headers(hub, "Qwen/Qwen3-30B-A3B", {"model_type": "qwen3_moe", **sizes, "num_attention_heads": 32}, shapes)
+    recipe = change(resolve("qwen_qlora_16gb"), {"base": {"model": "Qwen/Qwen3-30B-A3B"}})
+    fit = fit_of(recipe, HfApi(endpoint=hub.url, token=READ), 24)
+    assert fit.needs["weights"] == pytest.approx(59.7e9, rel=0.02)
+    assert "as nf4, experts, embeddings and head in bfloat16\n" in subject.say_fit(fit, "x") and not fit.fits
+
+
 def test_a_way_out_is_one_that_was_tried(client: HfApi):
     plain = change(resolve("qwen_qlora_16gb"), {"train": {"quantization": "none"}})
     fit = fit_of(plain, client, 16)
