@@ -202,6 +202,16 @@ def test_a_wrong_setting_ends_the_run_with_its_name_and_the_way_out(
     assert not list((tmp_path / "drive").rglob("adapter_model.safetensors"))
 
 
+@pytest.mark.skipif(Path("/content/tatara").exists(), reason="this is Colab")
+def test_on_colab_the_address_of_the_copy_is_asked_for_before_anything(inputs: dict[str, Any], tmp_path: Path):
+    """Else git says 128, and no more. google.colab is a stand-in: it is there, and that is all."""
+    (tmp_path / "google/colab").mkdir(parents=True)
+    (tmp_path / "google/colab/__init__.py").touch()
+    code, said = run(inputs, tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert said.splitlines()[-1].startswith("put the address of your copy of Tatara into `repository`")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this torch has its GPU")
 def test_a_gpu_that_torch_can_not_use_ends_the_first_section(inputs: dict[str, Any], tmp_path: Path):
     """An older driver than the CUDA of the pinned torch: else the CPU would train 7 B, without a word."""
