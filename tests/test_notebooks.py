@@ -68,7 +68,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def variables(settings: dict[str, Any], folder: Path, **more: str) -> dict[str, str]:
     """What a session sees: its settings, a home of its own, a Drive below `folder`."""
     drive = {"BASE_SAVE_DIR": str(folder / "drive")}
-    home = {"HOME": str(folder / "home"), "TMPDIR": str(folder)}
+    home = {"HOME": str(folder / "home"), "TMPDIR": str(folder), "FILE_QUEUE_PATH": str(folder / "traces.jsonl")}
     return {"TATARA_NOTEBOOK_SETTINGS": json.dumps(settings | drive), **home, **more}
 
 
