@@ -295,7 +295,8 @@ class PretrainSpec(Spec):
     rows_per_device: int = Field(default=0, ge=0, description="Rows of one pass; 0: rows_per_step / num_processes.")
     num_steps: Positive = 200
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
-        default="adamw", description="adamw: moments in the type of the weights; adamw_8bit: bitsandbytes, two bytes a parameter."
+        default="adamw",
+        description="adamw: moments in the type of the weights; adamw_8bit: bitsandbytes, two bytes a parameter.",
     )
     learning_rate: float = Field(default=3e-3, gt=0)
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"

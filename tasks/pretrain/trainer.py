@@ -115,11 +115,16 @@ class SharedTrainer(PretrainTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer  # Any: accelerate's wrapper
         whole = optimizer.state_dict()
-        whole["state"] = {
-            number: {name: _gathered(value) for name, value in entry.items()}
-            for number, entry in whole["state"].items()
-        }
-        if self.is_world_process_zero():
+        is_first = self.is_world_process_zero()
+        kept: dict[int, dict[str, Any]] = {}  # Any: tensors, and whatever else an optimizer remembers
+        for number, entry in whole["state"].items():
+            kept[number] = {}
+            for name, value in entry.items():  # one at a time: all of them gathered would not fit a GPU
+                gathered = _gathered(value)
+                if is_first:
+                    kept[number][name] = gathered.cpu() if torch.is_tensor(gathered) else gathered
+        whole["state"] = kept
+        if is_first:
             torch.save(whole, Path(output_dir) / _OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)  # type: ignore[union-attr]
 
