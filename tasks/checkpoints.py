@@ -111,10 +111,10 @@ def say_kept(folder: Path) -> str:
 def require_room(folder: Path, num_trainable: int, step: int) -> None:
     """Raise CapacityError before the checkpoint of `step` is begun when the disk can't take it.
 
-    12 bytes a trained parameter (weight and two moments in float32), or what the last one took if that was more.
+    What the last one took; of the first nobody knows: 12 bytes a trained parameter (weight, two moments in float32).
     """
     whole = [sum(files.list_files(checkpoint).values()) for checkpoint in _all(folder)]
-    needed = max([12 * num_trainable, *whole]) + _SLACK_BYTES
+    needed = max(whole, default=12 * num_trainable) + _SLACK_BYTES
     free = files.free_bytes(folder)
     if free < needed:
         raise CapacityError(

@@ -115,9 +115,11 @@ class Live:
     @_never_fatal
     def renew(self) -> None:
         """Look now and show what there is."""
-        for key, shown in self._look().items():
-            self._put(key, shown)
-        self._last = time.monotonic()  # also counts the drawing: a slow server is not asked more often
+        try:
+            for key, shown in self._look().items():
+                self._put(key, shown)
+        finally:  # also counts the drawing: a server that is slow or away is not asked more often
+            self._last = time.monotonic()
 
     def _put(self, key: str, shown: str | bytes) -> None:
         data = shown if isinstance(shown, str) else _png_url(shown)

@@ -290,7 +290,7 @@ class PretrainSpec(Spec):
         description="windows: row_tokens at random places of the corpus; documents: whole ones, cut at row_tokens, "
         "packed without padding, in a new order each epoch, none seeing another.",
     )
-    row_tokens: Positive = 256
+    row_tokens: int = Field(default=256, ge=2)
     rows_per_step: Positive = 4
     rows_per_device: int = Field(default=0, ge=0, description="Rows of one pass; 0: rows_per_step / num_processes.")
     num_steps: Positive = 200
@@ -343,6 +343,14 @@ class PretrainSpec(Spec):
             raise ValueError(f"row_tokens={self.row_tokens} exceeds shape.context_tokens={self.shape.context_tokens}")
         if self.compact_vocabulary and self.shape.tie_embeddings:
             raise ValueError("compact_vocabulary needs tie_embeddings=false: the rest share an output row only")
+        if self.compact_vocabulary and (self.rows, self.parallel, self.router_aux_loss_coef) != ("windows", "ddp", 0):
+            raise ValueError(
+                f"compact_vocabulary=true has a loss of its own, on windows, without balance and not shared out, but "
+                f"rows={self.rows!r}, router_aux_loss_coef={self.router_aux_loss_coef:g}, parallel={self.parallel!r}: "
+                "set compact_vocabulary=false"
+            )
+        if self.checkpointing == "selective" and (self.compact_vocabulary or self.kernels == "stock"):
+            raise ValueError("checkpointing='selective' is of the fused experts only: set 'full', or kernels='auto'")
         rows = self.num_processes * (self.rows_per_device or 1)
         if self.rows_per_step % rows:
             raise ValueError(

@@ -10,6 +10,8 @@ from typing import Self
 
 from tasks.errors import SpecError
 
+_MAX_SEED = (1 << 63) - 1  # torch's and vLLM's
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
@@ -29,6 +31,8 @@ class Wish:
         """Read the options. Raises SpecError that names what can't be."""
         faults = {
             f"--prompt {options.prompt!r} is empty: a model needs at least one token": not options.prompt,
+            f"--prompt {options.prompt!r} is not UTF-8: convert it": not _is_unicode(options.prompt),
+            f"--seed {options.seed}: expected 0 to {_MAX_SEED}": not 0 <= (options.seed or 0) <= _MAX_SEED,
             f"--max-tokens {options.max_tokens}: expected 1 or more": options.max_tokens < 1,
             f"--temperature {options.temperature:g}: expected 0 or more": not options.temperature >= 0,
             f"--top-p {options.top_p:g}: expected more than 0, at most 1": not 0 < options.top_p <= 1,
@@ -43,6 +47,11 @@ class Wish:
         """Raise SpecError for a picture of memory that another process holds."""
         if picture:
             raise SpecError(f"--memory-picture {picture} draws this process's memory, but --url asks another: drop one")
+
+
+def _is_unicode(text: str) -> bool:
+    """Say whether there is no byte in it that Python could not decode from the command line."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @dataclass(slots=True)

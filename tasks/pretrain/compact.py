@@ -40,6 +40,8 @@ class Vocabulary:
 class TiedRestTrainer(Trainer):
     """Trainer whose last class stands for `num_rest` ids of equal logit."""
 
+    loss_is_scaled_for_ga = False  # a mean over one pass; the passes of a step have as many tokens each
+
     def __init__(self, *args: Any, vocabulary: Vocabulary, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.vocabulary = vocabulary

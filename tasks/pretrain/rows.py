@@ -62,7 +62,7 @@ class Windows(Dataset[torch.Tensor]):
 
 
 class DocumentRows(Dataset[torch.Tensor]):
-    """Each document a row; one of more than T tokens is cut into several."""
+    """Each document a row; one of more than T tokens is cut into several. A row of one token has no next to learn."""
 
     def __init__(self, corpus: TokenFile, spec: PretrainSpec) -> None:
         self.corpus = corpus
@@ -70,8 +70,9 @@ class DocumentRows(Dataset[torch.Tensor]):
         parts_D = -(-(corpus.ends_D - begins_D) // spec.row_tokens)
         document_R = np.repeat(np.arange(len(parts_D)), parts_D)
         part_R = np.arange(len(document_R)) - np.repeat(np.cumsum(parts_D) - parts_D, parts_D)
-        self.starts = begins_D[document_R] + part_R * spec.row_tokens
-        self.lengths = np.minimum(corpus.ends_D[document_R] - self.starts, spec.row_tokens)
+        starts_R = begins_D[document_R] + part_R * spec.row_tokens
+        lengths_R = np.minimum(corpus.ends_D[document_R] - starts_R, spec.row_tokens)
+        self.starts, self.lengths = starts_R[lengths_R > 1], lengths_R[lengths_R > 1]
 
     def __len__(self) -> int:
         return len(self.starts)

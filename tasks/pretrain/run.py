@@ -22,6 +22,7 @@ from tasks.artifacts import (
 from tasks.costs import say_needs
 from tasks.errors import CapacityError
 from tasks.pretrain.plan import pretraining_needs
+from tasks.processes import find_alive
 from tasks.specs import PretrainSpec
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
@@ -40,7 +41,8 @@ def pretrain_model(
     with store.claim(PretrainedModel, key) as claim:
         if claim.found:
             return claim.found
-        _require_room(spec, claim.folder)
+        if not _goes_on_by_itself(claim.folder):
+            _require_room(spec, claim.folder)
         result = run_trainer(
             "tasks.pretrain.worker",
             claim.folder,
@@ -94,11 +96,17 @@ def pretrained_origin(key: str) -> str:
     return f"pretrained {key[:8]}"
 
 
+def _goes_on_by_itself(folder: Path) -> bool:
+    """Say whether a trainer is through, or runs on after its parent was killed: what it holds is not to be free."""
+    return (folder / "result.json").exists() or find_alive(folder / "process.json") is not None
+
+
 def _require_room(spec: PretrainSpec, folder: Path) -> None:
     """Raise CapacityError when disk, GPUs or memory are too small; a checkpoint holds weights and moments."""
     needs = pretraining_needs(spec)
     parts = spec.num_processes if spec.parallel == "fsdp2" else 1
-    files.require_disk(folder, 3 * parts * (needs["weights"] + needs["optimizer"]), "pretraining")
+    held = sum(files.list_files(folder / CHECKPOINTS).values())  # a run that goes on: they are dropped for newer ones
+    files.require_disk(folder, 3 * parts * (needs["weights"] + needs["optimizer"]) - held, "pretraining")
     gpus, needed = machine.list_gpus(), sum(needs.values())
     way_out = "lower rows_per_device (the step's rows stay), choose optimizer='adamw_8bit' or checkpointing='selective'"
     if not gpus:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainingArguments
 
 from tasks.gptoss.forward import find_decoder
@@ -38,6 +39,17 @@ class PretrainTrainer(Trainer):
         if num_items_in_batch is None:
             return loss
         return loss * self.accelerator.num_processes  # DDP and FSDP average the gradients of ranks
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Draw the rows of the whole run, one order of all behind the other.
+
+        Epoch by epoch the last step would be a short one, which accelerate fills up with rows that were learnt already
+        where several processes share it: then their number would decide what is learnt.
+        """
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset  # Any: torch's Dataset has no len
+        args = self.args
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RandomSampler(rows, num_samples=args.max_steps * rows_per_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the cross-entropy alone as `loss`, beside it accuracy and balance; and each expert's share."""
@@ -103,11 +115,16 @@ class SharedTrainer(PretrainTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer  # Any: accelerate's wrapper
         whole = optimizer.state_dict()
-        whole["state"] = {
-            number: {name: _gathered(value) for name, value in entry.items()}
-            for number, entry in whole["state"].items()
-        }
-        if self.is_world_process_zero():
+        is_first = self.is_world_process_zero()
+        kept: dict[int, dict[str, Any]] = {}  # Any: tensors, and whatever else an optimizer remembers
+        for number, entry in whole["state"].items():
+            kept[number] = {}
+            for name, value in entry.items():  # one at a time: all of them gathered would not fit a GPU
+                gathered = _gathered(value)
+                if is_first:
+                    kept[number][name] = gathered.cpu() if torch.is_tensor(gathered) else gathered
+        whole["state"] = kept
+        if is_first:
             torch.save(whole, Path(output_dir) / _OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)  # type: ignore[union-attr]
 

@@ -112,7 +112,8 @@ def make_trainer(corpus: TokenFile, spec: PretrainSpec, tokenizer: Any, folder: 
     elif isinstance(rows, DocumentRows):
         separate_documents(model)
     train_head(model, spec.router_aux_loss_coef)
-    trainer_class = SharedTrainer if spec.parallel == "fsdp2" else PretrainTrainer
+    is_shared = spec.parallel == "fsdp2" and spec.num_processes > 1  # what several left, one goes on with
+    trainer_class = SharedTrainer if is_shared else PretrainTrainer
     trainer = trainer_class(
         model=model,
         args=trainer_arguments(spec, folder),

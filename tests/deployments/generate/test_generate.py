@@ -98,6 +98,8 @@ def without_tokenizer(model: Path, folder: Path) -> Path:
     ("words", "message"),
     [
         (["--prompt", ""], "--prompt '' is empty"),
+        (["--prompt", "x\udcff"], "--prompt 'x\\udcff' is not UTF-8"),
+        (["--prompt", "x", "--seed", str(2**63)], f"--seed {2**63}: expected 0 to {2**63 - 1}"),
         (["--prompt", "x", "--max-tokens", "0"], "--max-tokens 0: expected 1 or more"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature -1: expected 0 or more"),
         (["--prompt", "x", "--top-p", "0"], "--top-p 0: expected more than 0"),

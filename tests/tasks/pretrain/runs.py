@@ -31,8 +31,8 @@ SPEC = PretrainSpec(
 WORDS = ("iron", "sand", "fire", "blade", "smith", "steel", "water", "clay", "stone", "wind")
 
 
-def write_corpus(folder: Path, num_documents: int = 24) -> Path:
-    """Write tokens.bin, document_ends.bin and tokenizer/ as the corpus step does."""
+def write_corpus(folder: Path, num_documents: int = 18) -> Path:
+    """Write tokens.bin, document_ends.bin and tokenizer/ as the corpus step does; no whole number of steps."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     documents = []

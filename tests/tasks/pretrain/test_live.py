@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.metrics import append_metrics
+from tasks.prefect_ui import Live
 from tasks.pretrain.live import look
 from tasks.pretrain.report import live_markdown
 
@@ -35,6 +36,19 @@ def test_the_newest_records_come_first_and_unknown_figures_are_left_empty():
     assert rows[0] == "| 29 | 2.0000 | 7.39 | 0.250 | 1.00e-03 | 17,310 | 31.2 % | 2.00 |"
     assert len(rows) == 12
     assert live_markdown([{"step": 1, "loss": 1e4}]).splitlines()[4].startswith("| 1 | 10000.0000 | ")  # no overflow
+
+
+def test_a_server_that_is_away_is_not_asked_at_each_record():
+    looks: list[int] = []
+
+    def look() -> dict[str, str | bytes]:
+        looks.append(1)
+        raise ConnectionError
+
+    live = Live(look, every_s=3600)
+    for step in (1, 2, 3):
+        live({**RECORD, "step": step})
+    assert len(looks) == 1
 
 
 _RENEWED = """

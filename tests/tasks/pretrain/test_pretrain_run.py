@@ -1,5 +1,6 @@
 """Pretraining by the real worker: repeatable to the bit, and its compact vocabulary is exact."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ from huggingface_hub import HfApi
 from torch.nn import functional
 
 from flows.recipes import resolve_pretrain
-from tasks.artifacts import ArtifactStore, digest_files, folder_digest
+from tasks.artifacts import ArtifactStore, PretrainedModel, TokenizedCorpus, digest_files, folder_digest
 from tasks.corpus.run import prepare_corpus
+from tasks.errors import CapacityError
 from tasks.pretrain.compact import TiedRestTrainer, Vocabulary, expand
-from tasks.pretrain.run import pretrain_model
+from tasks.pretrain.run import pretrain_key, pretrain_model
 from tasks.pretrain.worker import build_model, pretrain
 from tasks.specs import PretrainSpec, change
+from tests.tasks.pretrain.runs import SPEC
 
 SMALL = {"num_steps": 6, "save_steps": 6, "shape": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 32}}
 
@@ -40,6 +43,23 @@ def test_the_same_question_gives_the_same_bytes(tmp_path: Path, harmony_tokenize
     assert not (model.path / "checkpoints").exists()
     assert model.parents == (corpus.ref,)
     assert pretrain_model(spec, corpus, store, lambda record: None) == model
+
+
+def test_what_is_trained_needs_no_room_to_be_committed(tmp_path: Path):
+    """The parent was killed between the trainer's end and the commit; also a trainer that goes on holds its GPU."""
+    spec, store = change(SPEC, {"shape": {"num_experts": 10**9}}), ArtifactStore(tmp_path)
+    corpus = TokenizedCorpus(
+        key="0" * 64, folder="", parents=(), source="", pins={"corpus": "0"}, dtype="uint16", vocab_size=9,
+        num_documents=1, num_tokens=99,
+    )  # fmt: skip
+    with pytest.raises(CapacityError):
+        pretrain_model(spec, corpus, store, lambda record: None)
+    folder = store.folder(PretrainedModel, pretrain_key(spec, corpus.pins))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    result = {"num_parameters": 1, "first_loss": 2.0, "last_loss": 1.0, "memory": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert pretrain_model(spec, corpus, store, lambda record: None).last_loss == 1.0
 
 
 def small_spec() -> PretrainSpec:

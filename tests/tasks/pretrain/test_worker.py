@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_was(corpus: Path, whole: dict[float, Path
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert 2 <= checkpoint_step(latest_checkpoint(tmp_path / "checkpoints", is_owner=False)) <= 6
-    subject.run(corpus, tmp_path, router_aux_loss_coef=0.0)
+    subject.run(corpus, tmp_path, **{**changes, "num_processes": 1})
     assert [record["step"] for record in subject.records(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [record["step"] for record in subject.records(tmp_path, "experts.jsonl")] == [1, 2, 3, 4, 5, 6]
     if "parallel" in changes:
@@ -95,6 +95,15 @@ def test_a_killed_run_goes_on_where_it_was(corpus: Path, whole: dict[float, Path
     assert subject.losses(tmp_path) == subject.losses(whole[0.0])
     theirs = weights(whole[0.0])
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_compact_vocabulary_learns_the_same_in_several_passes(corpus: Path, tmp_path: Path):
+    compact = {"rows": "windows", "compact_vocabulary": True, "router_aux_loss_coef": 0.0, "num_steps": 3}
+    subject.run(corpus, tmp_path / "one", **compact)
+    subject.run(corpus, tmp_path / "four", **compact, rows_per_device=1)
+    assert_alike(tmp_path / "four", tmp_path / "one")
+    norms = [[record["grad_norm"] for record in subject.records(tmp_path / name)] for name in ("one", "four")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
 
 
 def test_windows_and_tied_tables_are_trained_and_loaded_by_transformers(corpus: Path, tmp_path: Path):

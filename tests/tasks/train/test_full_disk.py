@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tasks.artifacts import ArtifactStore
-from tasks.checkpoints import checkpoint_step, is_disk_full, latest_checkpoint
+from tasks.checkpoints import checkpoint_step, is_disk_full, latest_checkpoint, require_room
 from tasks.errors import CapacityError
 from tasks.train.run import train_adapter
 from tests.needs import mount_tmpfs
@@ -71,6 +71,14 @@ def test_a_disk_without_a_byte_left_for_the_reason_is_named_all_the_same(tmp_pat
 
     with pytest.raises(CapacityError, match=r"full.* free some space and run again"):
         train_adapter(packed, base, SPEC, ArtifactStore(disk), fill_up)
+
+
+def test_a_checkpoint_takes_what_the_last_one_took(tmp_path: Path):
+    with pytest.raises(CapacityError, match="needs about 12000"):
+        require_room(tmp_path, 10**12, step=2)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(bytes(10))  # of two bytes a weight, not twelve
+    require_room(tmp_path, 10**12, step=4)
 
 
 @pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
