@@ -60,13 +60,21 @@ def compact_spec(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_sentences(folder: Path, seven: Path) -> None:
-    """Prepare the shipped sentences as the flow does, and the seed's seven repeated to 500; copy both corpora."""
+    """Prepare the shipped sentences as the flow does, and the seed's own seven repeated to 500; copy both corpora."""
+    from huggingface_hub import HfApi
+
     from tasks.artifacts import ArtifactStore
     from tasks.corpus.run import prepare_corpus
     from tasks.specs import PretrainSpec
 
-    corpus = prepare_corpus(PretrainSpec.model_validate(compact_spec({})), ArtifactStore(HERE / "home"))
-    shutil.copytree(corpus.folder, folder, dirs_exist_ok=True)
+    HERE.mkdir(parents=True, exist_ok=True)
+    shipped = (ROOT / "data" / "short_english" / "sentences.txt").read_text().splitlines()
+    repeated = HERE / "seven.txt"
+    repeated.write_text("".join(shipped[number % 7] + "\n" for number in range(500)))
+    for target, corpus in ((folder, "short_english"), (seven, str(repeated))):
+        spec = PretrainSpec.model_validate(compact_spec({"corpus": corpus}))
+        made = prepare_corpus(spec, ArtifactStore(HERE / "home"), HfApi(token=False))
+        shutil.copytree(made.folder, target, dirs_exist_ok=True)
 
 
 def random_corpus(folder: Path) -> Path:
@@ -184,7 +192,7 @@ def main() -> None:
     """Run one part."""
     what = sys.argv[1] if len(sys.argv) > 1 else "speed"
     if what == "corpus":
-        make_sentences(Path(sys.argv[2]))
+        make_sentences(Path(sys.argv[2]), Path(sys.argv[3]))
         return
     import torch
 
