@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.recipes import PretrainName, resolve_pretrain
 from tasks.artifacts import PretrainedModel
-from tasks.check.task import keep_recipe
+from tasks.check.task import check_pretrain
 from tasks.corpus.task import prepare_corpus
 from tasks.pretrain.task import pretrain_model
 from tasks.specs import PretrainChanges
@@ -28,6 +28,6 @@ def pretrain(
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
     """
     spec = resolve_pretrain(recipe, changes)
-    keep_recipe(recipe, spec, storage)
+    check_pretrain(recipe, spec, storage, hub_account)
     corpus = prepare_corpus(spec, storage, hub_account)
     return pretrain_model(spec, corpus, storage)

@@ -313,9 +313,8 @@ def wait_for_step(project: Path, step: int) -> Path:
     raise AssertionError("no such step")
 
 
-@pytest.mark.parametrize(
-    "disk", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("fuse", marks=pytest.mark.chaos)]
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("disk", ["plain", "fuse"])
 def test_a_session_that_is_cut_goes_on_elsewhere_with_run_all_and_loses_at_most_save_steps(
     inputs: dict[str, Any], whole: str, fuse: str, tmp_path: Path, disk: str
 ):

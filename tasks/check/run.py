@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, PretrainedModel, TrainedAdapter
 from tasks.check.base import BaseFacts, find_made, look_at_base
-from tasks.corpus.run import survey_corpus
+from tasks.corpus.run import pin_inputs, survey_corpus
 from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
 from tasks.fetch.run import downloaded_bytes, survey_dataset
@@ -24,6 +24,7 @@ from tasks.gptoss.layout import MODEL_TYPE
 from tasks.hub import find_repo, require_target
 from tasks.machine import list_gpus
 from tasks.models import require_mxfp4
+from tasks.pretrain.run import check_pretraining
 from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
@@ -82,6 +83,20 @@ def check_release(
 def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
     """Run the checks of a run that publishes and serves nothing; returns and raises as check_recipe does."""
     return _run_all([lambda: _check_publish(recipe, hub), lambda: _check_free_disk(store)])
+
+
+def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list[str]:
+    """Run the checks of a pretraining, whose corpus may take hours to tokenise; returns and raises as check_recipe."""
+    pins: dict[str, str] = {}
+
+    def look() -> str:
+        pins.update(pin_inputs(spec, hub))
+        return f"corpus: {survey_corpus(spec, hub)}"
+
+    def fit() -> str:
+        return check_pretraining(spec, pins, store, has_gpu=bool(list_gpus()))
+
+    return _run_all([look, fit, lambda: _check_free_disk(store)])
 
 
 def _late_checks(

@@ -25,7 +25,7 @@ def check_recipe(
     from blocks.opening import open_host, open_hub, open_store
     from tasks.check import run
 
-    keep_recipe.fn(name, recipe, storage, pretraining)
+    _keep_recipe(name, recipe, storage, pretraining)
     store, host = open_store(storage), open_host(serving_host)
     _show_checks(run.check_recipe(recipe, pretraining, store, open_hub(hub_account), host))
 
@@ -43,7 +43,7 @@ def check_release(
     from blocks.opening import open_host, open_hub, open_store
     from tasks.check import run
 
-    keep_recipe.fn(name, recipe, storage)
+    _keep_recipe(name, recipe, storage)
     store, host = open_store(storage), open_host(serving_host)
     _show_checks(run.check_release(recipe, store, open_hub(hub_account), host, base))
 
@@ -54,8 +54,18 @@ def check_publish(name: str, recipe: Recipe, storage: str = "", hub_account: str
     from blocks.opening import open_hub, open_store
     from tasks.check.run import check_publish
 
-    keep_recipe.fn(name, recipe, storage)
+    _keep_recipe(name, recipe, storage)
     _show_checks(check_publish(recipe, open_store(storage), open_hub(hub_account)))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_pretrain(name: str, spec: PretrainSpec, storage: str = "", hub_account: str = "") -> None:
+    """The same for a run that pretrains."""
+    from blocks.opening import open_hub, open_store
+    from tasks.check import run
+
+    _keep_recipe(name, spec, storage)
+    _show_checks(run.check_pretrain(spec, open_store(storage), open_hub(hub_account)))
 
 
 @task(task_run_name="check-lengths-{dataset.short}", **_RETRYING)
@@ -71,8 +81,7 @@ def check_lengths(
     show_markdown("lengths", said, "Whether every row fits a packed row")
 
 
-@task(task_run_name="keep-{name}", cache_policy=NO_CACHE)
-def keep_recipe(name: str, recipe: Spec, storage: str = "", pretraining: PretrainSpec | None = None) -> None:
+def _keep_recipe(name: str, recipe: Spec, storage: str = "", pretraining: PretrainSpec | None = None) -> None:
     """Store the resolved recipe with the run, as a file and as an artifact."""
     from blocks.opening import open_store
     from tasks.check import run

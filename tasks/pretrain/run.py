@@ -21,7 +21,7 @@ from tasks.artifacts import (
 )
 from tasks.costs import say_needs
 from tasks.errors import CapacityError
-from tasks.pretrain.plan import pretraining_needs
+from tasks.pretrain.plan import choose_attention, pretraining_needs
 from tasks.processes import find_alive
 from tasks.specs import PretrainSpec
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
@@ -81,6 +81,20 @@ def pretrain_model(
         )
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)
         return artifact
+
+
+def check_pretraining(spec: PretrainSpec, pins: dict[str, str], store: ArtifactStore, *, has_gpu: bool) -> str:
+    """Say what the training takes, before its corpus is tokenised; "" for a model that is there or being made.
+
+    Raises: SpecError (kernels that there are none of), CapacityError.
+    """
+    choose_attention(spec, on_gpu=has_gpu)
+    key = pretrain_key(spec, pins)
+    folder = store.folder(PretrainedModel, key)
+    if store.find(PretrainedModel, key) or _goes_on_by_itself(folder):
+        return ""
+    _require_room(spec, folder)
+    return f"pretraining takes about {say_needs(pretraining_needs(spec))} in each process"
 
 
 def pretrain_key(spec: PretrainSpec, pins: dict[str, str]) -> str:

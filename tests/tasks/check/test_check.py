@@ -102,6 +102,17 @@ def test_a_corpus_that_no_base_can_be_made_of_is_said(
     assert not list(store.root.glob("corpus/*"))
 
 
+def test_a_pretraining_that_can_not_be_is_said_before_its_corpus_is_tokenised(store: ArtifactStore):
+    huge = {"shape": {"num_layers": 200, "num_experts": 512}, "corpus": "short_english"}
+    with pytest.raises(errors.CapacityError, match=r"pretraining needs about .* GB"):
+        subject.check_pretrain(change(pretrain_compact_1b4(), huge), store, HUB)
+    with pytest.raises(errors.SpecError, match=r"kernels = 'fused' needs .* compact_vocabulary off"):
+        subject.check_pretrain(change(pretrain_tiny(), {"kernels": "fused"}), store, HUB)
+    said = subject.check_pretrain(pretrain_tiny(), store, HUB)
+    assert "corpus: " in said[0] and "pretraining takes about" in said[1]
+    assert not list(store.root.glob("corpus/*"))
+
+
 def test_chats_for_a_base_that_can_not_chat_are_refused(recipe: Recipe, store: ArtifactStore):
     own = change(pretrain_tiny(), {"tokenizer": "train"})
     tiny = change(recipe, {"base": {"model": "pretrain:tiny"}})

@@ -80,7 +80,7 @@ print("SAID" + json.dumps([len(looks), sorted(said)]))
 """
 
 
-@pytest.mark.slow  # Prefect's own server is started
+@pytest.mark.chaos  # Prefect's own server is started
 def test_pictures_are_renewed_in_place(tmp_path: Path):
     env = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     command = [sys.executable, "-c", _RENEWED, str(tmp_path), json.dumps(RECORD)]

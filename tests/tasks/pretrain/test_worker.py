@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tasks.checkpoints import checkpoint_step, latest_checkpoint
 from tests.tasks.pretrain import runs as subject
 
-pytestmark = pytest.mark.slow
+IN_CI = ("fused", "fsdp2")  # the others take as long again
 ALIKE: dict[str, dict[str, Any]] = {
     "stock": {"kernels": "stock"},
     "fused": {"kernels": "fused"},
@@ -54,6 +54,7 @@ def assert_alike(folder: Path, other: Path) -> None:
     assert not theirs
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_how(whole: dict[float, Path]):
     records = subject.records(whole[0.01])
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
@@ -65,7 +66,9 @@ def test_a_run_learns_and_says_how(whole: dict[float, Path]):
     assert all(sum(layer) == pytest.approx(1, abs=1e-3) for record in usage for layer in record["usage"])
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.chaos) for name in ALIKE]
+)
 def test_every_way_learns_the_same(corpus: Path, whole: dict[float, Path], tmp_path: Path, name: str):
     changes = ALIKE[name]
     subject.run(corpus, tmp_path, **changes)
@@ -74,7 +77,13 @@ def test_every_way_learns_the_same(corpus: Path, whole: dict[float, Path], tmp_p
     assert "GptOssForCausalLM" in architectures and "FSDP" not in architectures
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_processes": 2, "parallel": "fsdp2"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"num_processes": 2, "parallel": "fsdp2"}, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_killed_run_goes_on_where_it_was(corpus: Path, whole: dict[float, Path], tmp_path: Path, changes: Any):
     """In one process to the bit; what two that share the model left, one takes up."""
     changes = {**changes, "router_aux_loss_coef": 0.0}
@@ -97,6 +106,7 @@ def test_a_killed_run_goes_on_where_it_was(corpus: Path, whole: dict[float, Path
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_a_compact_vocabulary_learns_the_same_in_several_passes(corpus: Path, tmp_path: Path):
     compact = {"rows": "windows", "compact_vocabulary": True, "router_aux_loss_coef": 0.0, "num_steps": 3}
     subject.run(corpus, tmp_path / "one", **compact)
@@ -106,6 +116,7 @@ def test_a_compact_vocabulary_learns_the_same_in_several_passes(corpus: Path, tm
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_windows_and_tied_tables_are_trained_and_loaded_by_transformers(corpus: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

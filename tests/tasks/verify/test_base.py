@@ -70,6 +70,7 @@ def test_the_right_files_pass_and_random_weights_are_as_good_as_guessing(store: 
     assert scores.served > -1.5  # it knows its sentences
 
 
+@pytest.mark.slow
 def test_what_is_not_the_model_fails(store: ArtifactStore, model: PretrainedModel):
     untrained, other = make_pretrained(store, num_steps=0), make_pretrained(store, num_steps=45)
     with pytest.raises(AttestationError, match=r"not the published one.*It answers like random weights"):
