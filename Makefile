@@ -32,7 +32,7 @@ slow-test: setup ## kills, races and long equalities: the line killed and sabota
 chaos-test: export OMP_NUM_THREADS = 1
 chaos-test: setup ## a real worker killed in each of the seven steps, a training that outlives server and worker
 	@$(PYTEST) -n 2 -m chaos --durations=8 \
-		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/flows/test_publish.py tests/tasks \
+		tests/flows/test_worker_kills.py tests/flows/test_training_survives.py tests/flows/test_publish.py tests/flows/test_pretrain.py tests/tasks \
 		tests/deployments tests/test_notebooks.py
 
 vllm-test: export OMP_NUM_THREADS = 1
