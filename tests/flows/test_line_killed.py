@@ -18,6 +18,7 @@ from tests.tasks.verify.sabotage import stale_tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+@pytest.mark.chaos  # in make vllm-test: five minutes that CI has not; test_worker_kills.py kills in every step
 def test_killed_in_train_and_in_serve_it_ends_with_the_same_verified_result(line: Line, tmp_path: Path):
     """The two steps whose children outlive the flow; test_worker_kills.py kills in all seven."""
     uninterrupted = run_to_merge(line.recipe, ArtifactStore(tmp_path / "uninterrupted"))

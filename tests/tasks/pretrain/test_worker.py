@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_where_it_was(corpus: Path, whole: dict[float, Path
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path).items())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_compact_vocabulary_learns_the_same_in_several_passes(corpus: Path, tmp_path: Path):
     compact = {"rows": "windows", "compact_vocabulary": True, "router_aux_loss_coef": 0.0, "num_steps": 3}
     subject.run(corpus, tmp_path / "one", **compact)
