@@ -44,8 +44,7 @@ def check_release(
     from tasks.check import run
 
     _keep_recipe(name, recipe, storage)
-    store, host = open_store(storage), open_host(serving_host)
-    _show_checks(run.check_release(recipe, store, open_hub(hub_account), host, base))
+    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host), base))
 
 
 @task(task_run_name="check-{name}", **_RETRYING)
