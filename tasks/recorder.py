@@ -10,11 +10,13 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,7 +34,7 @@ _NAMED_ROWS = 64
 class Measures:
     """What a step is measured by and when its loss ends the run."""
 
-    row_tokens: Any  # Any: tokens of every row (int), or of each: a list or an array
+    row_tokens: Sequence[int] | np.ndarray | int  # tokens of each row, or of every row
     rows_per_step: int
     flops_per_token: float = 0.0
     peak_flops: float = 0.0  # of all devices of the run; 0: not known, and no MFU is told

@@ -5,13 +5,17 @@ Source: the fused linear cross-entropy of Liger, arXiv:2410.10989, section 3.2.
 Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, K block.
 """
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from tasks.costs import HEAD_ROWS
 from tasks.gptoss.fused import fused
 
+NOT_LEARNT = -100  # a label that is no target, as transformers has it
 _CPU_ROWS = 128  # rows of logits that exist at once on a CPU
 
 
@@ -52,6 +56,38 @@ def _score_in_one(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torc
     is_target_KV = torch.arange(wide_KV.shape[1], device=wide_KV.device) == target_K[:, None]
     slope_KV = (wide_KV - total_K1).exp() - is_target_KV.float()
     return (total_K1 - wanted_K1).sum(), hits, slope_KV.to(logits_KV.dtype)
+
+
+def return_loss(causal: Any, score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before.
+
+    A patched forward, and not a call around the model: DDP and FSDP must see the pass.
+
+    Args:
+        causal: a transformers CausalLM, whose attributes nn.Module doesn't know.
+        score: of the hidden states (M, H) before each learnt token, and these tokens (M), the summed loss.
+    """
+    whole = causal.forward
+
+    def forward(
+        self: Any,  # Any: as above
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None:
+            return whole(input_ids=input_ids, **kwargs)
+        hidden_BTH = self.base_model(
+            input_ids=input_ids, position_ids=kwargs.get("position_ids"), use_cache=False
+        ).last_hidden_state
+        wanted_BT = labels[:, 1:]
+        learnt_BT = wanted_BT != NOT_LEARNT
+        loss = score(hidden_BTH[:, :-1][learnt_BT], wanted_BT[learnt_BT])
+        count = learnt_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=loss / torch.as_tensor(count).clamp(min=1))
+
+    causal.forward = MethodType(forward, causal)
 
 
 class TrainedHeadLoss(torch.autograd.Function):

@@ -20,17 +20,18 @@ class RouterTap:
 
     def __init__(self, decoder: Any) -> None:  # Any: GptOssModel
         self._is_open, self._logits = False, list[torch.Tensor]()
+        decoder.register_forward_pre_hook(self._open)
         for layer in decoder.layers:
             layer.mlp.router.register_forward_hook(self._keep)
-
-    def open(self) -> None:
-        """Begin a pass."""
-        self._is_open, self._logits = True, []
 
     def take(self) -> list[torch.Tensor]:
         """End the pass: return the logits (N, E) of each layer."""
         logits, self._logits, self._is_open = self._logits, [], False
         return logits
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module, args
+        self._is_open, self._logits = True, []
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         del module, args

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from tasks.gptoss.head import NOT_LEARNT
 from tasks.specs import PretrainSpec
 
-NOT_LEARNT = -100
 Batch = dict[str, torch.Tensor]
 
 

@@ -10,15 +10,13 @@ Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, 
 """
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, cast
 
 import torch
-from transformers.modeling_outputs import CausalLMOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.errors import DataError
-from tasks.gptoss.head import block_rows, score_block
+from tasks.gptoss.head import NOT_LEARNT, block_rows, return_loss, score_block
 from tasks.train.sharding import average_gradients
 
 
@@ -62,32 +60,12 @@ def has_plain_head(causal: Any) -> bool:  # Any: as for fuse_head
 
 
 def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attributes nn.Module doesn't know
-    """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before.
+    """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before."""
 
-    A patched forward, and not a call around the model: DDP and FSDP must see the pass.
-    """
-    causal.whole_forward = causal.forward
-    causal.forward = MethodType(_loss_forward, causal)
+    def score(hidden_MH: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:
+        return FrozenHeadLoss.apply(hidden_MH, causal.get_output_embeddings().weight, target_M)
 
-
-def _loss_forward(
-    self: Any,  # Any: as above
-    input_ids: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    **kwargs: Any,
-) -> Any:
-    if labels is None:
-        return self.whole_forward(input_ids=input_ids, **kwargs)
-    hidden_BTH = self.base_model(
-        input_ids=input_ids, position_ids=kwargs.get("position_ids"), use_cache=False
-    ).last_hidden_state
-    wanted_BT = labels[:, 1:]
-    learnt_BT = wanted_BT != -100
-    head = self.get_output_embeddings()
-    loss = FrozenHeadLoss.apply(hidden_BTH[:, :-1][learnt_BT], head.weight, wanted_BT[learnt_BT])
-    count = learnt_BT.sum() if num_items_in_batch is None else num_items_in_batch
-    return CausalLMOutput(loss=loss / torch.as_tensor(count).clamp(min=1))
+    return_loss(causal, score)
 
 
 class TokenMeanTrainer(SFTTrainer):
@@ -119,7 +97,7 @@ class TokenMeanTrainer(SFTTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score one pass, and add what it is made of."""
         scored = super().prediction_step(model, inputs, *args, **kwargs)
-        count = (inputs["labels"][:, 1:] != -100).sum().to(scored[0].device)
+        count = (inputs["labels"][:, 1:] != NOT_LEARNT).sum().to(scored[0].device)
         loss = scored[0].detach().double()
         gather = cast("Callable[[torch.Tensor], torch.Tensor]", self.gather_function)  # untyped there
         self._scored_2 += gather(torch.stack([loss * count, count.double()])[None]).sum(0).cpu()

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from flows.recipes import resolve_pretrain
 from tasks.errors import SpecError
-from tasks.gptoss.head import TrainedHeadLoss
+from tasks.gptoss.head import NOT_LEARNT, TrainedHeadLoss
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.pretrain.balance import balance_loss
 from tasks.pretrain.plan import choose_attention, pretraining_needs
-from tasks.pretrain.rows import NOT_LEARNT, TokenFile, collate, open_rows
+from tasks.pretrain.rows import TokenFile, collate, open_rows
 from tasks.specs import change
 from tests.tasks.pretrain.runs import SPEC
 
