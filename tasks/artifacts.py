@@ -82,6 +82,7 @@ class PretrainedModel(BaseCheckpoint):
     num_steps: int
     first_loss: float
     last_loss: float
+    validation_loss: float | None = None  # nats per token of what was held out; None: nothing was
 
 
 class TokenizedCorpus(Artifact):

@@ -55,12 +55,13 @@ def loss_curve(
     return _png(figure)
 
 
-def training_panels(records: Sequence[Record], title: str) -> bytes:
+def training_panels(records: Sequence[Record], title: str, held_out: Sequence[Record] = ()) -> bytes:
     """Return a PNG of loss, perplexity, next-token accuracy and learning rate by step, one panel each.
 
     Args:
         records: with "step" and "loss" and, where it is known, "accuracy" (0..1) and "learning_rate".
         title: above the picture.
+        held_out: with "step" and "eval_loss", drawn beside the loss.
     Raises: DataError when no record holds a loss.
     """
     known = [record for record in records if record.get("loss") is not None]
@@ -76,6 +77,9 @@ def training_panels(records: Sequence[Record], title: str) -> bytes:
         )
         if is_log:
             axes.set_yscale("log")
+        if key == "loss" and held_out:
+            axes.plot([at["step"] for at in held_out], [at["eval_loss"] for at in held_out], "o-", label="held out")
+            axes.legend()
         last = f", last {points[-1][1]:.4g}" if points else ""
         axes.set_title(f"{label}{last}", fontsize=10)
         axes.set_xlabel("optimizer step")

@@ -296,7 +296,7 @@ class PretrainSpec(Spec):
     num_steps: Positive = 200
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         default="adamw",
-        description="adamw: moments in the type of the weights; adamw_8bit: bitsandbytes, two bytes a parameter.",
+        description="adamw: moments in float32; adamw_8bit: bitsandbytes, two bytes a parameter; adafactor: few.",
     )
     learning_rate: float = Field(default=3e-3, gt=0)
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -315,6 +315,10 @@ class PretrainSpec(Spec):
     )
     save_steps: Positive = 100
     log_steps: int = Field(default=0, ge=0, description="Log each so many steps; 0: forty times in the run.")
+    validation_pct: float = Field(
+        default=0.0, ge=0, lt=100, description="Share of the corpus, its end, that is never learnt; its loss is told."
+    )
+    eval_steps: int = Field(default=0, ge=0, description="Tell the held-out loss each so many steps; 0: at the end.")
     seed: int = Field(default=0, ge=0)
     compact_vocabulary: bool = Field(
         default=False, description="Train only the corpus' own ids; all others share one output row."
@@ -329,12 +333,12 @@ class PretrainSpec(Spec):
     later: ClassVar[frozenset[str]] = frozenset(
         {
             "corpus_revision", "corpus_config", "corpus_split", "text_column", "documents", "streaming", "tokenizer",
-            "rows", "optimizer", "lr_scheduler", "max_grad_norm", "router_aux_loss_coef", "kernels",
+            "rows", "optimizer", "lr_scheduler", "max_grad_norm", "router_aux_loss_coef", "kernels", "validation_pct",
         }
     )  # fmt: skip
     # A step's rows are the same however they are shared out: a run may go on with another number of GPUs.
     beside: ClassVar[frozenset[str]] = frozenset(
-        {"log_steps", "parallel", "num_processes", "rows_per_device", "checkpointing"}
+        {"log_steps", "eval_steps", "parallel", "num_processes", "rows_per_device", "checkpointing"}
     )
 
     @model_validator(mode="after")
@@ -343,6 +347,10 @@ class PretrainSpec(Spec):
             raise ValueError(f"row_tokens={self.row_tokens} exceeds shape.context_tokens={self.shape.context_tokens}")
         if self.compact_vocabulary and self.shape.tie_embeddings:
             raise ValueError("compact_vocabulary needs tie_embeddings=false: the rest share an output row only")
+        if self.compact_vocabulary and self.validation_pct:
+            raise ValueError("compact_vocabulary has a loss of its own and holds nothing out: set validation_pct=0")
+        if self.eval_steps and not self.validation_pct:
+            raise ValueError(f"eval_steps={self.eval_steps} but nothing is held out: set validation_pct above 0")
         if self.compact_vocabulary and (self.rows, self.parallel, self.router_aux_loss_coef) != ("windows", "ddp", 0):
             raise ValueError(
                 f"compact_vocabulary=true has a loss of its own, on windows, without balance and not shared out, but "

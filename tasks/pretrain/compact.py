@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import GptOssForCausalLM, Trainer
+from transformers import GptOssForCausalLM
+
+from tasks.pretrain.trainer import MasterTrainer
 
 
 class Vocabulary:
@@ -37,7 +39,7 @@ class Vocabulary:
         return self._class_V[ids_N]
 
 
-class TiedRestTrainer(Trainer):
+class TiedRestTrainer(MasterTrainer):
     """Trainer whose last class stands for `num_rest` ids of equal logit."""
 
     loss_is_scaled_for_ga = False  # a mean over one pass; the passes of a step have as many tokens each

@@ -1,6 +1,7 @@
 """What there is to show of a pretraining while it runs, and when it has ended: read from what its trainer appends.
 
-    metrics.jsonl, experts.jsonl -> {"pretrain-live": Markdown, "pretrain-loss", "-memory", "-experts": PNG}
+    metrics.jsonl, evaluations.jsonl, experts.jsonl
+        -> {"pretrain-live": Markdown, "pretrain-loss", "-memory", "-experts": PNG}
 
 Ring: edge (disk, nvidia-smi).
 """
@@ -22,10 +23,11 @@ def look(folder: Path, estimate_bytes: int = 0) -> dict[str, str | bytes]:
         estimate_bytes: memory that was reckoned before the run; 0: not known.
     """
     records, usage = read_metrics(folder / "metrics.jsonl"), read_metrics(folder / EXPERTS)
+    held_out = read_metrics(folder / "evaluations.jsonl")
     title = f"Pretraining {folder.name[:8]}"
-    shown: dict[str, str | bytes] = {"pretrain-live": live_markdown(records, usage)}
+    shown: dict[str, str | bytes] = {"pretrain-live": live_markdown(records, usage, held_out)}
     if records:
-        shown["pretrain-loss"] = training_panels(records, title)
+        shown["pretrain-loss"] = training_panels(records, title, held_out)
     if any(record.get("peak_gpu_bytes") or record.get("peak_host_bytes") for record in records):
         on_gpu = any(record.get("peak_gpu_bytes") for record in records)
         total = max((gpu.total_bytes for gpu in list_gpus()), default=0) if on_gpu else 0

@@ -36,9 +36,9 @@ class Scored:
 
 
 def train_head(causal: Any, coef: float) -> None:  # Any: GptOssForCausalLM, whose attributes nn.Module doesn't know
-    """Let `causal(input_ids, position_ids, labels)` return the loss, `coef` times the balance loss included.
+    """Let `causal(input_ids, position_ids, labels)` return the loss, in training with `coef` times the balance loss.
 
-    What it is made of is added up in `causal.scored`, in training only.
+    What that is made of is added up in `causal.scored`.
     """
     tap = RouterTap(find_decoder(causal))
     causal.scored = Scored(causal.config, causal.device)
@@ -46,8 +46,9 @@ def train_head(causal: Any, coef: float) -> None:  # Any: GptOssForCausalLM, who
     def score(hidden_MH: torch.Tensor, target_M: torch.Tensor) -> torch.Tensor:
         loss, hits = TrainedHeadLoss.apply(hidden_MH, causal.lm_head.weight, target_M)
         balance, counts_LE = balance_loss(tap.take(), causal.config.num_experts_per_tok)
-        if causal.training:
-            causal.scored.add(loss, hits, len(target_M), balance, counts_LE)
+        if not causal.training:
+            return loss
+        causal.scored.add(loss, hits, len(target_M), balance, counts_LE)
         return loss + coef * balance * len(target_M)
 
     return_loss(causal, score)

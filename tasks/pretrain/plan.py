@@ -65,6 +65,10 @@ def trainer_settings(spec: PretrainSpec, folder: Path, *, on_gpu: bool) -> dict[
         "optim": _OPTIMIZERS[spec.optimizer],
         "gradient_checkpointing": spec.checkpointing == "full",
         "save_steps": spec.save_steps,
+        "eval_strategy": "steps" if spec.eval_steps else "no",
+        "eval_steps": spec.eval_steps or None,
+        "per_device_eval_batch_size": rows,
+        "prediction_loss_only": True,
         "logging_steps": spec.log_steps or max(1, spec.num_steps // 40),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -84,18 +88,18 @@ def trainer_settings(spec: PretrainSpec, folder: Path, *, on_gpu: bool) -> dict[
 def pretraining_needs(spec: PretrainSpec) -> dict[str, int]:
     """Return what a process holds at its widest moment, by part; within 15 % of what was measured on an H200.
 
-    Weights, gradients and moments are shared out by FSDP2. Kept for the backward pass of a layer: the inputs of both
-    norms and of the experts, q, k, v, the attention's output, and for each of K experts the gate's argument (2 F),
-    which `selective` makes again. Gradients come while those go, so the larger of the two counts; both do where
-    gradients outlive a pass: in DDP's buckets, and when a step has several passes.
+    Weights, gradients, moments and what bfloat16 weights lack of their masters are shared out by FSDP2. Kept for the
+    backward pass of a layer: the inputs of both norms and of the experts, q, k, v, the attention's output, and for each
+    of K experts the gate's argument (2 F), which `selective` makes again. Gradients come while those go, so the larger
+    of the two counts; both do where gradients outlive a pass: in DDP's buckets, and when a step has several passes.
     """
     shape, element = spec.shape, 4 if spec.dtype == "float32" else 2
     num_weights = sum(prod(size) for size in parameter_shapes(shape).values())
     table = shape.vocab_size * shape.hidden_size
     moments = {
-        "adamw": 2 * element * num_weights,
+        "adamw": 8 * num_weights,
         "adamw_8bit": 2 * num_weights + 6 * table,  # bitsandbytes leaves the embedding's in float32
-        "adafactor": element * num_weights // 100,
+        "adafactor": 4 * num_weights // 100,
     }[spec.optimizer]
     parts = spec.num_processes if spec.parallel == "fsdp2" else 1
     rows, num_passes = accumulated_passes(spec)
@@ -119,6 +123,7 @@ def pretraining_needs(spec: PretrainSpec) -> dict[str, int]:
         "weights": element * num_weights // parts,
         "gradients": gradients,
         "optimizer": moments // parts,
+        "masters": (0 if element == 4 else 2 * num_weights) // parts,
         "activations": kept,
         "workspace": inside + shape.num_experts * 3 * hidden * inner * element,
         "logits": 2 * element * min(tokens, HEAD_ROWS) * shape.vocab_size,

@@ -13,12 +13,13 @@ _SHOWN = 12
 Record = dict[str, Any]  # Any: JSON values
 
 
-def live_markdown(records: Sequence[Record], usage: Sequence[Record] = ()) -> str:
+def live_markdown(records: Sequence[Record], usage: Sequence[Record] = (), held_out: Sequence[Record] = ()) -> str:
     """Return what a pretraining has come to.
 
     Args:
         records: of metrics.jsonl.
         usage: of experts.jsonl, {"step", "usage": (layers, experts) shares}.
+        held_out: of evaluations.jsonl, {"step", "eval_loss"}.
 
     >>> print(live_markdown([{"step": 2, "num_steps": 9, "loss": 1.0, "accuracy": 0.25, "learning_rate": 1e-4}]))
     # Step 2 of 9
@@ -38,6 +39,9 @@ def live_markdown(records: Sequence[Record], usage: Sequence[Record] = ()) -> st
         f"|{'---:|' * 8}",
     ]
     lines += [_row(record) for record in records[-_SHOWN:][::-1]]
+    if held_out:
+        said = ", ".join(f"{at['eval_loss']:.4f} at {at['step']}" for at in held_out[-_SHOWN:])
+        lines += ["", f"Loss of what is held out, by step: {said}."]
     if usage:
         said = ", ".join(f"{_evenness(layer):.3f}" for layer in usage[-1]["usage"])
         lines += ["", f"Experts at step {usage[-1]['step']}: normalised entropy of each layer {said} (1: used alike)."]

@@ -1,6 +1,7 @@
 """What a pretraining step reads: windows of the corpus, or whole documents without padding.
 
-    tokens.bin, document_ends.bin -> TokenFile -> Windows | DocumentRows -> collate() -> a batch
+    tokens.bin, document_ends.bin -> TokenFile -> what is learnt, what is held out
+                                  -> Windows | DocumentRows -> collate() -> a batch
 
 Ring: edge (reads the token file).  Shapes: B rows, T tokens of a row, N tokens of all rows of a pass.
 """
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from tasks.errors import SpecError
 from tasks.gptoss.head import NOT_LEARNT
 from tasks.specs import PretrainSpec
 
 Batch = dict[str, torch.Tensor]
+_HELD_OUT_ROWS = 512  # rows that a held-out loss is the mean of, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +40,47 @@ class TokenFile:
         """Return ids as int64."""
         return torch.from_numpy(self.ids_N[start:end].astype(np.int64))
 
+    def cut(self, spec: PretrainSpec) -> tuple["TokenFile", "TokenFile"]:
+        """Return what is learnt, and what is held out: the corpus' end, from the start of a document on.
+
+        A single document is cut at a token. Raises: SpecError when one of the two holds too little.
+        """
+        total = len(self.ids_N)
+        if not spec.validation_pct:
+            return self, TokenFile(ids_N=self.ids_N[:0], ends_D=self.ends_D[:0])
+        place = round(total * (1 - spec.validation_pct / 100))
+        if len(self.ends_D) > 1:
+            place = int(max(self.ends_D[self.ends_D <= place], default=0))
+        least = spec.row_tokens if spec.rows == "windows" else 2
+        if place < least or total - place < least:
+            raise SpecError(
+                f"PretrainSpec.validation_pct = {spec.validation_pct:g} of {len(self.ends_D):,} documents leaves "
+                f"{place:,} tokens to learn and holds out {total - place:,}, expected {least:,} or more of each: "
+                "change it, or give a larger corpus"
+            )
+        ends_D = self.ends_D[self.ends_D <= place] if len(self.ends_D) > 1 else np.array([place])
+        rest_D = self.ends_D[self.ends_D > place] - place
+        return TokenFile(ids_N=self.ids_N[:place], ends_D=ends_D), TokenFile(ids_N=self.ids_N[place:], ends_D=rest_D)
+
 
 class Windows(Dataset[torch.Tensor]):
-    """Fixed windows of T tokens at positions drawn once from the seed; item i is always the same."""
+    """Windows of T tokens."""
 
-    def __init__(self, corpus: TokenFile, spec: PretrainSpec) -> None:
-        self.corpus, self.row_tokens = corpus, spec.row_tokens
+    def __init__(self, corpus: TokenFile, row_tokens: int, starts: torch.Tensor) -> None:
+        self.corpus, self.row_tokens, self.starts = corpus, row_tokens, starts
+
+    @classmethod
+    def drawn(cls, corpus: TokenFile, spec: PretrainSpec) -> "Windows":
+        """Return those of a run, at positions drawn once from the seed; item i is always the same."""
         draw = torch.Generator().manual_seed(spec.seed)
         num_rows = spec.num_steps * spec.rows_per_step
         last = max(1, len(corpus.ids_N) - spec.row_tokens)
-        self.starts = torch.randint(0, last, (num_rows,), generator=draw)
+        return cls(corpus, spec.row_tokens, torch.randint(0, last, (num_rows,), generator=draw))
+
+    @classmethod
+    def in_line(cls, corpus: TokenFile, row_tokens: int) -> "Windows":
+        """Return those that lie one behind the other; what is left at the end is in none."""
+        return cls(corpus, row_tokens, torch.arange(0, len(corpus.ids_N) - row_tokens + 1, row_tokens))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -84,7 +118,14 @@ class DocumentRows(Dataset[torch.Tensor]):
 
 def open_rows(corpus: TokenFile, spec: PretrainSpec) -> Windows | DocumentRows:
     """Return the rows that a spec asks for."""
-    return Windows(corpus, spec) if spec.rows == "windows" else DocumentRows(corpus, spec)
+    return Windows.drawn(corpus, spec) if spec.rows == "windows" else DocumentRows(corpus, spec)
+
+
+def open_held_out(corpus: TokenFile, spec: PretrainSpec) -> Subset[torch.Tensor]:
+    """Return rows of what is held out, spread over all of it when there are many."""
+    rows = Windows.in_line(corpus, spec.row_tokens) if spec.rows == "windows" else DocumentRows(corpus, spec)
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), _HELD_OUT_ROWS)).round().astype(int)
+    return Subset(rows, chosen.tolist())
 
 
 def collate(rows: list[torch.Tensor]) -> Batch:

@@ -68,6 +68,7 @@ def pretrain_model(
             num_steps=spec.num_steps,
             first_loss=result["first_loss"],
             last_loss=result["last_loss"],
+            validation_loss=result.get("validation_loss"),
         )
         claim.commit(
             artifact,
@@ -102,6 +103,8 @@ def pretrain_key(spec: PretrainSpec, pins: dict[str, str]) -> str:
 
     Known before the corpus is tokenised: a base that is not made yet is named by it.
     """
+    if spec.dtype == "bfloat16":
+        pins = {**pins, "masters": "split"}  # before there were any, the same knobs made another model
     return make_key("pretrain", VERSION, spec, pins)
 
 
@@ -120,7 +123,8 @@ def _require_room(spec: PretrainSpec, folder: Path) -> None:
     needs = pretraining_needs(spec)
     parts = spec.num_processes if spec.parallel == "fsdp2" else 1
     held = sum(files.list_files(folder / CHECKPOINTS).values())  # a run that goes on: they are dropped for newer ones
-    files.require_disk(folder, 3 * parts * (needs["weights"] + needs["optimizer"]) - held, "pretraining")
+    kept = parts * sum(needs[part] for part in ("weights", "optimizer", "masters"))
+    files.require_disk(folder, 3 * kept - held, "pretraining")
     gpus, needed = machine.list_gpus(), sum(needs.values())
     way_out = "lower rows_per_device (the step's rows stay), choose optimizer='adamw_8bit' or checkpointing='selective'"
     if not gpus:

@@ -1,6 +1,7 @@
 """transformers' Trainer for a gpt-oss that is trained whole.
 
-    Trainer -> PretrainTrainer: the fused loss, and what a step is judged by
+    Trainer -> MasterTrainer: float32 masters of bfloat16 weights
+            -> PretrainTrainer: the fused loss, and what a step is judged by
             -> SharedTrainer: the same with weights, gradients and optimizer shared out by FSDP2
 
 Ring: edge (live tensors, torch.distributed).  Shapes: L layers, E experts.
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,8 +21,10 @@ from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainingArguments
 
 from tasks.gptoss.forward import find_decoder
+from tasks.gptoss.token_mean import TokenMean
 from tasks.metrics import append_metrics
 from tasks.pretrain.balance import usage_shares
+from tasks.pretrain.masters import SplitMasters, local
 from tasks.pretrain.plan import EXPERTS
 from tasks.recorder import say
 
@@ -28,13 +32,34 @@ _WEIGHTS = "model.safetensors"  # names and places of Trainer's own checkpoints
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
-class PretrainTrainer(Trainer):
+class MasterTrainer(Trainer):
+    """Trainer that steps bfloat16 weights in float32."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer; bitsandbytes keeps the moments of embeddings in float32, here as with Trainer's own."""
+        optimizer = super().create_optimizer(model)
+        causal: Any = self.model  # Any: Trainer types it as optional
+        if causal.dtype != torch.bfloat16 or isinstance(optimizer, SplitMasters):
+            return optimizer
+        self.optimizer = split = SplitMasters(optimizer)
+        if "bitsandbytes" in type(optimizer).__module__:
+            from bitsandbytes.optim import GlobalOptimManager  # seconds to import
+
+            tables = {module.weight for module in causal.modules() if isinstance(module, nn.Embedding)}
+            wide = [master for master, weight in zip(split.masters, split.weights, strict=True) if weight in tables]
+            GlobalOptimManager.get_instance().override_config(wide, "optim_bits", 32)
+        return split
+
+
+class PretrainTrainer(TokenMean, MasterTrainer):
     """Trainer of a model after `train_head`: cross-entropy, accuracy and balance are told apart."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    ) -> Any:
         """Return the mean loss per learnt token of the (accumulated) batch, the weighted balance loss included."""
+        if return_outputs:  # of a validation pass: no logits ever exist
+            return model(**inputs).loss, {}
         loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
         if num_items_in_batch is None:
             return loss
@@ -97,7 +122,7 @@ class SharedTrainer(PretrainTrainer):
         weights = list(model.parameters())
         # Mixed precision only; `prepare` would ask DDP, which refuses shared weights.
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        held, whole = (sum(part.nbytes for part in parts) for parts in (map(_local, weights), weights))
+        held, whole = (sum(part.nbytes for part in parts) for parts in (map(local, weights), weights))
         say(f"model shared over {self.args.world_size} processes: {held:,} of {whole:,} bytes here")
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -114,16 +139,22 @@ class SharedTrainer(PretrainTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer  # Any: accelerate's wrapper
-        whole = optimizer.state_dict()
+        held, weights = optimizer.state_dict(), self._weights
+        moments = held.get("inner", held)
         is_first = self.is_world_process_zero()
         kept: dict[int, dict[str, Any]] = {}  # Any: tensors, and whatever else an optimizer remembers
-        for number, entry in whole["state"].items():
+        for number, entry in moments["state"].items():
             kept[number] = {}
             for name, value in entry.items():  # one at a time: all of them gathered would not fit a GPU
-                gathered = _gathered(value)
+                gathered = _gathered(value, weights[number])
                 if is_first:
                     kept[number][name] = gathered.cpu() if torch.is_tensor(gathered) else gathered
-        whole["state"] = kept
+        whole = {**moments, "state": kept}
+        if "lows" in held:
+            # Two bytes of no number: NCCL sends no int16.
+            parts = (low.view(torch.bfloat16) for low in held["lows"])
+            lows = [_gathered(part, weight).cpu() for part, weight in zip(parts, weights, strict=True)]
+            whole = {"inner": whole, "lows": [low.view(torch.int16) for low in lows]}
         if is_first:
             torch.save(whole, Path(output_dir) / _OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)  # type: ignore[union-attr]
@@ -135,29 +166,41 @@ class SharedTrainer(PretrainTrainer):
         if checkpoint is None:
             return
         optimizer: Any = self.optimizer  # Any: accelerate's wrapper
-        whole = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        for number, entry in whole["state"].items():
+        whole, weights = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True), self._weights
+        is_split = "lows" in whole
+        for number, entry in (whole["inner"] if is_split else whole)["state"].items():
             for name, value in entry.items():
                 if value.shape == weights[number].shape:
-                    entry[name] = _shared(value, weights[number])
+                    part = _shared(value, weights[number])
+                    entry[name] = local(part) if is_split else part
+        if is_split:
+            pairs = zip((low.view(torch.bfloat16) for low in whole["lows"]), weights, strict=True)
+            whole["lows"] = [local(_shared(low, weight)).view(torch.int16) for low, weight in pairs]
         optimizer.load_state_dict(whole)
         schedule = torch.load(Path(checkpoint) / _SCHEDULER, map_location="cpu", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)  # type: ignore[union-attr]
 
+    @property
+    def _weights(self) -> list[Any]:  # Any: shared parameters, in the optimizer's order
+        optimizer: Any = self.optimizer  # Any: accelerate's wrapper
+        bare = optimizer.optimizer
+        groups = (group["params"] for group in bare.param_groups)
+        return bare.weights if isinstance(bare, SplitMasters) else [weight for group in groups for weight in group]
+
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
-    """Return what this process holds of weights, gradients (of the weights' size) and moments, and its widest moment.
+    """Return what this process holds of weights, gradients (of the weights' size), moments and what masters add.
 
-    The peak is the GPU's; 0 without one.
+    And its widest moment: the GPU's; 0 without one.
     """
     model: Any = trainer.model  # Any: Trainer types both as optional
-    optimizer: Any = trainer.optimizer
-    weights = sum(_local(weight).nbytes for weight in model.parameters())
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", None)  # below accelerate's wrapper; None: only loaded
+    weights = sum(local(weight).nbytes for weight in model.parameters())
     entries = optimizer.state.values() if optimizer is not None else ()
-    moments = sum(_local(value).nbytes for entry in entries for value in entry.values() if torch.is_tensor(value))
+    moments = sum(local(value).nbytes for entry in entries for value in entry.values() if torch.is_tensor(value))
+    lows = sum(low.nbytes for low in optimizer.lows) if isinstance(optimizer, SplitMasters) else 0
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"weights": weights, "gradients": weights, "optimizer": moments, "peak": peak}
+    return {"weights": weights, "gradients": weights, "optimizer": moments, "masters": lows, "peak": peak}
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor]:  # Any: a model, shared out or not
@@ -165,7 +208,7 @@ def whole_state(model: Any) -> dict[str, torch.Tensor]:  # Any: a model, shared 
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     state: dict[str, torch.Tensor] = {}
     for name, weight in model.named_parameters():
-        whole = _gathered(weight.detach())
+        whole = _gathered(weight.detach(), weight)
         if is_first:
             state[name] = whole.cpu().contiguous()
     return state
@@ -179,11 +222,11 @@ def load_state(model: Any, path: Path) -> None:  # Any: as above
             weight.copy_(_shared(stored.get_tensor(name), weight))
 
 
-def _local(value: Any) -> torch.Tensor:  # Any: a tensor, shared out or not
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def _gathered(value: Any) -> Any:  # Any: a tensor, or a number of the optimizer's state
+def _gathered(value: Any, like: Any) -> Any:  # Any: a tensor or number of the optimizer's state, and its parameter
+    """Return the whole of a value that is shared out as its parameter is; other values as they are."""
+    if isinstance(like, DTensor) and torch.is_tensor(value) and value.dim() and not isinstance(value, DTensor):
+        mesh, places = like.device_mesh, like.placements
+        value = DTensor.from_local(value, mesh, places, run_check=False, shape=like.shape, stride=like.stride())
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -28,7 +28,7 @@ from tasks.metrics import read_metrics, truncate_metrics
 from tasks.pretrain.compact import TiedRestTrainer, Vocabulary, expand
 from tasks.pretrain.loss import train_head
 from tasks.pretrain.plan import EXPERTS, choose_attention, trainer_settings, uses_fused_kernels
-from tasks.pretrain.rows import DocumentRows, TokenFile, Windows, collate, open_rows
+from tasks.pretrain.rows import DocumentRows, TokenFile, Windows, collate, open_held_out, open_rows
 from tasks.pretrain.trainer import HostArguments, PretrainTrainer, SharedTrainer, held_bytes, whole_state
 from tasks.recorder import Measures, Recorder, say
 from tasks.specs import PretrainSpec
@@ -50,16 +50,18 @@ def pretrain(job: dict[str, Any]) -> None:  # Any: JSON values
     trained: Any = trainer.model  # Any: Trainer types it as optional
     if isinstance(trainer, TiedRestTrainer):
         trained = expand(trained, trainer.vocabulary, lambda: build_model(spec, tokenizer, spec.shape.vocab_size))
-    last_loss = full_loss(trained, corpus, spec)
+    last_loss = full_loss(trained, corpus.cut(spec)[0], spec)
+    held_out = trainer.evaluate()["eval_loss"] if spec.validation_pct else None
     num_parameters = sum(weight.numel() for weight in trained.parameters())
     memory = held_bytes(trainer)
     state = whole_state(trained)
     if is_rank_zero():
-        say(f"model: {num_parameters:,} parameters, loss {last_loss:.4f}")
+        told = f", {held_out:.4f} on what was held out" if held_out is not None else ""
+        say(f"model: {num_parameters:,} parameters, loss {last_loss:.4f}{told}")
         save(state, trained.config, tokenizer, folder, spec)
         metrics = read_metrics(folder / "metrics.jsonl")
         result = {"num_parameters": num_parameters, "first_loss": metrics[0]["loss"], "last_loss": last_loss}
-        files.write_json(folder / RESULT, {**result, "memory": memory})
+        files.write_json(folder / RESULT, {**result, "validation_loss": held_out, "memory": memory})
 
 
 def build_model(spec: PretrainSpec, tokenizer: Any, vocab_size: int) -> GptOssForCausalLM:
@@ -91,7 +93,7 @@ def make_compact_trainer(corpus: TokenFile, spec: PretrainSpec, tokenizer: Any, 
     trainer = TiedRestTrainer(
         model=build_model(spec, tokenizer, vocabulary.num_classes),
         args=trainer_arguments(spec, folder),
-        train_dataset=Windows(classes, spec),
+        train_dataset=Windows.drawn(classes, spec),
         data_collator=collate,
         vocabulary=vocabulary,
     )
@@ -102,8 +104,12 @@ def make_compact_trainer(corpus: TokenFile, spec: PretrainSpec, tokenizer: Any, 
 def make_trainer(corpus: TokenFile, spec: PretrainSpec, tokenizer: Any, folder: Path) -> PretrainTrainer:
     """Put model, rows, schedule and our kernels together."""
     model = build_model(spec, tokenizer, spec.shape.vocab_size)
-    rows = open_rows(corpus, spec)
-    say(f"corpus: {len(corpus.ids_N):,} tokens, {len(corpus.ends_D):,} documents, {len(rows):,} rows")
+    learnt, held_out = corpus.cut(spec)
+    rows = open_rows(learnt, spec)
+    validation = open_held_out(held_out, spec) if spec.validation_pct else None
+    say(f"corpus: {len(learnt.ids_N):,} tokens, {len(learnt.ends_D):,} documents, {len(rows):,} rows")
+    if validation is not None:
+        say(f"held out: {len(held_out.ids_N):,} tokens, {len(validation):,} rows of them are scored")
     if uses_fused_kernels(spec):
         train_experts(find_decoder(model), recompute=spec.checkpointing == "selective")
         fuse_norms(model)
@@ -118,6 +124,7 @@ def make_trainer(corpus: TokenFile, spec: PretrainSpec, tokenizer: Any, folder: 
         model=model,
         args=trainer_arguments(spec, folder),
         train_dataset=rows,
+        eval_dataset=validation,
         data_collator=collate,
     )
     if isinstance(trainer, SharedTrainer):
@@ -162,7 +169,7 @@ def run_to_end(trainer: Trainer, spec: PretrainSpec, folder: Path) -> None:
 
 
 def full_loss(model: Any, corpus: TokenFile, spec: PretrainSpec) -> float:  # Any: GptOssForCausalLM
-    """Return the mean loss over rows spread over the corpus, each by itself."""
+    """Return the mean loss over rows spread over what was learnt, each by itself."""
     model.eval()
     rows = open_rows(corpus, spec)
     if isinstance(rows, Windows):

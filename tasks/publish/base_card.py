@@ -140,9 +140,18 @@ def _training(lineage: BaseLineage) -> list[tuple[str, str]]:
         ("optimizer steps", f"{model.num_steps:,} of {rows}, {optimizer}"),
         ("precision", code(said.get("dtype", ""))),
         ("loss", f"{model.first_loss:.4f} at the first step, {model.last_loss:.4f} at the end, nats per token"),
-        ("perplexity", f"{math.exp(min(model.last_loss, 80.0)):,.2f} at the end, on its own corpus"),
+        ("perplexity", f"{math.exp(min(model.last_loss, 80.0)):,.2f} at the end, on text that it learnt"),
+        *_held_out(lineage),
         ("digest of the model", code(model.model_digest)),
     ]
+
+
+def _held_out(lineage: BaseLineage) -> list[tuple[str, str]]:
+    loss, share = lineage.model.validation_loss, lineage.spec.get("validation_pct", 0)
+    if loss is None:
+        return [("held-out loss", "not measured: nothing was held out")]
+    perplexity = f"{math.exp(min(loss, 80.0)):,.2f}"
+    return [("held-out loss", f"{loss:.4f}, perplexity {perplexity}, on the corpus' last {share:g} %, never learnt")]
 
 
 def _corpus_caveat(lineage: BaseLineage) -> list[str]:

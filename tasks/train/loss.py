@@ -9,14 +9,13 @@ Source: the fused linear cross-entropy of Liger, arXiv:2410.10989, section 3.2.
 Ring: edge (live tensors).  Shapes: M learnt positions, H hidden, V vocabulary, K block.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from tasks.errors import DataError
-from tasks.gptoss.head import NOT_LEARNT, block_rows, return_loss, score_block
+from tasks.gptoss.head import block_rows, return_loss, score_block
+from tasks.gptoss.token_mean import TokenMean
 from tasks.train.sharding import average_gradients
 
 
@@ -68,12 +67,8 @@ def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attri
     return_loss(causal, score)
 
 
-class TokenMeanTrainer(SFTTrainer):
-    """SFTTrainer whose validation loss is the mean over learnt tokens, however rows are cut into passes.
-
-    Trainer's own is the mean over passes: a run that was cut anew after an out of memory would compare one kind with
-    another, and a pass with one learnt token would weigh as much as a full one.
-    """
+class TokenMeanTrainer(TokenMean, SFTTrainer):
+    """SFTTrainer whose validation loss is the mean over learnt tokens."""
 
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
 
@@ -83,25 +78,6 @@ class TokenMeanTrainer(SFTTrainer):
         if self.is_shared_out and self.accelerator.sync_gradients:
             average_gradients(cast("torch.nn.Module", self.model))
         return loss
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; `eval_loss` is the summed loss by the number of learnt tokens. Raises DataError without any."""
-        self._scored_2 = torch.zeros(2, dtype=torch.float64)  # loss, learnt tokens
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        loss, count = self._scored_2.tolist()
-        if not count:
-            raise DataError("no validation row holds a token that is learnt: give a split with answers")
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / count
-        return output
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Score one pass, and add what it is made of."""
-        scored = super().prediction_step(model, inputs, *args, **kwargs)
-        count = (inputs["labels"][:, 1:] != NOT_LEARNT).sum().to(scored[0].device)
-        loss = scored[0].detach().double()
-        gather = cast("Callable[[torch.Tensor], torch.Tensor]", self.gather_function)  # untyped there
-        self._scored_2 += gather(torch.stack([loss * count, count.double()])[None]).sum(0).cpu()
-        return scored
 
 
 class FusedHeadTrainer(TokenMeanTrainer):

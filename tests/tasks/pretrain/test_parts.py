@@ -17,12 +17,13 @@ from tasks.gptoss.head import NOT_LEARNT, TrainedHeadLoss
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.pretrain.balance import balance_loss
 from tasks.pretrain.plan import choose_attention, pretraining_needs
-from tasks.pretrain.rows import TokenFile, collate, open_rows
+from tasks.pretrain.rows import TokenFile, collate, open_held_out, open_rows
 from tasks.specs import change
 from tests.tasks.pretrain.runs import SPEC
 
 BASELINE = Path(__file__).resolve().parents[2] / "bench" / "baselines" / "pretrain_compact1b4_h200.json"
 CASES = [case for part in ("speed", "two") for case in json.loads(BASELINE.read_text())[part].values()]
+CASES = [case for case in CASES if case["changes"].get("masters", True)]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12))
@@ -36,6 +37,44 @@ def test_document_rows_are_the_corpus_cut_at_documents_and_at_the_row(sizes: lis
     starts = {row[0] for row in read}
     assert {end - size for end, size in zip(np.cumsum(sizes), sizes, strict=True)} - alone <= starts
     assert [len(row) for row in read] == list(rows.lengths)
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    st.floats(0.1, 99.0),
+    st.sampled_from(["windows", "documents"]),
+)
+def test_what_is_held_out_is_the_end_of_the_corpus_and_in_no_row_that_is_learnt(
+    sizes: list[int], share: float, kind: str
+):
+    total = sum(sizes)
+    corpus = TokenFile(ids_N=np.arange(total, dtype="<u2"), ends_D=np.cumsum(sizes))
+    spec = change(SPEC, {"validation_pct": share, "rows": kind, "row_tokens": 5})
+    try:
+        learnt, held_out = corpus.cut(spec)
+    except SpecError as error:
+        assert "validation_pct" in str(error)
+        return
+    place = len(learnt.ids_N)
+    assert [*learnt.ids_N, *held_out.ids_N] == list(range(total))
+    assert learnt.ends_D[-1] == place and held_out.ends_D[-1] == total - place
+    if len(sizes) > 1:
+        assert place in corpus.ends_D and place <= total * (1 - share / 100) + 0.5
+    else:
+        assert abs(place - total * (1 - share / 100)) <= 0.5
+    rows, scored = open_rows(learnt, spec), open_held_out(held_out, spec)
+    assert all(int(rows[number].max()) < place for number in range(len(rows)))
+    assert all(int(row.min()) >= place for row in scored)
+    whole, nothing = corpus.cut(SPEC)
+    assert whole is corpus and not len(nothing.ids_N)
+
+
+def test_many_held_out_rows_are_thinned_out_evenly():
+    corpus = TokenFile(ids_N=np.arange(20_000, dtype="<u2"), ends_D=np.arange(10, 20_001, 10))
+    rows = open_held_out(corpus, SPEC)
+    assert len(rows) == 512 and rows[0][0] == 0 and rows[511][-1] == 19_999
+    windows = open_held_out(corpus, change(SPEC, {"rows": "windows", "row_tokens": 64}))
+    assert [int(row[0]) for row in windows] == list(range(0, 19_937, 64))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))

@@ -43,6 +43,7 @@ def test_files_card_and_recipe_are_there(store: ArtifactStore, model: Pretrained
         "25 documents",
         "| tokenizer | `train` |",
         f"{model.first_loss:.4f} at the first step, {model.last_loss:.4f} at the end",
+        "| held-out loss | not measured: nothing was held out |",
         "it answers `/v1/completions` only",
         model.model_digest,
     ):
