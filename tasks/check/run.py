@@ -31,7 +31,15 @@ from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
-from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, require_warm, say_slow_dtype
+from tasks.train.run import (
+    check_launch,
+    checkpoint_bytes,
+    gpu_room,
+    require_training_memory,
+    require_warm,
+    say_slow_dtype,
+    training_gpus,
+)
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -62,6 +70,7 @@ def check_recipe(
         lambda: _look(recipe, pretraining, hub, facts),
         lambda: _check_fit(recipe, facts),
         lambda: _check_room(recipe, store, facts),
+        lambda: check_launch(recipe.train, store.root),
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
@@ -169,7 +178,9 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
         )
     if recipe.train.max_steps > 0:  # by epochs only the packed rows tell
         require_warm(0, recipe.train)
-    choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(list_gpus()))
+    choose_attention(
+        facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(training_gpus(recipe.train))
+    )
     require_quantizable(facts[0].config, recipe.train)
     if stored := facts[0].config.get("quantization_config"):
         require_mxfp4(stored)
