@@ -251,6 +251,6 @@ until [ -e $folder/result.json ]; do
     $start &
     run=$$!
     wait "$$run"
-    sleep 5
+    [ -e $folder/result.json ] || sleep 5
 done
 """
