@@ -66,6 +66,11 @@ class Cluster:
         """What SLURM_CONF names."""
         return self.folder / "slurm.conf"
 
+    @property
+    def blind(self) -> Path:
+        """A folder of which the second node sees another one, as of a disk that is not shared."""
+        return self.folder / "blind"
+
     def run(self, *words: str) -> str:
         """Run one of SLURM's commands; return what it printed."""
         env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(self.conf)}
@@ -90,7 +95,8 @@ def running(folder: Path) -> Iterator[Cluster]:
     """Start a cluster in `folder` and end it, with all that it runs."""
     ports = {name: free_port() for name in ("ctld", "n1", "n2")}
     cluster = Cluster(folder=folder)
-    (folder / "state").mkdir(parents=True)
+    for name in ("state", "blind"):
+        (folder / name).mkdir(parents=True)
     folder.chmod(0o755)  # munged wants its socket where others may look
     cluster.conf.write_text(_CONF.format(folder=folder, host=socket.gethostname().partition(".")[0], **ports))
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
@@ -104,7 +110,8 @@ def running(folder: Path) -> Iterator[Cluster]:
         started.append(_start(["slurmctld", "-D", "-f", str(cluster.conf)], folder))
         for name in ("n1", "n2"):
             (folder / f"spool-{name}").mkdir()
-            started.append(_start(["slurmd", "-D", "-N", name, "-f", str(cluster.conf)], folder))
+            daemon = ["slurmd", "-D", "-N", name, "-f", str(cluster.conf)]
+            started.append(_start(_without_sight(cluster.blind, daemon) if name == "n2" else daemon, folder))
         _wait(lambda: _are_idle(cluster), folder)
         yield cluster
     finally:
@@ -118,6 +125,11 @@ def running(folder: Path) -> Iterator[Cluster]:
                 process.wait(20)
             process.kill()
             process.wait()
+
+
+def _without_sight(path: Path, argv: list[str]) -> list[str]:
+    """Return the command with an empty disk over a folder, in a mount namespace of its own."""
+    return ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(path), *argv]
 
 
 def _path() -> str:

@@ -21,8 +21,16 @@ LAUNCH = LaunchSpec(
 ONE = SPEC.model_copy(update={"max_steps": 8, "rows_per_device": 1, "gradient_accumulation": 2, "save_steps": 4})
 TWO = ONE.model_copy(update={"launch": LAUNCH})  # the same key: the same run in another place
 
+LONG = ONE.model_copy(update={"max_steps": 100, "learning_rate": 2e-3, "save_steps": 10, "launch": LAUNCH})
+LONG_HERE = SPEC.model_copy(  # the same two processes, by torchrun on this machine
+    update={
+        **LONG.model_dump(include={"max_steps", "learning_rate", "save_steps", "rows_per_device"}),
+        "num_processes": 2,
+    }
+)
 
-def launched(spec: TrainSpec = TWO, **changes: object) -> TrainSpec:
+
+def launched(spec: TrainSpec, **changes: object) -> TrainSpec:
     """The same run with another launch."""
     return spec.model_copy(update={"launch": LaunchSpec.model_validate(LAUNCH.model_dump() | changes)})
 
@@ -42,7 +50,8 @@ def train_apart(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, st
         "logging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s')\n"
         "packed, base, spec = (kind.model_validate_json(word) for kind, word in\n"
         "    zip((PackedDataset, BaseCheckpoint, TrainSpec), sys.argv[2:]))\n"
-        "print(train_adapter(packed, base, spec, ArtifactStore(Path(sys.argv[1])), lambda record: None).adapter_digest)\n"
+        "store = ArtifactStore(Path(sys.argv[1]))\n"
+        "print(train_adapter(packed, base, spec, store, lambda record: None).adapter_digest)\n"
     )
     words = [str(store.root), *(value.model_dump_json() for value in (packed, base, spec))]
     with log.open("ab") as output:
