@@ -28,7 +28,7 @@ _OF_SBATCH = {"ACCOUNT": "account", "PARTITION": "partition", "QOS": "qos", "TIM
 _SAID_BY_NCCL = {  # a hang ends with an error and each rank's last collectives, in files that a person can read
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_FR_BUFFER_SIZE": "2000",
 }
 
 
@@ -208,7 +208,7 @@ export TATARA_HEAD="$$address:$port"
 export TATARA_RUN="$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}"
 export TATARA_LOGS="$$folder/logs/$$TATARA_RUN"
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank$${rank}] '
-export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$$TATARA_LOGS/nccl_rank_"
+export TORCH_FR_DUMP_TEMP_FILE="$$TATARA_LOGS/nccl_rank_"
 newest() { find "$$folder/checkpoints" -name COMPLETE.json 2>/dev/null | sort -V | tail -n 1; }
 begun_at="$$(newest)"
 

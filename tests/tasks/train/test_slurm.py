@@ -109,8 +109,8 @@ class Run:
             assert self.process.poll() is None, self.log.read_text()
             return any(record["step"] >= step for record in read_metrics(self.folder / "metrics.jsonl"))
 
-        wait_for(lambda: any((self.store.root / "adapter").glob("*/metrics.jsonl")), 120)
-        wait_for(is_there, 120)
+        wait_for(lambda: any((self.store.root / "adapter").glob("*/metrics.jsonl")), 240)
+        wait_for(is_there, 240)
 
     def ends(self) -> int:
         return self.process.wait(240)
@@ -119,7 +119,8 @@ class Run:
         """It is to the bit what nothing happened to."""
         (adapter,) = self.store.committed(TrainedAdapter)
         assert losses(adapter) == losses(whole)
-        assert adapter.adapter_digest == whole.adapter_digest
+        files = [Path(one.adapter_folder) / "adapter_model.safetensors" for one in (adapter, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()  # the config's lists are sets of PEFT's, in any order
 
 
 @pytest.fixture
