@@ -53,8 +53,8 @@ def find_failed(text: str) -> FailedRank | None:
     found = [match.groupdict() for match in _FAILURE.finditer(text)]
     if not found:
         return None
-    times = [datetime.strptime(one["time"], "%Y-%m-%d_%H:%M:%S") for one in found]
-    early = [one for one, time in zip(found, times, strict=True) if time - min(times) <= _TOGETHER]
+    found.sort(key=_time)
+    early = [one for one in found if _time(one) - _time(found[0]) <= _TOGETHER]
     first = next((one for one in early if int(one["code"]) in _KILLED), early[0])  # a kill before what it caused
     return FailedRank(rank=int(first["rank"]), host=first["host"], code=int(first["code"]))
 
@@ -84,3 +84,7 @@ def say_ranks(beats: Sequence[Mapping[str, Any]], now: float) -> str:  # Any: JS
     ]
     more = [f"{len(told) - _TOLD} others"] if len(told) > _TOLD else []
     return "; ".join([*told[:_TOLD], *more])
+
+
+def _time(one: Mapping[str, str]) -> datetime:
+    return datetime.strptime(one["time"], "%Y-%m-%d_%H:%M:%S")
