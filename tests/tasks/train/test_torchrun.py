@@ -21,10 +21,12 @@ from tests.tasks.train.runs import make_artifacts
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_two_machines_by_hand_train_what_one_does_also_when_a_rank_is_killed(tmp_path: Path, caplog):
+def test_two_machines_by_hand_train_what_two_processes_do_also_when_a_rank_is_killed(tmp_path: Path, caplog):
     store = ArtifactStore(tmp_path / "home")
+    planned = ONE.model_copy(update={"max_steps": 40, "learning_rate": 2e-3})
+    here = planned.model_copy(update={"num_processes": 2, "gradient_accumulation": 1})
     packed, base = make_artifacts(store, tmp_path)
-    one = train_adapter(packed, base, ONE, ArtifactStore(tmp_path / "one"), lambda record: None)
+    one = train_adapter(packed, base, here, ArtifactStore(tmp_path / "one"), lambda record: None)
     launch = LaunchSpec(
         launcher="torchrun",
         nodes=2,
@@ -32,7 +34,7 @@ def test_two_machines_by_hand_train_what_one_does_also_when_a_rank_is_killed(tmp
         master_port=free_port(),
         environment={"GLOO_SOCKET_IFNAME": "lo"},
     )
-    two = ONE.model_copy(update={"launch": launch})
+    two = planned.model_copy(update={"launch": launch})
     joined: list[subprocess.Popen[bytes]] = []
 
     def join(record: logging.LogRecord) -> bool:
@@ -62,9 +64,8 @@ def test_two_machines_by_hand_train_what_one_does_also_when_a_rank_is_killed(tmp
         for process in joined:
             process.terminate()
             process.wait()
-    assert adapter.key == one.key
-    assert "resuming from checkpoint-4" in (adapter.path / "output.log").read_text()
-    assert losses(adapter) == pytest.approx(losses(one), abs=2e-4)
+    assert "resuming from checkpoint-" in (adapter.path / "output.log").read_text()
+    assert losses(adapter) == losses(one)
 
 
 def _pid_of_rank(folder: Path, rank: int) -> int:
