@@ -115,7 +115,7 @@ def gptoss20b_experts_h100() -> Recipe:
 
 
 def gptoss120b_lora_8x80gb() -> Recipe:
-    """gpt-oss-120b on eight 80 GB GPUs, its base shared out over them: the start of 20b on the same thirds of its depth.
+    """gpt-oss-120b on eight 80 GB GPUs, its base shared out over them: the start of 20b at the same depths.
 
     Never run on the true weights. `train.launch` puts it on several nodes (docs/scaling.md); a base that is stored in
     bfloat16 is loaded without a copy in each process.

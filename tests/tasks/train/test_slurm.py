@@ -170,6 +170,7 @@ def test_a_worker_killed_while_the_job_waits_leaves_one_job(cluster: Cluster, ru
     wait_for(lambda: cluster.jobs().keys() - before, 60)
     run.process.kill()
     run.process.wait()
+    (run.folder / "slurm_job.json").unlink(missing_ok=True)  # as if it had been killed a moment earlier
     run.start_again()
     wait_for(lambda: run.says("attached to SLURM job"), 60)
     assert len(cluster.jobs().keys() - before) == 1
