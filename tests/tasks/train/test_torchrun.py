@@ -32,7 +32,7 @@ def test_two_machines_by_hand_train_what_two_processes_do_also_when_a_rank_is_ki
         nodes=2,
         address="127.0.0.1",
         master_port=free_port(),
-        environment={"GLOO_SOCKET_IFNAME": "lo"},
+        environment={"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},  # sums in the same order, to the bit
     )
     two = planned.model_copy(update={"launch": launch})
     joined: list[subprocess.Popen[bytes]] = []
