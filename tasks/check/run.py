@@ -35,6 +35,7 @@ from tasks.train.run import (
     check_launch,
     checkpoint_bytes,
     gpu_room,
+    launched_spec,
     require_training_memory,
     require_warm,
     say_slow_dtype,
@@ -216,18 +217,18 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
     """The peak of a training step must fit the GPU; not asked when the adapter is there already."""
     if not facts:
         return ""
-    base = facts[0]
+    base, spec = facts[0], launched_spec(recipe.train)
     if find_made(store, TrainedAdapter, recipe.train, base.origin):
         return "memory: trained before"
     work = Workload(
         shapes=base.shapes,
         config=base.config,
-        spec=recipe.train,
+        spec=spec,
         targets=_targets(recipe, base),
         row_tokens=recipe.pack.row_tokens,
     )
     ours_leaves = holds_gpu(store.root)
-    plan = plan_step(work, gpu_room(recipe.train, ours_leaves=ours_leaves))
+    plan = plan_step(work, gpu_room(spec, ours_leaves=ours_leaves))
     return "memory: " + require_training_memory(work, plan, ours_leaves=ours_leaves)
 
 

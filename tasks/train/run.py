@@ -275,6 +275,11 @@ def training_gpus(spec: TrainSpec) -> list[machine.Gpu]:
     return [machine.Gpu(name=name, total_bytes=size, free_bytes=size)] * (launch.nodes * launch.gpus_per_node)
 
 
+def launched_spec(spec: TrainSpec) -> TrainSpec:
+    """Return the spec on the number of processes that its launch starts; on this machine alone as it is planned."""
+    return fit_processes(spec, spec.num_processes)
+
+
 def check_launch(spec: TrainSpec, root: Path) -> str:
     """Say where a run's processes will be. Raises: SpecError, MissingError for a launch that can't work."""
     launch = spec.launch

@@ -11,6 +11,8 @@ from tasks.launch_script import STARTS
 from tasks.slurm_report import JobReport, read_accounting, read_job
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job
+from tasks.train.run import check_launch
+from tests.tasks.train.runs import SPEC
 
 LAUNCH = LaunchSpec(launcher="slurm", nodes=2, time_limit="60")
 TABLE = """\
@@ -138,3 +140,18 @@ def test_states(state: str, waits: bool, runs: bool, over: bool):
 def test_accounting_of_a_requeued_job_is_its_last_line():
     assert read_accounting("7", "REQUEUED|0:0|n1\nCOMPLETED|0:0|n2\n").nodes == "n2"
     assert read_accounting("7", "Slurm accounting storage is disabled\n").state == ""
+
+
+def test_a_launch_is_looked_at_before_anything_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    spec = SPEC.model_copy(update={"gradient_accumulation": 2, "launch": LAUNCH})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_launch(SPEC, tmp_path) == ""
+    with pytest.raises(errors.MissingError, match="sbatch is not on"):
+        check_launch(spec, tmp_path)
+    with pytest.raises(errors.SpecError, match="a step has 1 batches"):
+        check_launch(spec.model_copy(update={"gradient_accumulation": 1}), tmp_path)
+    with pytest.raises(errors.SpecError, match="move TATARA_HOME"):
+        check_launch(spec, tmp_path / "it's")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho slurm 1.0")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert check_launch(spec, tmp_path) == "launch: slurm 1.0, 2 machines with 1 processes each"
