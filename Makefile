@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test check lint bench serve stop status clean
+.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test slurm-test check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -21,7 +21,7 @@ PYTEST = .venv/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
 tests:           # the longest files first, the rest beside them; four processes, for each waits often
-	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos" --ignore=tests/weave \
+	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos and not slurm" --ignore=tests/weave \
 		tests/flows/test_line.py tests/tasks/evaluate tests/tasks/publish tests/tasks/traces tests tasks flows deployments
 
 slow-test: export OMP_NUM_THREADS = 1
@@ -42,6 +42,12 @@ vllm-test: setup ## longer tests of real vLLM: wrecked weights, the evaluation g
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave
 	@.venv/bin/python -m pytest -q -m weave --durations=5 tests/weave
+
+slurm-test: export OMP_NUM_THREADS = 1
+slurm-test: setup ## trainings as jobs of a real SLURM with two nodes on this machine (root: installs Debian's packages)
+	@command -v sbatch >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+		--no-install-recommends slurmctld slurmd slurm-client munge; }
+	@.venv/bin/python -m pytest -q -m slurm --durations=8 tests/tasks/train
 
 check: setup lint ## ruff format, ruff, pyright, doctests
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments

@@ -15,9 +15,8 @@ from typing import Any
 
 from blocks.opening import open_hub
 from flows.recipes import resolve, resolve_base
-from tasks.check.fit import estimate_fit, imagine_gpus, say_fit
+from tasks.check.fit import estimate_fit, find_gpus, imagine_gpus, launched, say_fit
 from tasks.errors import SpecError
-from tasks.machine import list_gpus
 from tasks.specs import Recipe, change
 
 
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the estimate; return 0 when it fits, 1 when it does not."""
     recipe = _resolve(options)
-    gpus = imagine_gpus(options.gpu_gb, recipe.train.num_processes) if options.gpu_gb else list_gpus()
+    gpus = imagine_gpus(options.gpu_gb, recipe.train.num_processes) if options.gpu_gb else find_gpus(recipe)
     fit = estimate_fit(recipe, resolve_base(recipe), open_hub(""), gpus[: recipe.train.num_processes])
     sys.stdout.write(say_fit(fit, options.name) + "\n")
     return 0 if fit.fits else 1
@@ -47,4 +46,4 @@ def _resolve(options: argparse.Namespace) -> Recipe:
     except json.JSONDecodeError as error:
         raise SpecError(f"--changes {options.changes!r} is not JSON ({error}): quote it whole, with '...'") from error
     recipe = resolve(options.name, changes)
-    return change(recipe, {"train": {"num_processes": options.gpus}}) if options.gpus > 1 else recipe
+    return launched(change(recipe, {"train": {"num_processes": options.gpus}}) if options.gpus > 1 else recipe)

@@ -33,6 +33,7 @@ RecipeName = Literal[
     "tiny",
     "gptoss20b_lora_h100",
     "gptoss20b_experts_h100",
+    "gptoss120b_lora_8x80gb",
     "qwen_qlora_16gb",
     "qwen14b_qlora_16gb",
     "qwen110b_qlora_80gb",
@@ -111,6 +112,28 @@ def gptoss20b_experts_h100() -> Recipe:
     """gpt-oss-20b on one 80 GB GPU: every expert of every layer, 20 times the parameters of the seeds' start."""
     every_expert = {"target_parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}
     return change(gptoss20b_lora_h100(), {"train": {"lora": every_expert}})
+
+
+def gptoss120b_lora_8x80gb() -> Recipe:
+    """gpt-oss-120b on eight 80 GB GPUs, its base shared out over them: the start of 20b at the same depths.
+
+    Never run on the true weights. `train.launch` puts it on several nodes (docs/scaling.md); a base that is stored in
+    bfloat16 is loaded without a copy in each process.
+    """
+    thirds = tuple(f"{layer}.mlp.experts.down_proj" for layer in (11, 23, 35))
+    return change(
+        gptoss20b_lora_h100(),
+        {
+            "base": {"model": "openai/gpt-oss-120b"},
+            "train": {
+                "lora": {"target_parameters": thirds},
+                "num_processes": 8,
+                "gradient_accumulation": 1,
+                "parallel": "fsdp2",
+            },
+            "serve": {"served_model_name": "gpt-oss-120b"},
+        },
+    )
 
 
 def qwen_qlora_16gb() -> Recipe:
@@ -245,6 +268,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
     "gptoss20b_experts_h100": gptoss20b_experts_h100,
+    "gptoss120b_lora_8x80gb": gptoss120b_lora_8x80gb,
     "qwen_qlora_16gb": qwen_qlora_16gb,
     "qwen14b_qlora_16gb": qwen14b_qlora_16gb,
     "qwen110b_qlora_80gb": qwen110b_qlora_80gb,

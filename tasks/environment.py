@@ -64,6 +64,15 @@ def read_secret(variables: Mapping[str, str], *names: str) -> str:
     return ""
 
 
+def is_secret_name(name: str) -> bool:
+    """Say whether a variable of this name holds a credential.
+
+    >>> is_secret_name("HF_TOKEN"), is_secret_name("NCCL_IB_PKEY"), is_secret_name("TOKENIZERS_PARALLELISM")
+    (True, False, False)
+    """
+    return _SECRET.search(name) is not None
+
+
 def is_secret_option(word: str) -> bool:
     """Say whether a word of a command line is an option that carries a key, with or without its value.
 

@@ -1,6 +1,6 @@
 """The trainer's side of being watched and being told to stop: a heartbeat, and a SIGTERM that is obeyed in time.
 
-    start() -> thread: heartbeat.json once a second  (which step, which phase, since when)
+    start() -> thread: heartbeat.json once a second  (which step, which phase, since when); heartbeats/N.json of rank N
     SIGTERM -> in the loop: `is_told` is looked at after each step; elsewhere: Stopped at once
             -> after the grace SIGKILL to itself, also when the main thread hangs or its parent is gone
 
@@ -14,13 +14,17 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-HEARTBEAT = "heartbeat.json"
-_INTERVAL_S = 1.0
+HEARTBEAT = "heartbeat.json"  # of rank 0, by which a run is judged
+_OTHERS = "heartbeats"  # of the other ranks: looked at when it hangs
+_INTERVAL_S, _OTHERS_INTERVAL_S = 1.0, 5.0
 _BYTES = 512  # always the same blocks: a full disk must not look like a hang
 
 
@@ -37,17 +41,20 @@ class Lifeline:
         self._state: dict[str, object] = {"pid": os.getpid(), "phase": "start", "step": 0, "count": 0}
         self._is_stopping = False
         self._told_at: float | None = None
-        self._grace_s = 25.0
+        self._grace_s, self._interval_s = 25.0, _INTERVAL_S
 
-    def start(self, folder: Path, grace_s: float, *, writes: bool) -> None:
-        """Begin to beat (when `writes`: one rank does) and to obey SIGTERM. Only the main thread may call it."""
-        self._grace_s = grace_s
-        self._state["pid"] = os.getpid()
+    def start(self, folder: Path, grace_s: float, *, rank: int = 0) -> None:
+        """Begin to beat and to obey SIGTERM. Only the main thread may call it."""
+        self._grace_s, self._interval_s = grace_s, _OTHERS_INTERVAL_S if rank else _INTERVAL_S
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._state = self._state | {"pid": os.getpid(), "rank": rank, "host": host}
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.signal(signal.SIGTERM, self._obey)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        target = os.open(folder / HEARTBEAT, os.O_RDWR | os.O_CREAT, 0o600) if writes else None
+        path = folder / HEARTBEAT if rank == 0 else folder / _OTHERS / f"{rank}.json"
+        path.parent.mkdir(exist_ok=True)
+        target = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         threading.Thread(target=self._run, args=(read, target), name="heartbeat", daemon=True).start()
 
     def beat(self, phase: str, step: int) -> None:
@@ -67,16 +74,30 @@ class Lifeline:
             self._is_stopping = True  # a second signal must not cut off the last words after the first
             raise Stopped
 
-    def _run(self, signals: int, target: int | None) -> None:
+    def _run(self, signals: int, target: int) -> None:
         while True:
-            if target is not None:
-                with contextlib.suppress(OSError):
-                    os.pwrite(target, (json.dumps(self._state | {"time": time.time()})).ljust(_BYTES).encode(), 0)
-            ready, _, _ = select.select([signals], [], [], _INTERVAL_S)
+            with contextlib.suppress(OSError):
+                os.pwrite(target, (json.dumps(self._state | {"time": time.time()})).ljust(_BYTES).encode(), 0)
+            ready, _, _ = select.select([signals], [], [], self._interval_s if self._told_at is None else _INTERVAL_S)
             if ready and signal.SIGTERM in os.read(signals, 64) and self._told_at is None:
                 self._told_at = time.monotonic()
             if self._told_at is not None and time.monotonic() - self._told_at > self._grace_s:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read_beats(folder: Path) -> list[dict[str, Any]]:  # Any: JSON values
+    """Return the last heartbeat of each rank that has begun."""
+    found: list[dict[str, Any]] = []
+    for path in (folder / HEARTBEAT, *(folder / _OTHERS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):  # not begun, or half written
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def forget_beats(folder: Path) -> None:
+    """Remove the heartbeats of an earlier run: they would seem to stand still."""
+    (folder / HEARTBEAT).unlink(missing_ok=True)
+    shutil.rmtree(folder / _OTHERS, ignore_errors=True)
 
 
 lifeline = Lifeline()

@@ -17,11 +17,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from tasks.environment import hide_secrets, is_secret_option
+from tasks.environment import hide_secrets, is_secret_name, is_secret_option
 from tasks.errors import SpecError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_SECRETS_ELSEWHERE = "set it in the environment of the worker, or in a file that only you can read"
+_SET_BY_US = frozenset(
+    f"--{name}"
+    for name in (
+        *("job-name", "comment", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "output", "error", "open-mode"),
+        *("export", "signal", "requeue", "no-requeue", "time", "partition", "account", "qos", "nodelist", "mem"),
+        *("cpus-per-task", "chdir", "array", "parsable", "wait", "wrap", "hold", "input", "test-only", "export-file"),
+    )
+)
 
 
 class Spec(BaseModel):
@@ -124,6 +133,142 @@ class LoraSpec(Spec):
         return self
 
 
+class LaunchSpec(Spec):
+    """Where a training's processes run. It decides nothing about the adapter: same run, other place."""
+
+    launcher: Literal["local", "torchrun", "slurm"] = Field(
+        default="local",
+        description="local: this machine; torchrun: this one and others, where its join.sh is started by hand; "
+        "slurm: a job that is submitted with sbatch and followed.",
+    )
+    nodes: Positive = Field(default=1, description="Machines.")
+    gpus_per_node: int = Field(default=0, ge=0, description="GPUs of a node, a process each; 0: CPU nodes.")
+    processes_per_node: int = Field(default=0, ge=0, description="Processes of a node; 0: one a GPU, without GPUs one.")
+    gpu_type: str = Field(default="", pattern=r"^[\w.-]*$", description="GPU type as SLURM names it, such as h100.")
+    gpu_memory_gb: float = Field(
+        default=0.0, ge=0, description="Memory of one such GPU in GB (80, 141): the step is cut to fit it."
+    )
+    python: str = Field(
+        default="", description="Python on the nodes, with Tatara's packages; empty: the path of this one."
+    )
+    command_prefix: tuple[str, ...] = Field(
+        default=(), description="Words before that Python, such as apptainer, exec, --nv, /images/tatara.sif."
+    )
+    setup: tuple[str, ...] = Field(
+        default=(), description="Shell lines before the start on the first node, such as module load hpcx, one each."
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="Variables of all processes, such as NCCL_SOCKET_IFNAME; no secrets."
+    )
+    address: str = Field(
+        default="", pattern=r"^[\w.:-]*$", description="torchrun: name or address of this machine for the others."
+    )
+    master_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of the rendezvous on the first node; 0: from the job's number."
+    )
+    max_restarts: int = Field(
+        default=0, ge=0, description="How often torchrun starts all ranks again inside a job after one died."
+    )
+    partition: str = Field(default="", description="SLURM partition, or several with commas; empty: the default.")
+    account: str = Field(default="", description="SLURM account that is charged.")
+    qos: str = Field(default="", description="SLURM quality of service.")
+    nodelist: str = Field(default="", description="Nodes that must be among those of the job: gpu[02-03].")
+    time_limit: str = Field(
+        default="",
+        pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d(:\d\d)?)?)?$",
+        description="Longest run of a job, such as 6-00:00:00; near its end it writes a checkpoint and is requeued.",
+    )
+    cpus_per_task: int = Field(default=0, ge=0, description="CPUs of a node's launcher; 0: SLURM's default.")
+    memory: str = Field(
+        default="", pattern=r"^(\d+[KMGT]?)?$", description="Memory of a node, such as 900G; 0: all of it."
+    )
+    requeue: bool = Field(
+        default=True, description="Go on in the queue after preemption, a lost node or the end of the time limit."
+    )
+    sbatch_options: tuple[str, ...] = Field(
+        default=(), description="Further options of sbatch, such as --exclusive or --constraint=ib."
+    )
+    stop_notice_s: Positive = Field(
+        default=180, description="How long before the end of time_limit the last checkpoint is begun."
+    )
+    poll_s: float = Field(default=15.0, gt=0, description="Time between two questions to SLURM.")
+    shared_timeout_s: float = Field(
+        default=300.0, gt=0, description="Every node has to show within this that it sees the job's folder."
+    )
+
+    @property
+    def node_processes(self) -> int:
+        """Processes of one node."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of all nodes."""
+        return self.nodes * self.node_processes
+
+    @field_validator("partition", "account", "qos", "nodelist")
+    @classmethod
+    def _is_a_word(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.,\[\]@+-]*", value, re.ASCII):
+            raise ValueError("it would break out of its #SBATCH line: expected letters, digits and . , [ ] @ + - _")
+        return value
+
+    @field_validator("sbatch_options")
+    @classmethod
+    def _are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            name = option.partition("=")[0]
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[\w.,:\[\]@+*/&|!=-]+)?", option, re.ASCII):
+                raise ValueError(f"{option!r} is not --name or --name=value, its value without blanks and quotes")
+            if name in _SET_BY_US:
+                raise ValueError(f"{name} is set by Tatara: leave it out; partition, nodes and others have fields")
+        return value
+
+    @field_validator("setup", "command_prefix")
+    @classmethod
+    def _are_lines(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for line in value:
+            if not line.isprintable():
+                raise ValueError(f"{line!r} holds a line break or another control character: give each line by itself")
+            if secret := next((name for name in re.findall(r"(\w+)=", line) if is_secret_name(name)), ""):
+                raise ValueError(
+                    f"it sets {secret}, which would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}"
+                )
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of a variable: expected letters, digits and _")
+            if is_secret_name(name):
+                raise ValueError(f"{name} would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}")
+            if not text.isprintable():
+                raise ValueError(f"the value of {name} holds a line break or another control character: leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.launcher == "local" and self.num_processes > 1:
+            raise ValueError(
+                "launcher='local' trains on this machine alone, as TrainSpec.num_processes says: leave nodes, "
+                "gpus_per_node and processes_per_node out, or choose launcher='slurm' or 'torchrun'"
+            )
+        if self.gpus_per_node and self.node_processes != self.gpus_per_node:
+            raise ValueError(
+                f"processes_per_node={self.processes_per_node} but gpus_per_node={self.gpus_per_node}: each process "
+                "trains on a GPU of its own, leave processes_per_node out"
+            )
+        if self.launcher == "slurm" and self.gpus_per_node and not self.gpu_memory_gb:
+            raise ValueError(
+                "gpu_memory_gb is 0: say the memory of one GPU of the nodes, so that the step is cut to fit"
+            )
+        if self.launcher == "torchrun" and not self.address:
+            raise ValueError("launcher='torchrun' needs address: the name by which the other machines reach this one")
+        return self
+
+
 class TrainSpec(Spec):
     """One LoRA run by TRL's SFTTrainer."""
 
@@ -182,12 +327,23 @@ class TrainSpec(Spec):
     report_to: Literal["none", "wandb"] = Field(
         default="none", description="wandb: online with WANDB_API_KEY, else an offline run below TATARA_HOME/wandb."
     )
+    launch: LaunchSpec = Field(
+        default=LaunchSpec(), description="Where the processes run: this machine, several, or a SLURM cluster."
+    )
 
     later: ClassVar[frozenset[str]] = frozenset(
         {"keep_best", "early_stopping_patience", "early_stopping_min_delta", "deterministic"}
     )
     beside: ClassVar[frozenset[str]] = frozenset(
-        {"heartbeat_timeout_s", "stop_grace_s", "explosion_factor", "explosion_steps", "report_to", "parallel"}
+        {
+            "heartbeat_timeout_s",
+            "stop_grace_s",
+            "explosion_factor",
+            "explosion_steps",
+            "report_to",
+            "parallel",
+            "launch",
+        }
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import processes
-from tasks.lifeline import HEARTBEAT
+from tasks.lifeline import HEARTBEAT, forget_beats, read_beats
 from tasks.liveness import HangError, Liveness
 from tasks.processes import (
     Identity,
@@ -27,6 +27,7 @@ from tasks.processes import (
     stop,
     write_identity,
 )
+from tasks.ranks import say_ranks
 
 _POLL_S = 0.2
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  
         write_identity(job.identity_file, identity)  # its starter may have been killed before it could
     else:
         stop(job.identity_file, job.grace_s)  # ranks that outlived a killed launcher
-        (job.folder / HEARTBEAT).unlink(missing_ok=True)  # of a dead one
+        forget_beats(job.folder)  # of a dead one
         program = Program(
             argv=tuple(job.argv),
             variables=job.env,
@@ -124,7 +125,7 @@ def supervise(job: Job, on_metrics: Callable[[dict[str, Any]], None]) -> None:  
         stop(job.identity_file, job.grace_s)
         raise
     finally:
-        _report(output, metrics, on_metrics)
+        report_new(output, metrics, on_metrics)
     stop(job.identity_file, job.grace_s)  # a rank that outlived its launcher
 
 
@@ -168,20 +169,22 @@ def _follow(
     while True:
         alive = identity.is_alive()
         now = time.monotonic()
-        if _report(output, metrics, on_metrics):
+        if report_new(output, metrics, on_metrics):
             liveness.see_progress(now)
         if not alive:
             return
-        liveness.see_beat(_read_beat(job.folder / HEARTBEAT), now)
+        liveness.see_beat(read_beat(job.folder / HEARTBEAT), now)
         try:
             if line := liveness.judge(now):
                 logger.warning("%s", line)
         except HangError as hang:
-            raise TimeoutError(f"pid {identity.pid}: {hang}") from None
+            beats = read_beats(job.folder)
+            ranks = f"; {say_ranks(beats, time.time())}" if len(beats) > 1 else ""
+            raise TimeoutError(f"pid {identity.pid}: {hang}{ranks}") from None
         time.sleep(_POLL_S)
 
 
-def _read_beat(path: Path) -> dict[str, Any]:  # Any: JSON values
+def read_beat(path: Path) -> dict[str, Any]:  # Any: JSON values
     """Return the heartbeat; nothing when there is none, or when a look met it half written."""
     try:
         return json.loads(path.read_text())
@@ -189,7 +192,8 @@ def _read_beat(path: Path) -> dict[str, Any]:  # Any: JSON values
         return {}
 
 
-def _report(output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]) -> bool:
+def report_new(output: Tail, metrics: Tail, on_metrics: Callable[[dict[str, Any]], None]) -> bool:
+    """Log each new line, hand each new record on; say whether there was one."""
     lines, records = output.lines(), metrics.lines()
     for line in lines:
         if line.strip():

@@ -1,10 +1,11 @@
 """Run a trainer process for a verb and turn its end into a result or one of our errors.
 
-    job.json -> python -m tasks.<verb>.worker job.json  (or torchrun) -> result.json | failure.json | neither
+    job.json -> python -m tasks.<verb>.worker job.json  (torchrun, or SLURM) -> result.json | failure.json | neither
 
 Ring: edge. Imports no torch: this is the parent's side.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -12,23 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks import errors, files
+from tasks import errors, files, slurm_job
 from tasks.environment import without_secrets
+from tasks.launch_script import Work, first_argv, render_join
 from tasks.processes import last_lines
+from tasks.specs import LaunchSpec
 from tasks.supervision import Job, supervise
 
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 
-
+logger = logging.getLogger(__name__)
 _LAST_WORD_BYTES = 1 << 20  # with less than this free a trainer may have been unable to leave failure.json
+_ROOT = Path(__file__).resolve().parents[1]
 _KILL_AFTER_S = 2.0  # the trainer kills itself when its grace is over; this is for one that can't any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """How a trainer runs: on how many processes, how patiently it is watched, what its environment adds."""
+    """How a trainer runs: on how many processes and where, how patiently it is watched, what its environment adds."""
 
     num_processes: int = 1
+    launch: LaunchSpec = field(default_factory=LaunchSpec)
     stall_timeout_s: float = 1800.0
     heartbeat_timeout_s: float = 300.0
     stop_grace_s: float = 25.0
@@ -48,31 +53,42 @@ def run_trainer(
     Raises: the error class that the trainer named in failure.json; TrainingError with its last lines
         when it died without a word (SIGKILL, out of memory by the kernel).
     """
-    result, failure = folder / "result.json", folder / "failure.json"
+    result = folder / "result.json"
     if result.exists():
         return files.read_json(result)
     files.write_json(folder / "job.json", job)
-    argv = [sys.executable, "-m", module, str(folder / "job.json")]
-    if terms.num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={terms.num_processes}"]
-        argv = [sys.executable, *launcher, "-m", module, str(folder / "job.json")]
-    failure.unlink(missing_ok=True)
+    work = Work(
+        name=slurm_job.job_name(folder),
+        module=module,
+        folder=str(folder),
+        root=str(_ROOT),
+        python=sys.executable,
+        variables=_added_variables(),
+    )
+    for path in folder.glob("failure*.json"):  # a rank's each
+        path.unlink()
     child = Job(
-        argv=argv,
-        env={**_environment(terms.num_processes), **terms.variables},
+        argv=_argv(terms, work),
+        env={**_environment(terms), **terms.variables},
         folder=folder,
         stall_timeout_s=terms.stall_timeout_s,
         heartbeat_timeout_s=terms.heartbeat_timeout_s,
         grace_s=terms.stop_grace_s + _KILL_AFTER_S,
     )
     try:
-        supervise(child, on_progress)
+        if terms.launch.launcher == "slurm":
+            end = slurm_job.run_job(child, terms.launch, work, on_progress)
+            if not result.exists():
+                slurm_job.raise_end(end, child, terms.launch)
+        else:
+            if terms.launch.launcher == "torchrun":
+                _invite(terms.launch, work)
+            supervise(child, on_progress)
     except TimeoutError as error:
         raise errors.TrainingError(f"{module}: {error}; its last lines:\n{last_lines(child.log)}") from error
     if result.exists():
         return files.read_json(result)
-    if failure.exists():
-        told = files.read_json(failure)
+    if told := _first_failure(folder):
         cls = getattr(errors, told["error"], errors.TrainingError)
         raise cls(f"{told['message']} (output in {child.log})")
     if files.free_bytes(folder) < _LAST_WORD_BYTES:
@@ -87,24 +103,55 @@ def run_trainer(
     )
 
 
-def _environment(num_processes: int) -> dict[str, str]:
+def _argv(terms: Terms, work: Work) -> list[str]:
+    """Return the command of this machine; a SLURM job has its own in its script."""
+    if terms.launch.launcher == "torchrun":
+        return first_argv(terms.launch, work)
+    if terms.num_processes == 1:
+        return [sys.executable, "-m", work.module, work.job_file]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={terms.num_processes}"]
+    return [sys.executable, *launcher, "-m", work.module, work.job_file]
+
+
+def _invite(launch: LaunchSpec, work: Work) -> None:
+    """Say what is to be started on the other machines; it waits there until this one is ready."""
+    script = Path(work.folder) / "join.sh"
+    files.write_text(script, render_join(launch, work))
+    if launch.nodes > 1:
+        numbers = f"1 to {launch.nodes - 1}" if launch.nodes > 2 else "1"
+        logger.info("start on each other machine, with its number (%s): bash %s NUMBER", numbers, script)
+
+
+def _first_failure(folder: Path) -> dict[str, Any]:  # Any: JSON values
+    """Return what rank 0 wrote down of its end, or the rank because of which it was told to stop."""
+    told = [files.read_json(path) for path in sorted(folder.glob("failure*.json"))]  # failure.json is the first
+    causes = [one for one in told if one["error"] != errors.TransientError.__name__]
+    return next(iter(causes or told), {})
+
+
+def _added_variables() -> dict[str, str]:
+    """Return what a trainer's environment has beside what every process has."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
+
+
+def _environment(terms: Terms) -> dict[str, str]:
     """Return the trainer's environment: ours without secrets that it has no use for.
 
     One process sees one GPU: on a machine with several, transformers' Trainer would spread each batch over all of them
     (DataParallel), which no plan of ours reckons with.
     """
-    env = without_secrets(os.environ)
-    env.update(
-        PYTHONUNBUFFERED="1",
-        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_OFFLINE="1",
-        PYTHONWARNINGS="ignore",
-    )
+    env = {**without_secrets(os.environ), **_added_variables()}
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them, whose memory was looked at
-    if num_processes == 1:
+    if terms.num_processes == 1:
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    root = str(Path(__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    if terms.launch.launcher == "torchrun":
+        env.update(terms.launch.environment)
     return env

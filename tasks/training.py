@@ -125,11 +125,11 @@ def require_end(state: TrainerState, planned: int, *, is_over: bool = False) -> 
 
 
 def run_worker(folder: Path, work: Callable[[], None], *, stop_grace_s: float = 25.0) -> None:
-    """Run `work`; write down why it failed, so that the parent can raise the right class of error."""
-    lifeline.start(folder, stop_grace_s, writes=is_rank_zero())
+    """Run `work`; write down why it failed, each rank for itself, so that the parent can raise the right error."""
+    lifeline.start(folder, stop_grace_s, rank=read_rank())
+    _failure_file(folder).unlink(missing_ok=True)
     if is_rank_zero():
-        for name in (RESULT, FAILURE):
-            (folder / name).unlink(missing_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
     try:
         work()
     except Stopped as stopped:
@@ -153,11 +153,19 @@ def run_worker(folder: Path, work: Callable[[], None], *, stop_grace_s: float = 
         raise
 
 
+def read_rank() -> int:
+    """Return which process of the run this is; torchrun sets RANK."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_rank_zero() -> bool:
-    """Say whether this process is the first of the run; torchrun sets RANK."""
-    return os.environ.get("RANK", "0") == "0"
+    """Say whether this process is the first of the run."""
+    return read_rank() == 0
+
+
+def _failure_file(folder: Path) -> Path:
+    return folder / (FAILURE if is_rank_zero() else f"failure_{read_rank()}.json")
 
 
 def _fail(folder: Path, kind: str, message: str) -> None:
-    if is_rank_zero():
-        files.write_json(folder / FAILURE, {"error": kind, "message": message})
+    files.write_json(_failure_file(folder), {"error": kind, "message": message})

@@ -22,7 +22,7 @@ from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
 from tasks.train.needs import choose_attention, host_bytes, is_expert, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
-from tasks.train.run import checkpoint_bytes, require_warm
+from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
 from tasks.train.targets import find_targets
 
 _LEAST_ROW_TOKENS = 256
@@ -74,6 +74,16 @@ def estimate_fit(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, g
     room = available_memory_bytes() if free is None else free
     plan = plan_step(work, free)  # without a GPU nothing is chosen, as in training
     return Fit(base=base, recipe=recipe, work=work, plan=plan, gpus=gpus, room_bytes=room)
+
+
+def find_gpus(recipe: Recipe) -> list[Gpu]:
+    """Return the GPUs that a recipe would train on: this machine's, or those of the nodes that its launch names."""
+    return training_gpus(recipe.train)
+
+
+def launched(recipe: Recipe) -> Recipe:
+    """Return the recipe on the number of processes that its launch starts. Raises SpecError when they can't share."""
+    return recipe.model_copy(update={"train": launched_spec(recipe.train)})
 
 
 def say_fit(fit: Fit, name: str) -> str:

@@ -31,7 +31,16 @@ from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
 from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
-from tasks.train.run import checkpoint_bytes, gpu_room, require_training_memory, require_warm, say_slow_dtype
+from tasks.train.run import (
+    check_launch,
+    checkpoint_bytes,
+    gpu_room,
+    launched_spec,
+    require_training_memory,
+    require_warm,
+    say_slow_dtype,
+    training_gpus,
+)
 from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
@@ -62,6 +71,7 @@ def check_recipe(
         lambda: _look(recipe, pretraining, hub, facts),
         lambda: _check_fit(recipe, facts),
         lambda: _check_room(recipe, store, facts),
+        lambda: check_launch(recipe.train, store.root),
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
@@ -169,7 +179,9 @@ def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:
         )
     if recipe.train.max_steps > 0:  # by epochs only the packed rows tell
         require_warm(0, recipe.train)
-    choose_attention(facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(list_gpus()))
+    choose_attention(
+        facts[0].config.get("model_type", MODEL_TYPE), recipe.train, on_gpu=bool(training_gpus(recipe.train))
+    )
     require_quantizable(facts[0].config, recipe.train)
     if stored := facts[0].config.get("quantization_config"):
         require_mxfp4(stored)
@@ -205,18 +217,18 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
     """The peak of a training step must fit the GPU; not asked when the adapter is there already."""
     if not facts:
         return ""
-    base = facts[0]
+    base, spec = facts[0], launched_spec(recipe.train)
     if find_made(store, TrainedAdapter, recipe.train, base.origin):
         return "memory: trained before"
     work = Workload(
         shapes=base.shapes,
         config=base.config,
-        spec=recipe.train,
+        spec=spec,
         targets=_targets(recipe, base),
         row_tokens=recipe.pack.row_tokens,
     )
     ours_leaves = holds_gpu(store.root)
-    plan = plan_step(work, gpu_room(recipe.train, ours_leaves=ours_leaves))
+    plan = plan_step(work, gpu_room(spec, ours_leaves=ours_leaves))
     return "memory: " + require_training_memory(work, plan, ours_leaves=ours_leaves)
 
 

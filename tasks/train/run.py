@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tasks import files, machine
+from tasks import files, machine, slurm
 from tasks.artifacts import (
     CHECKPOINTS,
     ArtifactStore,
@@ -27,6 +27,7 @@ from tasks.artifacts import (
 )
 from tasks.costs import peak_flops
 from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
+from tasks.launch_script import require_plain
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token
@@ -60,7 +61,8 @@ def train_adapter(
         if claim.found:
             return claim.found
         require_warm(packed.num_train_rows, spec)
-        make_room()
+        if spec.launch.launcher != "slurm":  # its GPUs are elsewhere
+            make_room()
         if slow := say_slow_dtype(spec):
             logger.warning("%s", slow)
         placed = fit_processes(spec, available_processes(spec))  # the key stays that of the planned number
@@ -78,6 +80,7 @@ def train_adapter(
         }
         terms = Terms(
             num_processes=placed.num_processes,
+            launch=spec.launch,
             stall_timeout_s=spec.stall_timeout_s,
             heartbeat_timeout_s=spec.heartbeat_timeout_s,
             stop_grace_s=spec.stop_grace_s,
@@ -244,7 +247,7 @@ def _read_plans(path: Path) -> list[StepPlan]:
 
 
 def _say_step(work: Workload, plan: StepPlan) -> str:
-    said, gpus = say_plan(work, plan), machine.list_gpus()
+    said, gpus = say_plan(work, plan), training_gpus(work.spec)
     seconds = step_seconds(work, plan, peak_flops(gpus[0].name)) if gpus else None
     if seconds is None:
         return said
@@ -253,15 +256,46 @@ def _say_step(work: Workload, plan: StepPlan) -> str:
 
 def say_slow_dtype(spec: TrainSpec) -> str:
     """Say that this machine's GPU only imitates the recipe's dtype, and the way out; "" when it does not."""
-    old = machine.old_gpus(_BFLOAT16_SINCE) if spec.dtype == "bfloat16" else []
+    is_here = spec.launch.launcher != "slurm"
+    old = machine.old_gpus(_BFLOAT16_SINCE) if is_here and spec.dtype == "bfloat16" else []
     if not old:
         return ""
     return f"{old[0]} computes bfloat16 by imitation, many times slower: set TrainSpec.dtype to float32 there"
 
 
+def training_gpus(spec: TrainSpec) -> list[machine.Gpu]:
+    """Return the GPUs that a run may have: this machine's, for each of several alike, or those that a job asks for."""
+    launch = spec.launch
+    if launch.launcher == "local":
+        return machine.list_gpus()
+    if launch.launcher == "torchrun":
+        return machine.list_gpus()[: launch.node_processes] * launch.nodes
+    size = int(launch.gpu_memory_gb * 1e9)
+    name = f"{launch.gpu_type.upper()} {launch.gpu_memory_gb:g}GB".strip()
+    return [machine.Gpu(name=name, total_bytes=size, free_bytes=size)] * (launch.nodes * launch.gpus_per_node)
+
+
+def launched_spec(spec: TrainSpec) -> TrainSpec:
+    """Return the spec on the number of processes that its launch starts; on this machine alone as it is planned."""
+    return fit_processes(spec, spec.num_processes)
+
+
+def check_launch(spec: TrainSpec, root: Path) -> str:
+    """Say where a run's processes will be. Raises: SpecError, MissingError for a launch that can't work."""
+    launch = spec.launch
+    if launch.launcher == "local":
+        return ""
+    fit_processes(spec, launch.num_processes)
+    where = f"{launch.nodes} machines with {launch.node_processes} processes each"
+    if launch.launcher == "torchrun":
+        return f"launch: {where}, this one and others that are started by hand"
+    require_plain(str(root.resolve()))
+    return f"launch: {slurm.require_commands()}, {where}"
+
+
 def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:
     """Return what the tightest GPU of a run has free; None without a GPU."""
-    used = machine.list_gpus()[: spec.num_processes]
+    used = training_gpus(spec)[: spec.num_processes]
     return min((gpu.total_bytes if ours_leaves else gpu.free_bytes for gpu in used), default=None)
 
 
@@ -286,9 +320,12 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
     vLLM holds counts as free when it leaves before the training (`ours_leaves`).
     """
     spec, needed, said = work.spec, sum(work.needs(plan).values()), f"training takes {say_plan(work, plan)}"
-    gpus = machine.list_gpus()
+    gpus = training_gpus(spec)
+    is_here = spec.launch.launcher != "slurm"
     lower = "lower TrainSpec.rows_per_device or PackSpec.row_tokens"
     way_out = f"{lower}, choose nf4, a smaller base, or more GPUs with parallel='fsdp2'"
+    if not gpus and not is_here:
+        return f"{said}, on CPU nodes whose memory is not known here"
     if not gpus:
         available = machine.available_memory_bytes()
         if needed > available:
@@ -297,8 +334,10 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
                 f"a GPU, or {way_out}"
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
-    copies = host_bytes(work.shapes, work.config, spec)
-    machine.require_memory(copies, "loading the base in each process", "store it in TrainSpec.dtype, or parallel='ddp'")
+    copies = host_bytes(work.shapes, work.config, spec) // spec.launch.nodes
+    if is_here:
+        way = "store it in TrainSpec.dtype, or parallel='ddp'"
+        machine.require_memory(copies, "loading the base in each process", way)
     used = gpus[: spec.num_processes]
     if ours_leaves:
         used = [replace(gpu, free_bytes=gpu.total_bytes) for gpu in used]

@@ -97,7 +97,7 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
     if on_gpu and spec.parallel == "ddp":
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     elif on_gpu:  # torchrun leaves one thread to each process: it would unpack gpt-oss-20b for 13 minutes
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.num_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")

@@ -21,7 +21,7 @@ ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
 BEGIN = (
     "import os, signal, sys, time; from pathlib import Path\n"
     "from tasks.lifeline import Stopped, lifeline\n"
-    "lifeline.start(Path(sys.argv[1]), float(sys.argv[2]), writes=True)\n"
+    "lifeline.start(Path(sys.argv[1]), float(sys.argv[2]))\n"
 )
 STEPS = BEGIN + (
     "lifeline.is_in_loop = True\n"

@@ -196,3 +196,14 @@ def test_the_command_prints_it_and_its_status_is_the_answer(capsys: pytest.Captu
     for size in ("nan", "inf", "-1"):
         assert cli.main(["fit", "tiny", f"--gpu-gb={size}"]) == 1
         assert "above 0" in capsys.readouterr().err
+
+
+def test_a_launch_is_told_for_the_gpus_of_its_nodes(capsys: pytest.CaptureFixture[str]):
+    """A login node has none; how many start is checked too."""
+    nodes = {"launcher": "slurm", "nodes": 2, "gpus_per_node": 1, "gpu_memory_gb": 16, "gpu_type": "h100"}
+    changes: dict[str, Any] = {"train": {"launch": nodes, "gradient_accumulation": 2}}
+    assert cli.main(["fit", "tiny", "--changes", json.dumps(changes)]) == 0
+    assert "tiny on 2 x H100 16GB, 16.0 GB free" in capsys.readouterr().out
+    changes["train"]["gradient_accumulation"] = 3
+    assert cli.main(["fit", "tiny", "--changes", json.dumps(changes)]) == 1
+    assert "launch starts 2 processes, but a step has 3 batches" in capsys.readouterr().err

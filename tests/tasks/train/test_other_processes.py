@@ -11,6 +11,7 @@ from tasks import processes
 from tasks.artifacts import ArtifactStore
 from tasks.errors import SpecError, TrainingError
 from tasks.metrics import read_metrics
+from tasks.specs import LaunchSpec
 from tasks.train.placement import fit_processes
 from tasks.train.run import train_adapter
 from tests.tasks.train.runs import SPEC, make_artifacts
@@ -71,3 +72,16 @@ def test_the_rows_of_a_step_stay(available: int, processes: int, accumulation: i
 def test_no_process_is_refused():
     with pytest.raises(SpecError, match="0 processes can't train"):
         fit_processes(SPEC, 0)
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
+def test_a_launch_has_its_own_number_of_processes(launcher: str):
+    launch = LaunchSpec.model_validate({"launcher": launcher, "nodes": 3, "processes_per_node": 2, "address": "node1"})
+    planned = SPEC.model_copy(update={"num_processes": 4, "gradient_accumulation": 3, "launch": launch})
+    fitted = fit_processes(planned, 1)  # what this machine has does not count
+    assert (fitted.num_processes, fitted.gradient_accumulation) == (6, 2)
+    odd = planned.model_copy(update={"gradient_accumulation": 2})
+    with pytest.raises(
+        SpecError, match=r"launch starts 6 processes, but a step has 8 batches .*: start one of 1, 2, 4, 8"
+    ):
+        fit_processes(odd, 1)
