@@ -682,7 +682,9 @@ class PpoSpec(Spec):
     critic_learning_rate: float = Field(default=1e-5, gt=0)
     critic_micro_batch_size_per_gpu: Positive = 4
     kl_coef: float = Field(default=0.001, ge=0)
-    kl_in_reward: bool = Field(default=False, description="Whether the KL to the base is taken off the reward.")
+    kl_in_reward: bool = Field(
+        default=True, description="Take kl_coef times the KL to the base off the reward; false: kl_coef does nothing."
+    )
     rollout: str = Field(default="vllm", description="What generates: vllm, sglang, trtllm, or a plug-in's name.")
     rollout_tensor_parallel: Positive = 1
     gpu_memory_utilization: float = Field(default=0.4, gt=0, lt=1, description="Share that the rollout may hold.")

@@ -1,6 +1,6 @@
 """Write train.jsonl and test.jsonl: word problems in GSM8K's form, whose arithmetic is computed, not written by hand.
 
-    python data/word_problems/generate.py        # the same files each time
+python data/word_problems/generate.py        # the same files each time
 """
 
 import json

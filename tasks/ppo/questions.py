@@ -20,7 +20,9 @@ class RejectedQuestionError(DataError):
     """One row that can't be asked; the reason is the message."""
 
 
-def read_question(row: dict[str, Any], spec: QuestionsSpec, split: str, index: int) -> dict[str, Any]:  # Any: row values
+def read_question(
+    row: dict[str, Any], spec: QuestionsSpec, split: str, index: int
+) -> dict[str, Any]:  # Any: row values
     """Return the row as verl reads it. Raises RejectedQuestionError with the reason."""
     question, answer = _text(row, spec.question_column), _text(row, spec.answer_column)
     return {
