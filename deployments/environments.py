@@ -3,8 +3,8 @@
     bare Python -> uv -> .venv or .venv-NAME -> torch for this host -> the lock -> .pyc -> stamp
 
 `main` holds the flows, the gateway and the trainer; `vllm` holds vLLM, whose pins contradict
-Prefect's; `weave` holds Weave's trace server, for its contract tests only; `ppo` holds verl and Ray. The stamp is written
-last, so a killed run is redone and a finished one returns at once.
+Prefect's; `weave` holds Weave's trace server, for its contract tests only; `ppo` holds verl and Ray.
+The stamp is written last, so a killed run is redone and a finished one returns at once.
 
 Ring: edge; standard library only, it runs before anything is installed.  Units: bytes, seconds.
 Trap: a CPU host must get torch's +cpu wheel (190 MB) and not PyPI's CUDA build (4.5 GB); wheel

@@ -20,7 +20,8 @@ def problem(rng: random.Random) -> dict[str, str]:
     kind = rng.randrange(4)
     if kind == 0:
         return {
-            "question": f"{name} has {a} {goods}. {other} gives {name} {b} more. How many {goods} does {name} have now?",
+            "question": f"{name} has {a} {goods}. {other} gives {name} {b} more. "
+            f"How many {goods} does {name} have now?",
             "answer": f"{name} now has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} {goods}.\n#### {a + b}",
         }
     if kind == 1:
@@ -44,7 +45,7 @@ def problem(rng: random.Random) -> dict[str, str]:
 
 def main() -> None:
     """Write both files; no question is in both or twice."""
-    rng, seen, rows = random.Random(0), set(), []
+    rng, seen, rows = random.Random(0), set(), []  # noqa: S311 - no secret
     while len(rows) < NUM_TRAIN + NUM_TEST:
         made = problem(rng)
         if made["question"] not in seen:

@@ -117,8 +117,8 @@ def ask_nodes(cluster: Cluster, paths: list[str], names: list[str]) -> list[Node
     told = next((line.removeprefix(MARK) for line in lines if line.startswith(MARK)), "")
     if not told:
         raise ServiceError(
-            f"the nodes of {cluster.jobs.url} could not be asked with {cluster.python}: {state.status}, {state.message}\n"
-            f"{last_words(chr(10).join(lines))}"
+            f"the nodes of {cluster.jobs.url} could not be asked with {cluster.python}: {state.status}, "
+            f"{state.message}\n{last_words(chr(10).join(lines))}"
         )
     cluster.jobs.delete(job.submission_id)
     return read_facts(json.loads(told))

@@ -15,9 +15,9 @@ _TEST_SCORES = ("val-core/", "val/test_score/")
 
 
 def read_step(line: str) -> tuple[int, dict[str, float]] | None:
-    """Return the step and verl's values of a line, None for any other line.
+    r"""Return the step and verl's values of a line, None for any other line.
 
-    >>> read_step("\\x1b[36m(TaskRunner pid=7)\\x1b[0m step:2 - critic/score/mean:0.5 - perf/mfu:np.float64(0.25)")
+    >>> read_step("\x1b[36m(TaskRunner pid=7)\x1b[0m step:2 - critic/score/mean:0.5 - perf/mfu:np.float64(0.25)")
     (2, {'critic/score/mean': 0.5, 'perf/mfu': 0.25})
     >>> read_step("Training Progress: 10%")
     """

@@ -10,7 +10,7 @@ from tasks.metrics import append_metrics, read_metrics, truncate_metrics
 
 
 class StepLog:
-    """The records of one run over all its jobs. An `attempt` is one job; a later one repeats steps since a checkpoint."""
+    """The records of one run over all its jobs. An `attempt` is one job; later ones repeat steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -157,8 +157,8 @@ def _refuse_bad(spec: QuestionsSpec, found: _Sorted) -> None:
     if 100 * len(found.rejected) / found.total > spec.max_rejected_pct:
         shown = "; ".join(f"{line['row_id']}: {line['reason']}" for line in found.rejected[:3])
         raise DataError(
-            f"questions {spec.source}: {len(found.rejected)} of {found.total} rows can't be asked ({shown}): mend them, "
-            f"or raise QuestionsSpec.max_rejected_pct (now {spec.max_rejected_pct:g}) to leave them out"
+            f"questions {spec.source}: {len(found.rejected)} of {found.total} rows can't be asked ({shown}): mend "
+            f"them, or raise QuestionsSpec.max_rejected_pct (now {spec.max_rejected_pct:g}) to leave them out"
         )
     lacking = [split for split, rows in found.rows.items() if not rows]
     if lacking:

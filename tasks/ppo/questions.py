@@ -13,7 +13,6 @@ from tasks.specs import QuestionsSpec
 
 MARK = "####"
 _NUMBER = re.compile(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
-_CLIP_CHARS = 300  # verl's reward reads no more of an answer's end than this
 
 
 class RejectedQuestionError(DataError):
@@ -35,9 +34,9 @@ def read_question(
 
 
 def extract_answer(answer: str) -> str:
-    """Return the number behind ####, without separators of thousands, as verl's reward compares it.
+    r"""Return the number behind ####, without separators of thousands, as verl's reward compares it.
 
-    >>> extract_answer("5 bags of 200 are 5*200=1000.\\n#### 1,000")
+    >>> extract_answer("5 bags of 200 are 5*200=1000.\n#### 1,000")
     '1000'
     >>> extract_answer("about ten")
     Traceback (most recent call last):
@@ -51,16 +50,6 @@ def extract_answer(answer: str) -> str:
     if not _NUMBER.fullmatch(found):
         raise RejectedQuestionError(f"behind {MARK} stands {found[:40]!r}, expected a number such as 42 or 1,000")
     return found.replace(",", "")
-
-
-def score_answer(said: str, ground_truth: str) -> float:
-    """Return what verl's GSM8K reward gives: 1.0 for the number behind the last ####, else 0.0.
-
-    >>> score_answer("2+2=4\\n#### 4", "4"), score_answer("4", "4")
-    (1.0, 0.0)
-    """
-    found = re.findall(r"#### (-?[0-9.,]+)", said[-_CLIP_CHARS:])
-    return float(bool(found) and found[-1].replace(",", "") == ground_truth)
 
 
 def _text(row: dict[str, Any], name: str) -> str:  # Any: row values

@@ -264,8 +264,9 @@ def _require_success(state: JobState, job: Job, log: Path, health: Health) -> No
         return
     lost = f" Lost nodes: {', '.join(health.lost.values())}." if health.lost else ""
     raise TrainingError(
-        f"Ray job {job.submission_id} {state.status.lower()} (exit code {state.exit_code}): {state.message.strip()[:500]}"
-        f"{lost} The next run goes on from verl's newest checkpoint. Its last lines:\n{last_lines(log.read_text())}"
+        f"Ray job {job.submission_id} {state.status.lower()} (exit code {state.exit_code}): "
+        f"{state.message.strip()[:500]}{lost} The next run goes on from verl's newest checkpoint. Its last lines:\n"
+        f"{last_lines(log.read_text())}"
     )
 
 
