@@ -841,6 +841,9 @@ def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
     given = fault["input"]
     if isinstance(given, (list, tuple)):  # words of a command line may hold a key
         given = hide_secrets(str(word) for word in given)
+    if isinstance(given, dict):  # of variables may be one
+        kept = without_secrets({str(name): str(value) for name, value in given.items()})
+        given = {name: value if str(name) in kept else "***" for name, value in given.items()}
     where = f"{spec.__name__}.{path} = {given!r}" if path else spec.__name__
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 

@@ -16,7 +16,8 @@ def problem(rng: random.Random) -> dict[str, str]:
     """Return one question and its worked answer; each <<a=b>> is checked by the test beside the tests of PPO."""
     name, other = rng.sample(NAMES, 2)
     goods = rng.choice(GOODS)
-    a, b, c = rng.randint(2, 12), rng.randint(2, 9), rng.randint(1, 9)
+    a, b = rng.randint(2, 12), rng.randint(2, 9)
+    c = rng.randint(1, min(9, a * b - 1))  # something is left
     kind = rng.randrange(4)
     if kind == 0:
         return {
