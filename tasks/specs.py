@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from tasks.environment import hide_secrets, is_secret_option, without_secrets
+from tasks.environment import hide_secrets, holds_secret, is_secret_option
 from tasks.errors import SpecError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -641,6 +641,9 @@ class RaySpec(Spec):
     )
     local_nodes: Positive = Field(default=1, description="Raylets of a local cluster; more than one is for tests.")
     local_cpus: Positive = Field(default=8, description="CPUs that each raylet of a local cluster says it has.")
+    local_gpus: int = Field(
+        default=-1, ge=-1, description="GPUs that each raylet of a local cluster says it has; -1: those that it finds."
+    )
     local_object_store_bytes: int = Field(
         default=1 << 30, ge=78_643_200, description="Shared memory of each raylet of a local cluster."
     )
@@ -713,8 +716,7 @@ class PpoSpec(Spec):
     @field_validator("environment")
     @classmethod
     def _holds_no_secret(cls, value: dict[str, str]) -> dict[str, str]:
-        kept = without_secrets(value, keep=("WANDB_MODE",))
-        secret = sorted(set(value) - set(kept))
+        secret = sorted(name for name, said in value.items() if holds_secret(name, said))
         if secret:
             raise ValueError(
                 f"{secret[0]} looks like a credential, and Ray shows a job's environment on its dashboard: set it in "
@@ -842,8 +844,7 @@ def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
     if isinstance(given, (list, tuple)):  # words of a command line may hold a key
         given = hide_secrets(str(word) for word in given)
     if isinstance(given, dict):  # of variables may be one
-        kept = without_secrets({str(name): str(value) for name, value in given.items()})
-        given = {name: value if str(name) in kept else "***" for name, value in given.items()}
+        given = {name: "***" if holds_secret(str(name), str(said)) else said for name, said in given.items()}
     where = f"{spec.__name__}.{path} = {given!r}" if path else spec.__name__
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 

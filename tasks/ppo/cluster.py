@@ -152,6 +152,7 @@ def _start(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Ma
         "ray": str(Path(python).with_name("ray")),
         "num_nodes": spec.local_nodes,
         "cpus": spec.local_cpus,
+        "gpus": spec.local_gpus,
         "object_store_bytes": spec.local_object_store_bytes,
         "temp_folder": str(Path(tempfile.gettempdir()) / f"tatara-ray-{short}"),
         "ports": {"gcs": ports[0], "dashboard": ports[1], "client": ports[2], "agents": ports[3:]},

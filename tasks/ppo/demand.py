@@ -10,8 +10,7 @@ from typing import Any
 from tasks.errors import CapacityError, SpecError
 from tasks.specs import PpoSpec
 
-VERL_CPUS = 3  # bundles of verl's placement group take this many CPUs for each worker (max_colocate_count)
-RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": "CPU"}
+RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": "GPU"}  # verl counts GPUs (or NPUs) whatever the device is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ def check_resources(nodes: Sequence[Mapping[str, float]], spec: PpoSpec, url: st
     'cluster: 1 node at http://h:8265, 1 with 8 GPU or more'
     """
     resource = RESOURCES[spec.device]
-    wanted = spec.n_gpus_per_node * (VERL_CPUS if resource == "CPU" else 1)
+    wanted = spec.n_gpus_per_node
     fitting = sum(node.get(resource, 0) >= wanted for node in nodes)
     said = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
     if fitting >= spec.nnodes:
@@ -74,5 +73,4 @@ def read_facts(rows: Sequence[dict[str, Any]]) -> list[NodeFacts]:  # Any: JSON 
 
 
 def _say_node(node: Mapping[str, float], resource: str) -> str:
-    names = [resource, *(["CPU"] if resource != "CPU" else [])]
-    return "one with " + ", ".join(f"{node.get(name, 0):g} {name}" for name in names)
+    return f"one with {node.get(resource, 0):g} {resource}, {node.get('CPU', 0):g} CPU"

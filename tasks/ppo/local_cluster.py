@@ -47,6 +47,7 @@ def worker_command(config: dict[str, Any], number: int) -> list[str]:  # Any: JS
 def _node_options(config: dict[str, Any], agent_port: int) -> list[str]:  # Any: JSON values
     return [
         f"--num-cpus={config['cpus']}",
+        *([f"--num-gpus={config['gpus']}"] if config["gpus"] >= 0 else []),
         f"--object-store-memory={config['object_store_bytes']}",
         f"--dashboard-agent-listen-port={agent_port}",
         *("--min-worker-port=0", "--max-worker-port=0"),  # the kernel's choice: two raylets would share Ray's range

@@ -3,8 +3,9 @@
     VERL_USE_EXTERNAL_MODULES=verl_cpu VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda python -m verl.trainer.main_ppo
         trainer.device=cpu actor_rollout_ref.rollout.name=transformers ...
 
-verl's own trainer, FSDP engines, critic, advantages, checkpoints and reward run unchanged. What is ours: the platform
-and the rollout, through the registries that verl has for them. So this proves the line around verl, not its vLLM.
+verl's own trainer, FSDP engines, advantages, losses, checkpoints and reward run unchanged. Ours are the platform and the
+rollout, through the registries that verl has for them, and one patched function: the critic's loader, into which verl
+has written flash_attention_2. So this proves the line around verl, not its vLLM.
 
 Runs in .venv-ppo.
 """
@@ -96,10 +97,10 @@ class CpuPlatform(PlatformBase):
         pass
 
     def ray_resource_name(self):
-        return "CPU"
+        return "GPU"  # verl refuses a cluster without; it is a number that `ray start` is told
 
     def ray_resource_options(self, num_gpus):
-        return {"num_cpus": num_gpus}
+        return {"num_gpus": num_gpus}
 
     def ray_noset_envvars(self):
         return []
@@ -126,4 +127,21 @@ def register_rollout():
     RolloutReplicaRegistry.register("transformers", _load_replica)
 
 
+def load_critic(local_path, torch_dtype, model_config, trust_remote_code):
+    """What verl.utils.model.load_valuehead_model does first, without the flash_attention_2 that is written into it."""
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        local_path, dtype=torch_dtype, config=model_config, attn_implementation="eager"
+    )
+
+
+def replace_critic_loader():
+    """The one place where verl is patched: its critic asks for flash-attn, which there is none of for a CPU."""
+    import verl.utils.model
+
+    verl.utils.model.load_valuehead_model = load_critic
+
+
 register_rollout()
+replace_critic_loader()
