@@ -95,10 +95,10 @@ def job_variables(spec: PpoSpec) -> dict[str, str]:
     """Return the job's environment on every node; it can be read on Ray's dashboard.
 
     >>> job_variables(PpoSpec(report_to="wandb", wandb_entity="team", environment={"NVTE_FUSED_ATTN": "0"}))
-    {'HYDRA_FULL_ERROR': '1', 'WANDB_ENTITY': 'team', 'NVTE_FUSED_ATTN': '0'}
+    {'HYDRA_FULL_ERROR': '1', 'PYTHONWARNINGS': 'ignore', 'WANDB_ENTITY': 'team', 'NVTE_FUSED_ATTN': '0'}
     """
     entity = {"WANDB_ENTITY": spec.wandb_entity} if spec.report_to == "wandb" and spec.wandb_entity else {}
-    return {"HYDRA_FULL_ERROR": "1", **entity, **spec.environment}
+    return {"HYDRA_FULL_ERROR": "1", "PYTHONWARNINGS": "ignore", **entity, **spec.environment}
 
 
 def _said(value: Any) -> str:  # Any: values of a config

@@ -265,8 +265,8 @@ def _require_success(state: JobState, job: Job, log: Path, health: Health) -> No
     lost = f" Lost nodes: {', '.join(health.lost.values())}." if health.lost else ""
     raise TrainingError(
         f"Ray job {job.submission_id} {state.status.lower()} (exit code {state.exit_code}): "
-        f"{state.message.strip().partition(chr(10))[0]}{lost} The next run goes on from verl's newest checkpoint. Its last lines:\n"
-        f"{last_lines(log.read_text())}"
+        f"{state.message.strip().partition(chr(10))[0]}{lost} The next run goes on from verl's newest checkpoint. "
+        f"Its last lines:\n{last_lines(log.read_text())}"
     )
 
 

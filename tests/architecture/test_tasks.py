@@ -17,7 +17,11 @@ TASKS: dict[str, Task[..., Any]] = {
     for name, value in vars(importlib.import_module(f"tasks.{path.parent.name}.task")).items()
     if isinstance(value, Task)
 }
-TRAINERS = {"train.train_adapter", "pretrain.pretrain_model", "ppo.reinforce_model"}  # may take days; TrainSpec.stall_timeout_s watches them
+TRAINERS = {
+    "train.train_adapter",
+    "pretrain.pretrain_model",
+    "ppo.reinforce_model",
+}  # may take days; TrainSpec.stall_timeout_s watches them
 
 
 class _State:
