@@ -56,7 +56,7 @@ def test_two_nodes_tell_what_they_have(cluster, tmp_path):
 
 def test_a_cluster_that_is_too_small_or_lacks_something_is_refused_before_anything_is_submitted(cluster, tmp_path):
     with pytest.raises(
-        CapacityError, match="needs 2 nodes with 8 GPU each, but the cluster .* has 2 nodes: one with 1 GPU"
+        CapacityError, match=r"needs 2 nodes with 8 GPU each, but the cluster .* has 2 nodes: one with 1 GPU"
     ):
         require_fit(cluster, TWO_NODES, PpoSpec(), [])
     gone = str(tmp_path / "nowhere")

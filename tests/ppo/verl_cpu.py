@@ -3,9 +3,9 @@
     VERL_USE_EXTERNAL_MODULES=verl_cpu VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda python -m verl.trainer.main_ppo
         trainer.device=cpu actor_rollout_ref.rollout.name=transformers ...
 
-verl's own trainer, FSDP engines, advantages, losses, checkpoints and reward run unchanged. Ours are the platform and the
-rollout, through the registries that verl has for them, and one patched function: the critic's loader, into which verl
-has written flash_attention_2. So this proves the line around verl, not its vLLM.
+verl's own trainer, FSDP engines, advantages, losses, checkpoints and reward run unchanged. Ours are the platform and
+the rollout, through the registries that verl has for them, and one patched function: the critic's loader, into which
+verl has written flash_attention_2. So this proves the line around verl, not its vLLM.
 
 Runs in .venv-ppo.
 """
