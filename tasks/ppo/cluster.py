@@ -8,7 +8,7 @@ Ring: edge.  Units: seconds, bytes.
 import asyncio
 import json
 import logging
-import os
+import secrets
 import shlex
 import socket
 import sys
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
@@ -32,7 +32,7 @@ from tasks.ray_jobs import last_lines as last_words
 from tasks.specs import PpoSpec, RaySpec
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "cluster.json"
+CONFIG, TOKEN = "cluster.json", "cluster.token"
 _PROBE_S = 180.0
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Cluster:
     jobs: RayJobs
     python: str
     is_ours: bool
+    token: str = field(default="", repr=False)  # of a cluster of ours
 
 
 @contextmanager
@@ -66,12 +67,12 @@ def open_cluster(spec: RaySpec, ppo: PpoSpec, folder: Path, variables: Mapping[s
     python = spec.python or str(find_python(variables))
     is_ours = address == "local"
     with ExitStack() as stack:
-        url = (
-            stack.enter_context(_run_locally(spec, ppo, folder, python, variables)) if is_ours else _dashboard(address)
-        )
-        jobs = RayJobs(url, variables)
+        url, token = address, ""
+        if is_ours:
+            url, token = stack.enter_context(_run_locally(spec, ppo, folder, python, variables))
+        jobs = RayJobs(url, {"RAY_AUTH_TOKEN": token}) if is_ours else RayJobs(_dashboard(address), variables)
         stack.callback(jobs.close)
-        yield Cluster(jobs=jobs, python=python, is_ours=is_ours)
+        yield Cluster(jobs=jobs, python=python, is_ours=is_ours, token=token)
 
 
 def find_python(variables: Mapping[str, str]) -> Path:
@@ -125,8 +126,10 @@ def ask_nodes(cluster: Cluster, paths: list[str], names: list[str]) -> list[Node
 
 
 @contextmanager
-def _run_locally(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Mapping[str, str]) -> Iterator[str]:
-    """Yield the URL of a cluster on this machine: the one that an earlier run left, else a new one."""
+def _run_locally(
+    spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Yield URL and token of a cluster on this machine: the one that an earlier run left, else a new one."""
     identity_file = folder / "process.json"
     try:
         if find_alive(identity_file):
@@ -135,14 +138,20 @@ def _run_locally(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variabl
             stop(identity_file)  # raylets that outlived a killed supervisor
             _start(spec, ppo, folder, python, variables)
         url = f"http://127.0.0.1:{files.read_json(folder / CONFIG)['ports']['dashboard']}"
-        _wait_until_it_answers(url, spec, folder)
-        yield url
+        token = (folder / TOKEN).read_text()
+        _wait_until_it_answers(url, token, spec, folder)
+        yield url, token
     except asyncio.CancelledError:
         raise  # no person's wish: the job goes on there, and the next run of this follows it
     except BaseException:
-        stop(identity_file)
+        _stop(folder)
         raise
-    stop(identity_file)
+    _stop(folder)
+
+
+def _stop(folder: Path) -> None:
+    stop(folder / "process.json")
+    (folder / TOKEN).unlink(missing_ok=True)
 
 
 def _start(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Mapping[str, str]) -> None:
@@ -159,9 +168,12 @@ def _start(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Ma
         "between_s": 3.0,
     }
     files.write_json(folder / CONFIG, config)
+    token = secrets.token_hex(32)  # Ray's ports can be reached from outside: without one anybody could run code here
+    (folder / TOKEN).touch(mode=0o600)
+    (folder / TOKEN).write_text(token)
     argv = (sys.executable, "-m", "tasks.ppo.local_cluster", str(folder / CONFIG))
     keep = ("WANDB_API_KEY",) if ppo.report_to == "wandb" else ()
-    ours = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    ours = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     start_detached(
         Program(
             argv=argv,
@@ -173,8 +185,8 @@ def _start(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Ma
     )
 
 
-def _wait_until_it_answers(url: str, spec: RaySpec, folder: Path) -> None:
-    jobs, deadline = RayJobs(url, os.environ), time.monotonic() + spec.start_timeout_s
+def _wait_until_it_answers(url: str, token: str, spec: RaySpec, folder: Path) -> None:
+    jobs, deadline = RayJobs(url, {"RAY_AUTH_TOKEN": token}), time.monotonic() + spec.start_timeout_s
     try:
         while True:
             try:

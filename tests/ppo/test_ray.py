@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tasks.errors import CapacityError, SpecError, TrainingError
+from tasks.errors import CapacityError, RightsError, SpecError, TokenError, TrainingError
 from tasks.ppo.cluster import ask_nodes, open_cluster, require_fit
 from tasks.ppo.run import Health, run_job
 from tasks.procfs import list_pids
@@ -34,12 +34,17 @@ def _command(cluster, code):
 def _follower(cluster, key, command, folder, log):
     argv = [sys.executable, str(Path(__file__).with_name("follower.py")), cluster.jobs.url, key, command, str(folder)]
     return subprocess.Popen(
-        argv, stdout=log.open("ab"), stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        argv,
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": cluster.token},
     )
 
 
 def _submissions(cluster, key):
-    rows = httpx.get(f"{cluster.jobs.url}/api/jobs/", timeout=30).json()
+    rows = httpx.get(
+        f"{cluster.jobs.url}/api/jobs/", timeout=30, headers={"Authorization": f"Bearer {cluster.token}"}
+    ).json()
     return sorted(
         row["submission_id"] for row in rows if (row["submission_id"] or "").startswith(f"tatara-ppo-{key[:16]}")
     )
@@ -52,6 +57,15 @@ def test_two_nodes_tell_what_they_have(cluster, tmp_path):
     said = require_fit(cluster, TWO_NODES, ONE, [str(tmp_path)])
     assert "2 nodes" in said[0] and "verl 0.9.1" in said[1] and "Ray 2.60.0" in said[1]
     assert cluster.jobs.version() == "2.60.0"
+
+
+def test_nobody_runs_code_on_it_without_its_token(cluster):
+    for variables, error in (({}, TokenError), ({"RAY_AUTH_TOKEN": "0" * 64}, RightsError)):
+        stranger = RayJobs(cluster.jobs.url, variables)
+        with pytest.raises(error):
+            stranger.ensure(Job(submission_id="stranger", entrypoint="true"))
+        stranger.close()
+    assert cluster.jobs.find("stranger") is None
 
 
 def test_a_cluster_that_is_too_small_or_lacks_something_is_refused_before_anything_is_submitted(cluster, tmp_path):
@@ -69,7 +83,7 @@ def test_a_cluster_that_is_too_small_or_lacks_something_is_refused_before_anythi
 
 
 def test_a_job_is_followed_over_a_cut_connection(cluster, proxy, caplog):
-    jobs, lines = RayJobs(proxy.url, {}), []
+    jobs, lines = RayJobs(proxy.url, {"RAY_AUTH_TOKEN": cluster.token}), []
     job = Job(submission_id=f"cut-{uuid4().hex[:8]}", entrypoint=_command(cluster, COUNT.format(40)))
     jobs.ensure(job)
 
