@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows.recipes import PpoName, resolve_ppo
 from tasks.artifacts import ReinforcedModel
+from tasks.check.task import check_ppo
 from tasks.fetch.task import fetch_base
 from tasks.ppo.task import prepare_questions, reinforce_model
 from tasks.specs import PpoChanges
@@ -27,6 +28,7 @@ def reinforce_ppo(
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
     """
     spec = resolve_ppo(recipe, changes)
+    check_ppo(recipe, spec, storage, hub_account)
     questions = prepare_questions(spec.questions, storage, hub_account)
     base = fetch_base(spec.base, storage, hub_account)
     return reinforce_model(questions, base, spec, storage)

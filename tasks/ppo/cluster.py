@@ -58,21 +58,31 @@ def open_cluster(spec: RaySpec, ppo: PpoSpec, folder: Path, variables: Mapping[s
         variables: the environment; RAY_ADDRESS and RAY_AUTH_TOKEN count.
     Raises: MissingError (no cluster is named, no .venv-ppo), ServiceError, UnavailableError.
     """
-    address = spec.address or variables.get("RAY_ADDRESS", "")
-    if not address:
-        raise MissingError(
-            "no Ray cluster is named: set RaySpec.address or RAY_ADDRESS to its dashboard's URL (http://head:8265), or "
-            "RaySpec.address to 'local' for one that is started here"
-        )
+    address = find_address(spec, variables)
     python = spec.python or str(find_python(variables))
     is_ours = address == "local"
     with ExitStack() as stack:
         url, token = address, ""
         if is_ours:
             url, token = stack.enter_context(_run_locally(spec, ppo, folder, python, variables))
-        jobs = RayJobs(url, {"RAY_AUTH_TOKEN": token}) if is_ours else RayJobs(_dashboard(address), variables)
+        jobs = RayJobs(url, {"RAY_AUTH_TOKEN": token}) if is_ours else RayJobs(address, variables)
         stack.callback(jobs.close)
         yield Cluster(jobs=jobs, python=python, is_ours=is_ours, token=token)
+
+
+def find_address(spec: RaySpec, variables: Mapping[str, str]) -> str:
+    """Return the dashboard's URL, or 'local'. Raises MissingError when no cluster is named, or not by that URL."""
+    address = spec.address or variables.get("RAY_ADDRESS", "")
+    if not address:
+        raise MissingError(
+            "no Ray cluster is named: set RaySpec.address or RAY_ADDRESS to its dashboard's URL (http://head:8265), or "
+            "RaySpec.address to 'local' for one that is started here"
+        )
+    if address != "local" and not address.startswith(("http://", "https://")):  # `ray start` prints another port
+        raise MissingError(
+            f"RAY_ADDRESS is {address}, expected the URL of the dashboard, such as http://{address.split(':')[0]}:8265"
+        )
+    return address
 
 
 def find_python(variables: Mapping[str, str]) -> Path:
@@ -87,23 +97,25 @@ def find_python(variables: Mapping[str, str]) -> Path:
 
 
 def require_fit(cluster: Cluster, spec: RaySpec, ppo: PpoSpec, paths: list[str]) -> list[str]:
-    """Return what was found on a cluster that can run this. Raises CapacityError, SpecError with all that is missing.
-
-    Nodes that are still to come are waited for as long as the recipe says.
-    """
-    deadline = time.monotonic() + (spec.start_timeout_s if cluster.is_ours else spec.wait_for_nodes_s)
-    while True:
-        nodes = cluster.jobs.nodes()
-        try:
-            said = check_resources([node.resources for node in nodes], ppo, cluster.jobs.url)
-            break
-        except CapacityError:
-            enough_came = cluster.is_ours and len(nodes) >= spec.local_nodes
-            if enough_came or time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
+    """Return what was found on a cluster that can run this. Raises CapacityError or SpecError: all that is missing."""
+    wait_s = spec.start_timeout_s if cluster.is_ours else spec.wait_for_nodes_s
+    said = require_nodes(cluster.jobs, spec, ppo, wait_s)
     names = ["WANDB_API_KEY"] if ppo.report_to == "wandb" and ppo.environment.get("WANDB_MODE") != "offline" else []
     return [said, check_nodes(ask_nodes(cluster, paths, names), cluster.jobs.url)]
+
+
+def require_nodes(jobs: RayJobs, spec: RaySpec, ppo: PpoSpec, wait_s: float) -> str:
+    """Return a line on nodes that are enough; those that are still to come are waited for. Raises CapacityError."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        nodes = jobs.nodes()
+        try:
+            return check_resources([node.resources for node in nodes], ppo, jobs.url)
+        except CapacityError:
+            all_came = spec.address == "local" and len(nodes) >= spec.local_nodes
+            if all_came or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 def ask_nodes(cluster: Cluster, paths: list[str], names: list[str]) -> list[NodeFacts]:
@@ -210,12 +222,3 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
-
-
-def _dashboard(address: str) -> str:
-    """RAY_ADDRESS may also be what `ray start` prints, which is no URL: that port speaks another protocol."""
-    if not address.startswith(("http://", "https://")):
-        raise MissingError(
-            f"RAY_ADDRESS is {address}, expected the URL of the dashboard, such as http://{address.split(':')[0]}:8265"
-        )
-    return address

@@ -29,7 +29,7 @@ from tasks.artifacts import (
 )
 from tasks.errors import MissingError, SpecError, TataraError, TrainingError, TransientError
 from tasks.metrics import read_metrics
-from tasks.ppo.cluster import Cluster, open_cluster, require_fit
+from tasks.ppo.cluster import Cluster, find_address, find_python, open_cluster, require_fit, require_nodes
 from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
 from tasks.ppo.console import make_record, read_step
 from tasks.ppo.metrics import StepLog
@@ -108,6 +108,21 @@ def require_steps(questions: PreparedQuestions, spec: PpoSpec) -> int:
             "questions, and verl drops a batch that is not full: lower it or add questions"
         )
     return num_steps
+
+
+def check_cluster(recipe: PpoRecipe, variables: Mapping[str, str]) -> str:
+    """Say what cluster the run would get, without starting one.
+
+    Raises: MissingError (none is named, no .venv-ppo), CapacityError, TokenError, UnavailableError.
+    """
+    url = find_address(recipe.ray, variables)
+    if url == "local":
+        return f"cluster: started here for the run, with {find_python(variables)}"
+    jobs = RayJobs(url, variables)
+    try:
+        return require_nodes(jobs, recipe.ray, recipe.ppo, recipe.ray.wait_for_nodes_s)
+    finally:
+        jobs.close()
 
 
 class Teller:
