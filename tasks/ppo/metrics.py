@@ -25,7 +25,8 @@ class StepLog:
         A step that an earlier attempt had reached is trained anew: it and those behind it are replaced.
         """
         step, attempt = record["step"], record["attempt"]
-        if self._attempts.get(step, -1) >= attempt:
+        is_test_only = "reward" not in record  # verl tests again at the checkpoint that it goes on from
+        if self._attempts.get(step, -1) >= attempt or (is_test_only and step in self._attempts):
             return False
         if any(known >= step for known in self._attempts):
             truncate_metrics(self.path, step - 1)

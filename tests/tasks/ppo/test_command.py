@@ -95,7 +95,7 @@ def test_verls_lines_become_records_and_other_lines_do_not():
 
 
 def _add(log, *pairs):
-    return [log.add({"step": step, "num_steps": 9, "attempt": attempt}) for step, attempt in pairs]
+    return [log.add({"step": step, "num_steps": 9, "attempt": attempt, "reward": 0.5}) for step, attempt in pairs]
 
 
 def test_each_step_is_written_once_however_often_a_log_is_read(tmp_path):
@@ -105,7 +105,8 @@ def test_each_step_is_written_once_however_often_a_log_is_read(tmp_path):
         torn.write('{"step": 4, "num')  # a kill in the middle of a line
     again = StepLog(path)
     assert _add(again, (0, 1), (1, 1), (2, 1), (3, 1), (4, 1)) == [False] * 4 + [True]
-    resumed = StepLog(path)  # the job died; verl goes on from the checkpoint of step 2
+    resumed = StepLog(path)  # the job died; verl goes on from the checkpoint of step 2, at which it tests again
+    assert not resumed.add({"step": 2, "num_steps": 9, "attempt": 2, "test_score": 0.5})
     assert _add(resumed, (3, 2), (4, 2), (5, 2)) == [True] * 3
     assert [(r["step"], r["attempt"]) for r in read_metrics(path)] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
