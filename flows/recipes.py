@@ -268,12 +268,12 @@ def llama1b_ppo_h100() -> PpoRecipe:
 
 
 def tiny_ppo() -> PpoRecipe:
-    """The shipped word problems, a few steps, two local raylets. verl's own rollouts need a GPU: see docs/ppo.md."""
+    """The shipped word problems, four steps, a cluster started here. verl's rollouts need one GPU: docs/ppo.md."""
     return PpoRecipe(
         base=BaseModelSpec(model="Qwen/Qwen2.5-0.5B-Instruct"),
-        ray=RaySpec(address="local", local_nodes=2, local_cpus=8, local_object_store_bytes=200_000_000),
+        ray=RaySpec(address="local", local_object_store_bytes=200_000_000),
         ppo=PpoSpec(
-            nnodes=2,
+            nnodes=1,
             n_gpus_per_node=1,
             train_batch_size=8,
             max_prompt_length=256,

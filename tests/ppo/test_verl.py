@@ -45,8 +45,8 @@ FOR_A_CPU = (
 
 
 def _recipe(**changes):
-    ppo = {"device": "cpu", "attention": "eager", **changes}
-    return resolve_ppo("tiny_ppo", {"ray": {"local_gpus": 1, "poll_s": 0.5}, "ppo": ppo})
+    ray = {"local_nodes": 2, "local_gpus": 1, "poll_s": 0.5}  # a GPU by name only: verl wants to count some
+    return resolve_ppo("tiny_ppo", {"ray": ray, "ppo": {"nnodes": 2, "device": "cpu", "attention": "eager", **changes}})
 
 
 @pytest.fixture

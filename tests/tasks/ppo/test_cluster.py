@@ -24,7 +24,7 @@ def ray():
 
 
 def _recipe(address, **ppo):
-    return resolve_ppo("tiny_ppo", {"ray": {"address": address}, "ppo": ppo})
+    return resolve_ppo("tiny_ppo", {"ray": {"address": address}, "ppo": {"nnodes": 2, **ppo}})
 
 
 def test_no_cluster_and_a_wrong_address_are_said():
@@ -59,6 +59,7 @@ def test_every_fault_of_a_recipe_is_in_one_error(ray, tmp_path, monkeypatch):
             "base": {"model": str(tmp_path / "no_model")},
             "questions": {"source": str(tmp_path / "no.jsonl")},
             "ray": {"address": ray.url},
+            "ppo": {"nnodes": 2},
         },
     )
     store = ArtifactStore(tmp_path / "home")
