@@ -11,7 +11,6 @@ from huggingface_hub import HfApi
 from flows.recipes import resolve_ppo
 from tasks import files
 from tasks.artifacts import ArtifactStore, ReinforcedModel
-from tasks.errors import TrainingError
 from tasks.fetch.run import fetch_base
 from tasks.metrics import read_metrics
 from tasks.ppo import run
@@ -99,11 +98,3 @@ def _is_a_trained_model(model, base):
     manifest = files.read_json(model.path / "manifest.json")
     assert "verl.trainer.main_ppo" in manifest["about"]["command"]
     assert isinstance(model, ReinforcedModel)
-
-
-def test_without_the_plug_in_verl_has_no_way_to_run_on_a_cpu(line):
-    store, base, questions = line
-    with pytest.raises(TrainingError, match="exit code 1"):
-        run.reinforce_model(questions, base, _recipe(), store, lambda record: None, dict(os.environ))
-    log = next(iter(store.root.glob("reinforced/*/job-1.log"))).read_text()
-    assert "train dataset size: 256" in log  # configured, and its own data set read our files
