@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test slurm-test check lint bench serve stop status clean
+.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -21,12 +21,12 @@ PYTEST = .venv/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
 tests:           # the longest files first, the rest beside them; four processes, for each waits often
-	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos and not slurm" --ignore=tests/weave \
+	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos and not slurm" --ignore=tests/weave --ignore=tests/ppo \
 		tests/flows/test_line.py tests/tasks/evaluate tests/tasks/publish tests/tasks/traces tests tasks flows deployments
 
 slow-test: export OMP_NUM_THREADS = 1
 slow-test: setup ## kills, races and long equalities: the line killed and sabotaged, `tatara up`, resumed trainings
-	@$(PYTEST) -n 4 --durations=15 -m "slow and not chaos" --ignore=tests/weave tests/flows/test_line_killed.py \
+	@$(PYTEST) -n 4 --durations=15 -m "slow and not chaos" --ignore=tests/weave --ignore=tests/ppo tests/flows/test_line_killed.py \
 		tests/deployments/test_orchestration.py tests/tasks/verify tests
 
 chaos-test: export OMP_NUM_THREADS = 1
@@ -49,6 +49,11 @@ slurm-test: setup ## trainings as jobs of a real SLURM with two nodes on this ma
 		--no-install-recommends slurmctld slurmd slurm-client munge; }
 	@.venv/bin/python -m pytest -q -m slurm --durations=8 tests/tasks/train
 
+ray-test: export OMP_NUM_THREADS = 1
+ray-test: setup  ## the flow reinforce-ppo on a real Ray cluster of two nodes, verl on the CPU (.venv-ppo; ten minutes)
+	@$(PYTHON) deployments/environments.py ppo
+	@.venv/bin/python -m pytest -q -m ray --durations=8 tests/ppo
+
 check: setup lint ## ruff format, ruff, pyright, doctests
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments
 
@@ -70,4 +75,4 @@ status: setup    ## how vLLM and the gateway are
 	@.venv/bin/tatara services status
 
 clean: stop      ## remove environments and everything below .tatara
-	rm -rf .venv .venv-vllm .venv-weave .venv-uv .tatara .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-weave .venv-ppo .venv-uv .tatara .pytest_cache .ruff_cache .hypothesis

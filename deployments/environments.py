@@ -1,10 +1,10 @@
-"""Make a Python environment from its lock file: `python3 deployments/environments.py main|vllm|weave`.
+"""Make a Python environment from its lock file: `python3 deployments/environments.py main|vllm|weave|ppo`.
 
     bare Python -> uv -> .venv or .venv-NAME -> torch for this host -> the lock -> .pyc -> stamp
 
 `main` holds the flows, the gateway and the trainer; `vllm` holds vLLM, whose pins contradict
-Prefect's; `weave` holds Weave's trace server, for its contract tests only. The stamp is written
-last, so a killed run is redone and a finished one returns at once.
+Prefect's; `weave` holds Weave's trace server, for its contract tests only; `ppo` holds verl and Ray.
+The stamp is written last, so a killed run is redone and a finished one returns at once.
 
 Ring: edge; standard library only, it runs before anything is installed.  Units: bytes, seconds.
 Trap: a CPU host must get torch's +cpu wheel (190 MB) and not PyPI's CUDA build (4.5 GB); wheel
@@ -55,6 +55,8 @@ _LOCKS = {  # the lock, and the bytes needed with uv's cache beside it; keys: en
     ("vllm", True): ("vllm-cuda.txt", 20 * 10**9),
     ("weave", False): ("weave.txt", 2 * 10**9),
     ("weave", True): ("weave.txt", 2 * 10**9),
+    ("ppo", False): ("ppo-cpu.txt", 4 * 10**9),
+    ("ppo", True): ("ppo-cuda.txt", 24 * 10**9),
 }
 _NOT_COMPILED = r"/(tests?|testing)/|/transformers/models/(?!(auto|gpt_oss|llama|qwen[23]\w*)/)\w+/"
 _CAUSES = [
@@ -110,7 +112,7 @@ def describe_environment(name: str, *, root: Path = ROOT) -> Environment:
     """Return what environment `name` needs here. Raises SetupError for an unknown name."""
     on_gpu = has_nvidia_gpu()
     if (name, on_gpu) not in _LOCKS:
-        raise SetupError(f"there is no environment {name!r}: choose main, vllm or weave")
+        raise SetupError(f"there is no environment {name!r}: choose main, vllm, weave or ppo")
     lock, needed = _LOCKS[name, on_gpu]
     folder = root / (".venv" if name == "main" else f".venv-{name}")
     return Environment(name=name, folder=folder, lock=root / "locks" / lock, needed_bytes=needed, on_gpu=on_gpu)
@@ -198,8 +200,8 @@ def create_folder(environment: Environment, uv: Path) -> None:
 
 
 def add_torch(environment: Environment, uv: Path) -> None:
-    """Install the torch build that this host can use; for CUDA vLLM the lock holds it."""
-    if environment.on_gpu and environment.name == "vllm":
+    """Install the torch build that this host can use; for vLLM and verl on CUDA the lock holds it."""
+    if environment.on_gpu and environment.name in {"vllm", "ppo"}:
         return
     install = [str(uv), "pip", "install", "--python", str(environment.python)]
     if environment.on_gpu:

@@ -20,8 +20,12 @@ from tasks.specs import (
     LoraSpec,
     MergeSpec,
     PackSpec,
+    PpoRecipe,
+    PpoSpec,
     PretrainSpec,
     PromoteSpec,
+    QuestionsSpec,
+    RaySpec,
     Recipe,
     ServeSpec,
     TrainSpec,
@@ -39,6 +43,7 @@ RecipeName = Literal[
     "qwen110b_qlora_80gb",
 ]
 PretrainName = Literal["tiny", "compact_1b4"]
+PpoName = Literal["llama1b_ppo_h100", "tiny_ppo"]
 F = TypeVar("F")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -264,6 +269,52 @@ def release_compact_1b4() -> BaseRelease:
     )
 
 
+def llama1b_ppo_h100() -> PpoRecipe:
+    """The seed's PPO of Llama-3.2-1B-Instruct on GSM8K: two nodes of eight GPUs, its parameters."""
+    return PpoRecipe(
+        base=BaseModelSpec(model="meta-llama/Llama-3.2-1B-Instruct"),
+        questions=QuestionsSpec(source="openai/gsm8k"),
+        ppo=PpoSpec(
+            nnodes=2,
+            n_gpus_per_node=8,
+            train_batch_size=256,
+            max_prompt_length=512,
+            max_response_length=256,
+            actor_learning_rate=1e-6,
+            ppo_mini_batch_size=64,
+            critic_learning_rate=1e-5,
+            kl_coef=0.001,
+            project_name="competition_verl_test",
+            experiment_name="llama3.2_SFT_multinode_ppo",
+        ),
+    )
+
+
+def tiny_ppo() -> PpoRecipe:
+    """The shipped word problems, four steps, a cluster started here. verl's rollouts need one GPU: docs/ppo.md."""
+    return PpoRecipe(
+        base=BaseModelSpec(model="Qwen/Qwen2.5-0.5B-Instruct"),
+        ray=RaySpec(address="local", local_object_store_bytes=200_000_000),
+        ppo=PpoSpec(
+            nnodes=1,
+            n_gpus_per_node=1,
+            train_batch_size=8,
+            max_prompt_length=256,
+            max_response_length=32,
+            ppo_mini_batch_size=4,
+            actor_micro_batch_size_per_gpu=2,
+            critic_micro_batch_size_per_gpu=2,
+            rollout_log_prob_micro_batch_size_per_gpu=2,
+            attention="sdpa",
+            total_epochs=1,
+            total_training_steps=4,
+            save_freq=2,
+            test_freq=2,
+            experiment_name="tiny_ppo",
+        ),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
@@ -282,6 +333,10 @@ BASE_RELEASES: dict[str, Callable[[], BaseRelease]] = {
     "tiny": release_tiny,
     "compact_1b4": release_compact_1b4,
 }
+PPO_RECIPES: dict[str, Callable[[], PpoRecipe]] = {
+    "llama1b_ppo_h100": llama1b_ppo_h100,
+    "tiny_ppo": tiny_ppo,
+}
 
 
 def resolve(name: str, changes: BaseModel | dict[str, Any] | None = None) -> Recipe:  # Any: JSON values
@@ -297,6 +352,11 @@ def resolve_pretrain(name: str, changes: BaseModel | dict[str, Any] | None = Non
 def resolve_base_release(name: str, changes: BaseModel | dict[str, Any] | None = None) -> BaseRelease:  # Any: as above
     """Return how models of the named pretraining recipe are published, served and verified."""
     return change(_named(BASE_RELEASES, name, "pretrain recipe")(), changes)
+
+
+def resolve_ppo(name: str, changes: BaseModel | dict[str, Any] | None = None) -> PpoRecipe:  # Any: as above
+    """Return the named PPO recipe with the caller's changes."""
+    return change(_named(PPO_RECIPES, name, "PPO recipe")(), changes)
 
 
 def resolve_base(

@@ -244,6 +244,31 @@ class Decision(Artifact):
     served_model_name: str
 
 
+class PreparedQuestions(Artifact):
+    """`train.parquet` and `test.parquet` in verl's columns, and `rejected.jsonl`."""
+
+    kind: ClassVar[str] = "questions"
+    source: str
+    revision: str
+    num_train_rows: int
+    num_test_rows: int
+    num_rejected_rows: int
+
+
+class ReinforcedModel(BaseCheckpoint):
+    """A whole model that was trained with rewards: `model/`, `metrics.jsonl`, `job.log`.
+
+    `test_score_before` and `test_score_after` are verl's means over the test questions; None: it printed none.
+    """
+
+    kind: ClassVar[str] = "reinforced"
+    base_folder: str
+    base_digest: str
+    num_steps: int
+    test_score_before: float | None
+    test_score_after: float | None
+
+
 A = TypeVar("A", bound=Artifact)
 KINDS: dict[str, type[Artifact]] = {
     cls.kind: cls
@@ -260,6 +285,8 @@ KINDS: dict[str, type[Artifact]] = {
         HealthReport,
         Evaluation,
         Decision,
+        PreparedQuestions,
+        ReinforcedModel,
     )
 }
 

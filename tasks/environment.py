@@ -38,11 +38,18 @@ def without_secrets(variables: Mapping[str, str], *, keep: tuple[str, ...] = ())
     def passes(name: str, value: str) -> bool:
         if any(name.startswith(kept) if kept.endswith("_") else name == kept for kept in keep):
             return True
-        if _SECRET.search(name) or _FOREIGN.search(name):
-            return False
-        return name.lower().endswith("_proxy") or not _LOGIN.search(value)
+        return not _FOREIGN.search(name) and not holds_secret(name, value)
 
     return {name: value for name, value in variables.items() if passes(name, value)}
+
+
+def holds_secret(name: str, value: str) -> bool:
+    """Say whether a variable looks like a credential. A proxy's login is none: a download needs it.
+
+    >>> holds_secret("WANDB_API_KEY", "s"), holds_secret("DB", "pg://u:p@h"), holds_secret("WANDB_ENTITY", "team")
+    (True, True, False)
+    """
+    return bool(_SECRET.search(name)) or (not name.lower().endswith("_proxy") and bool(_LOGIN.search(value)))
 
 
 def read_secret(variables: Mapping[str, str], *names: str) -> str:

@@ -31,7 +31,8 @@ def say_record(record: Mapping[str, Any]) -> str:  # Any: JSON values
     ...     "peak_gpu_bytes": 49_800_000_000, "seconds_left": 95.0})
     'step 3 of 9, loss 1.2500, 17,310 tokens/s, MFU 31 %, 49.8 GB at most, 2 min left'
     """
-    parts = [f"step {record['step']} of {record['num_steps']}", f"loss {record['loss']:.4f}"]
+    parts = [f"step {record['step']} of {record['num_steps']}"]
+    parts += [f"{name} {record[name]:.4f}" for name in ("loss", "reward") if name in record]
     if record.get("tokens_per_s"):
         parts.append(f"{record['tokens_per_s']:,} tokens/s")
     if record.get("mfu_pct"):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from tasks.environment import hide_secrets, is_secret_name, is_secret_option
+from tasks.environment import hide_secrets, holds_secret, is_secret_name, is_secret_option
 from tasks.errors import SpecError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -768,6 +768,161 @@ class Recipe(Spec):
     promote: PromoteSpec = PromoteSpec()
 
 
+class QuestionsSpec(Spec):
+    """Questions whose answer can be checked, for reinforcement: GSM8K's form, the answer after ####."""
+
+    source: str = Field(
+        default="shipped", description="'shipped', a Hub data set id (openai/gsm8k), or a .jsonl/.csv/.parquet file."
+    )
+    test_source: str = Field(default="", description="File of the test rows; empty: split off, or Hub split.")
+    revision: str = Field(default="main", description="Branch, tag or commit of a Hub data set.")
+    config: str = Field(default="main", description="Configuration (subset) of a Hub data set.")
+    split: str = Field(default="train", description="Split of a Hub data set to train on.")
+    test_split: str = Field(default="test", description="Split of a Hub data set to test on.")
+    question_column: str = "question"
+    answer_column: str = Field(default="answer", description="Text that ends with #### and the number.")
+    instruction: str = Field(
+        default='Let\'s think step by step and output the final answer after "####".',
+        description="Put behind each question; verl's reward looks for what follows ####.",
+    )
+    data_source: str = Field(
+        default="openai/gsm8k", description="Name in each row by which verl picks the reward function."
+    )
+    max_rows: int = Field(default=0, ge=0, description="Use only the first rows of each file or split; 0: all.")
+    test_pct: float = Field(default=10.0, gt=0, lt=100, description="Share split off of a file without test_source.")
+    max_rejected_pct: float = Field(default=0.0, ge=0, le=100, description="More bad rows than this: an error.")
+
+
+class RaySpec(Spec):
+    """The Ray cluster that a reinforcement runs on: one that is there, or one that is started here for the run."""
+
+    address: str = Field(
+        default="",
+        description="URL of a cluster's dashboard (http://head:8265); empty: RAY_ADDRESS; 'local': started here.",
+    )
+    python: str = Field(
+        default="", description="Python with verl on the cluster's nodes; empty: that of .venv-ppo on this machine."
+    )
+    local_nodes: Positive = Field(default=1, description="Raylets of a local cluster; more than one is for tests.")
+    local_cpus: Positive = Field(default=8, description="CPUs that each raylet of a local cluster says it has.")
+    local_gpus: int = Field(
+        default=-1, ge=-1, description="GPUs that each raylet of a local cluster says it has; -1: those that it finds."
+    )
+    local_object_store_bytes: int = Field(
+        default=1 << 30, ge=78_643_200, description="Shared memory of each raylet of a local cluster."
+    )
+    start_timeout_s: float = Field(default=180.0, gt=0, description="Until a local cluster and its nodes are there.")
+    wait_for_nodes_s: float = Field(default=0.0, ge=0, description="How long missing nodes or GPUs are waited for.")
+    poll_s: float = Field(default=2.0, gt=0, description="How often the job's log and state are asked for.")
+    health_s: float = Field(default=30.0, gt=0, description="How often the cluster's nodes are counted meanwhile.")
+    lost_after_s: float = Field(
+        default=900.0, gt=0, description="A dashboard that does not answer for so long is given up; the job is left."
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _is_dashboard(cls, value: str) -> str:
+        if value in ("", "local"):
+            return value
+        if not re.fullmatch(r"https?://[^/@\s]+/?", value):
+            raise ValueError(
+                "expected the dashboard's URL, such as http://10.0.0.1:8265, without a path or a login, or 'local'; a "
+                "token goes into RAY_AUTH_TOKEN. The port of `ray start --address` (6379) is another one"
+            )
+        return value.rstrip("/")
+
+
+class PpoSpec(Spec):
+    """PPO by verl's main_ppo on Ray. What a field is called there stands in docs/ppo.md."""
+
+    nnodes: Positive = 2
+    n_gpus_per_node: Positive = 8
+    device: Literal["cuda", "npu", "cpu"] = "cuda"
+    train_batch_size: Positive = Field(default=256, description="Questions of a step.")
+    max_prompt_length: Positive = 512
+    max_response_length: Positive = 256
+    filter_overlong_prompts: bool = True
+    actor_learning_rate: float = Field(default=1e-6, gt=0)
+    ppo_mini_batch_size: Positive = Field(default=64, description="Questions of one update; divides train_batch_size.")
+    actor_micro_batch_size_per_gpu: Positive = 4
+    critic_model: str = Field(default="", description="Hub id or folder of the critic's start; empty: the base.")
+    critic_learning_rate: float = Field(default=1e-5, gt=0)
+    critic_micro_batch_size_per_gpu: Positive = 4
+    kl_coef: float = Field(default=0.001, ge=0)
+    kl_in_reward: bool = Field(
+        default=True, description="Take kl_coef times the KL to the base off the reward; false: kl_coef does nothing."
+    )
+    rollout: str = Field(default="vllm", description="What generates: vllm, sglang, trtllm, or a plug-in's name.")
+    rollout_tensor_parallel: Positive = 1
+    gpu_memory_utilization: float = Field(default=0.4, gt=0, lt=1, description="Share that the rollout may hold.")
+    rollout_log_prob_micro_batch_size_per_gpu: Positive = 8
+    attention: Literal["flash_attention_2", "sdpa", "eager"] = "flash_attention_2"
+    total_epochs: Positive = 15
+    total_training_steps: int = Field(default=0, ge=0, description="Stop after so many steps; 0: by epochs.")
+    save_freq: Positive = Field(default=10, description="Steps between checkpoints; the last step is always saved.")
+    test_freq: Positive = Field(default=10, description="Steps between tests; the last step is always tested.")
+    max_ckpt_to_keep: Positive = 2
+    project_name: str = "tatara"
+    experiment_name: str = "ppo"
+    report_to: Literal["none", "wandb"] = Field(
+        default="none", description="wandb: WANDB_API_KEY has to be set on the cluster's nodes; it is never sent."
+    )
+    wandb_entity: str = Field(default="", description="W&B team or user; empty: the key's own.")
+    environment: dict[str, str] = Field(
+        default={}, description="Variables of the job on every node (NCCL_SOCKET_IFNAME, NVTE_FUSED_ATTN ...); no keys."
+    )
+    overrides: tuple[str, ...] = Field(default=(), description="More of verl's hydra overrides, such as a.b=c.")
+
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {"save_freq", "test_freq", "max_ckpt_to_keep", "project_name", "experiment_name", "report_to", "wandb_entity"}
+    )
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        secret = sorted(name for name, said in value.items() if holds_secret(name, said))
+        if secret:
+            raise ValueError(
+                f"{secret[0]} looks like a credential, and Ray shows a job's environment on its dashboard: set it in "
+                "the environment of the cluster's nodes before `ray start`"
+            )
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _are_overrides(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            if not re.match(r"[+~]{0,2}[\w.@/]+(=|$)", word):
+                raise ValueError(f"{word!r} is no hydra override: expected key=value")
+        return value
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        world = self.nnodes * self.n_gpus_per_node
+        if self.train_batch_size % self.ppo_mini_batch_size:
+            raise ValueError(
+                f"train_batch_size={self.train_batch_size} must be a multiple of "
+                f"ppo_mini_batch_size={self.ppo_mini_batch_size}"
+            )
+        if self.ppo_mini_batch_size % world:
+            raise ValueError(
+                f"ppo_mini_batch_size={self.ppo_mini_batch_size} is shared by nnodes * n_gpus_per_node = {world} "
+                "GPUs: choose a multiple"
+            )
+        if world % self.rollout_tensor_parallel:
+            raise ValueError(f"rollout_tensor_parallel={self.rollout_tensor_parallel} must divide the {world} GPUs")
+        return self
+
+
+class PpoRecipe(Spec):
+    """Everything that `reinforce-ppo` needs to know."""
+
+    base: BaseModelSpec
+    questions: QuestionsSpec = QuestionsSpec()
+    ray: RaySpec = RaySpec()
+    ppo: PpoSpec = PpoSpec()
+
+
 class BaseRelease(Spec):
     """Everything that `release-base` needs to know of a model that was pretrained here."""
 
@@ -817,6 +972,7 @@ S = TypeVar("S", bound=Spec)
 RecipeChanges = partial(Recipe)
 PretrainChanges = partial(PretrainSpec)
 BaseReleaseChanges = partial(BaseRelease)
+PpoChanges = partial(PpoRecipe)
 
 
 def change(spec: S, changes: BaseModel | dict[str, Any] | None) -> S:  # Any: JSON values
@@ -851,6 +1007,8 @@ def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
     given = fault["input"]
     if isinstance(given, (list, tuple)):  # words of a command line may hold a key
         given = hide_secrets(str(word) for word in given)
+    if isinstance(given, dict):  # of variables may be one
+        given = {name: "***" if holds_secret(str(name), str(said)) else said for name, said in given.items()}
     where = f"{spec.__name__}.{path} = {given!r}" if path else spec.__name__
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 

@@ -75,7 +75,7 @@ def check_recipe(
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
-    return _run_all([*checks, *_late_checks(recipe, store, hub, host)])
+    return run_all([*checks, *_late_checks(recipe, store, hub, host)])
 
 
 def check_release(
@@ -87,12 +87,12 @@ def check_release(
 ) -> list[str]:
     """Run the checks that matter from the merge on, or for a pretrained model; returns and raises as check_recipe."""
     first = [] if base is None else [lambda: _check_base(recipe, base)]
-    return _run_all([*first, *_late_checks(recipe, store, hub, host)])
+    return run_all([*first, *_late_checks(recipe, store, hub, host)])
 
 
 def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
     """Run the checks of a run that publishes and serves nothing; returns and raises as check_recipe does."""
-    return _run_all([lambda: _check_publish(recipe, hub), lambda: _check_free_disk(store)])
+    return run_all([lambda: _check_publish(recipe, hub), lambda: check_free_disk(store)])
 
 
 def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list[str]:
@@ -106,7 +106,7 @@ def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list
     def fit() -> str:
         return check_pretraining(spec, pins, store, has_gpu=bool(list_gpus()))
 
-    return _run_all([look, fit, lambda: _check_free_disk(store)])
+    return run_all([look, fit, lambda: check_free_disk(store)])
 
 
 def _late_checks(
@@ -115,11 +115,12 @@ def _late_checks(
     return [
         lambda: _check_publish(recipe, hub),
         lambda: _check_serving(recipe, store, host),
-        lambda: _check_free_disk(store),
+        lambda: check_free_disk(store),
     ]
 
 
-def _run_all(checks: list[Callable[[], str]]) -> list[str]:
+def run_all(checks: list[Callable[[], str]]) -> list[str]:
+    """Run each check; return their lines, or raise as check_recipe does."""
     said: list[str] = []
     faults: list[TataraError] = []
     for check in checks:
@@ -298,7 +299,8 @@ def _check_keys(host: str, variables: Mapping[str, str]) -> None:
         )
 
 
-def _check_free_disk(store: ArtifactStore) -> str:
+def check_free_disk(store: ArtifactStore) -> str:
+    """Say how much is free. Raises CapacityError when no run could begin."""
     free = files.free_bytes(store.root)
     if free < _MIN_FREE_BYTES:
         raise CapacityError(

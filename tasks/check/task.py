@@ -6,7 +6,7 @@ from prefect.runtime import flow_run
 
 from tasks.artifacts import FetchedDataset, PretrainedModel
 from tasks.errors import is_worth_retrying
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
+from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, Recipe, Spec
 
 _WHEN = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_jitter_factor": 0.5, "timeout_seconds": 300}
 _RETRYING = {**_WHEN, "retry_condition_fn": is_worth_retrying, "cache_policy": NO_CACHE}  # the world changes
@@ -65,6 +65,16 @@ def check_pretrain(name: str, spec: PretrainSpec, storage: str = "", hub_account
 
     _keep_recipe(name, spec, storage)
     _show_checks(run.check_pretrain(spec, open_store(storage), open_hub(hub_account)))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_ppo(name: str, recipe: PpoRecipe, storage: str = "", hub_account: str = "") -> None:
+    """The same for a run on a Ray cluster, which is looked at before anything is downloaded."""
+    from blocks.opening import open_hub, open_store
+    from tasks.check.ppo import check_ppo
+
+    _keep_recipe(name, recipe, storage)
+    _show_checks(check_ppo(recipe, open_store(storage), open_hub(hub_account)))
 
 
 @task(task_run_name="check-lengths-{dataset.short}", **_RETRYING)

@@ -54,6 +54,7 @@ def test_all_deployments_of_the_issue_are_there():
             "evaluate/tiny",
             "promote/h100",
             "promote/tiny",
+            "reinforce-ppo/gsm8k",
             "ingest-traces/every-5-minutes",
         ]
     )

@@ -16,12 +16,12 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 
 # from file (pattern) -> modules of ours (pattern) that it may import; {verb} is the file's own verb.
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
-SHARED = r"tasks\.(artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|hub|launch_script|lifeline|liveness|machine|metrics|models|pictures|processes|procfs|ranks|recorder|row_order|slurm|slurm_job|slurm_report|supervision|tables|trainer_job|training)"  # noqa: E501
+SHARED = r"tasks\.(artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|hub|launch_script|lifeline|liveness|machine|metrics|models|pictures|processes|procfs|ranks|ray_jobs|recorder|row_order|slurm|slurm_job|slurm_report|supervision|tables|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
     (r"tasks/(?P<verb>train|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui"),
-    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|pretrain|train)\.run|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|ppo|pretrain|train)\.run|tasks\.ppo\.prepare|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/evaluate/prompts\.py", rf"tasks\.evaluate\.\w+|tasks\.pack\.render|{SHARED}"),  # asks as training rendered
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|costs|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),

