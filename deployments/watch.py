@@ -201,9 +201,9 @@ def _serve(run: Run, port: int) -> int:
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: a page that renews itself would fill the terminal."""
-            del args
+            del format, args
 
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)

@@ -24,7 +24,8 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # Any:
     """Yield (name in the base, base + change) of every weight with an adapter; formed in float32, rounded once."""
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
-            stem, weight = module.parameter_name, module.get_param()
+            stem = module.parameter_name
+            weight: Any = module.get_param()  # Any: nn.Module's attributes are untyped
         elif isinstance(module, Linear):
             stem, weight = "weight", module.get_base_layer().weight
         else:

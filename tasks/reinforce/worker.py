@@ -101,12 +101,13 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     )
     trainer.wanted = wanted
     trainer.remove_callback(PrinterCallback)
-    widen_adapter(trainer.model)
+    learning: Any = trainer.model  # Any: Trainer types it as optional
+    widen_adapter(learning)
     if job.get("start_adapter"):
-        start_from(trainer.model, Path(job["start_adapter"]))
+        start_from(learning, Path(job["start_adapter"]))
     if model.config.model_type == MODEL_TYPE and spec.kernels == "auto":
-        factor_experts(trainer.model)
-        fuse_norms(trainer.model)
+        factor_experts(learning)
+        fuse_norms(learning)
     if engine == "vllm":
         from tasks.reinforce.vllm_weights import sync_merged_weights
 
@@ -273,7 +274,8 @@ def keep_last_step(trainer: GroupTrainer, begun: StepStart) -> None:
     if step == 0 or is_complete(folder / f"checkpoint-{step}"):
         return
     begun.restore()
-    trainer._save_checkpoint(trainer.model, None)
+    model: Any = trainer.model  # Any: Trainer types it as optional
+    trainer._save_checkpoint(model, None)
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
