@@ -6,6 +6,7 @@
     tatara blocks                   register the block types with the Prefect server
     tatara recipe NAME              print a resolved recipe as JSON
     tatara fit RECIPE               whether its training fits this machine, or one of --gpu-gb
+    tatara watch [RUN]              a run that learns, live: in the terminal, or as a page (--page PORT, --html FILE)
     tatara traces ACTION            tail | stats | export | dead: look into the trace queue
     tatara provenance ID            from an answer to its data rows, from a row to the models it went into
     tatara generate --prompt TEXT   what a model says, token by token: from its files, or from an endpoint
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = commands.add_parser("recipe", help="print a resolved recipe")
     recipe.add_argument("name")
     _add_fit(commands, arguments)
+    _add_watch(commands, arguments)
     _add_traces(commands, arguments)
     _add_provenance(commands, arguments)
     _add_generate(commands, arguments)
@@ -105,9 +107,10 @@ def _blocks(options: argparse.Namespace) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> int:
-    from flows.recipes import resolve
+    from flows.recipes import REINFORCE_RECIPES, resolve, resolve_reinforce
 
-    print(json.dumps(resolve(options.name).model_dump(mode="json"), indent=2, ensure_ascii=False))
+    found = resolve_reinforce(options.name) if options.name in REINFORCE_RECIPES else resolve(options.name)
+    print(json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False))
     return 0
 
 
@@ -122,6 +125,20 @@ def _add_fit(commands: Any, arguments: list[str] | None) -> None:  # Any: argpar
 
 def _fit(options: argparse.Namespace) -> int:
     from deployments.fit import run
+
+    return run(options)
+
+
+def _add_watch(commands: Any, arguments: list[str] | None) -> None:  # Any: argparse's own private class
+    parser = commands.add_parser("watch", help="a run that learns, live")
+    if "watch" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from deployments.watch import add_arguments
+
+        add_arguments(parser)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from deployments.watch import run
 
     return run(options)
 
@@ -177,6 +194,7 @@ _COMMANDS = {
     "blocks": _blocks,
     "recipe": _recipe,
     "fit": _fit,
+    "watch": _watch,
     "traces": _traces,
     "provenance": _provenance,
     "generate": _generate,

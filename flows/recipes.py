@@ -27,6 +27,9 @@ from tasks.specs import (
     QuestionsSpec,
     RaySpec,
     Recipe,
+    ReinforceRecipe,
+    ReinforceSpec,
+    RewardSpec,
     ServeSpec,
     TrainSpec,
     VerifySpec,
@@ -44,6 +47,7 @@ RecipeName = Literal[
 ]
 PretrainName = Literal["tiny", "compact_1b4"]
 PpoName = Literal["llama1b_ppo_h100", "tiny_ppo"]
+ReinforceName = Literal["tiny_grpo", "gptoss20b_grpo_h100"]
 F = TypeVar("F")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -315,6 +319,67 @@ def tiny_ppo() -> PpoRecipe:
     )
 
 
+def tiny_grpo() -> ReinforceRecipe:
+    """The embedded default by rewards: arithmetic in Japanese, on two CPU cores in minutes.
+
+    53 M parameters that have read a few pages can't calculate: what they can learn from rewards alone is to answer in
+    numerals, near the right number.
+    """
+    recipe = tiny()
+    return ReinforceRecipe(
+        base=recipe.base,
+        fetch=FetchSpec(source="shipped:ja_arithmetic", question_column="question", answer_column="answer"),
+        pack=recipe.pack,
+        reinforce=ReinforceSpec(
+            lora=recipe.train.lora,
+            rewards=(
+                RewardSpec(name="characters", arguments={"pattern": "[0-9〇一二三四五六七八九十]"}, label="numerals"),
+                RewardSpec(name="number", arguments={"partial": 0.5, "scale": 5.0}),
+            ),
+            max_sequence_tokens=512,
+            max_completion_tokens=6,
+            num_generations=8,
+            rows_per_device=24,
+            gradient_accumulation=1,
+            learning_rate=5e-3,
+            lr_scheduler="constant_with_warmup",
+            warmup_steps=2,
+            max_steps=50,
+            quantization="none",
+            dtype="float32",
+            save_steps=10,
+        ),
+        merge=recipe.merge,
+        serve=recipe.serve,
+        verify=change(recipe.verify, {"must_beat_base": False, "question": "3たす5はいくつですか？"}),
+    )
+
+
+def gptoss20b_grpo_h100() -> ReinforceRecipe:
+    """gpt-oss-20b by rewards on one 80 GB GPU: the seed's options, but for its quantisation.
+
+    bitsandbytes makes Linear layers small, not the 3-D experts that gpt-oss is made of, and the published base is
+    MXFP4, which is unpacked. Name your own questions in fetch.source.
+    """
+    return ReinforceRecipe(
+        base=BaseModelSpec(model="openai/gpt-oss-20b"),
+        fetch=FetchSpec(source="shipped:ja_arithmetic", question_column="question", answer_column="answer"),
+        pack=PackSpec(row_tokens=4096),
+        reinforce=ReinforceSpec(
+            rewards=(
+                RewardSpec(name="number", weight=2.0),
+                RewardSpec(name="finished", weight=0.5),
+                RewardSpec(name="language", weight=0.2, arguments={"without": 1.0}),
+            ),
+            quantization="none",
+            warmup_steps=5,
+            save_steps=10,
+        ),
+        serve=ServeSpec(served_model_name="gpt-oss-20b"),
+        verify=VerifySpec(max_logprob_gap=0.05, must_beat_base=False),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "tiny": tiny,
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
@@ -327,6 +392,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {
     "tiny": pretrain_tiny,
     "compact_1b4": pretrain_compact_1b4,
+}
+
+REINFORCE_RECIPES: dict[str, Callable[[], ReinforceRecipe]] = {
+    "tiny_grpo": tiny_grpo,
+    "gptoss20b_grpo_h100": gptoss20b_grpo_h100,
 }
 
 BASE_RELEASES: dict[str, Callable[[], BaseRelease]] = {
@@ -359,8 +429,13 @@ def resolve_ppo(name: str, changes: BaseModel | dict[str, Any] | None = None) ->
     return change(_named(PPO_RECIPES, name, "PPO recipe")(), changes)
 
 
+def resolve_reinforce(name: str, changes: BaseModel | dict[str, Any] | None = None) -> ReinforceRecipe:  # Any: as above
+    """Return the named recipe of learning by rewards with the caller's changes."""
+    return change(_named(REINFORCE_RECIPES, name, "reinforce recipe")(), changes)
+
+
 def resolve_base(
-    recipe: Recipe, changes: BaseModel | dict[str, Any] | None = None
+    recipe: Recipe | ReinforceRecipe, changes: BaseModel | dict[str, Any] | None = None
 ) -> PretrainSpec | None:  # Any: ditto
     """Return how the recipe's base is made here, None when it is fetched.
 

@@ -141,6 +141,8 @@ class TrainedAdapter(Artifact):
     last_loss: float
     validation_loss_before: float
     validation_loss_after: float
+    reward_before: float = 0.0  # mean over the first tenth of the steps, of a run that learnt from rewards
+    reward_after: float = 0.0  # over the last tenth
     best_step: int = 0  # whose weights it holds, with TrainSpec.keep_best; 0: those of the last step
 
 

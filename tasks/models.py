@@ -1,11 +1,20 @@
 """How a stored model is opened: what training and scoring agree on.
 
-Ring: edge (transformers).
+Ring: edge (disk, transformers). Imports no torch.
 """
 
+from pathlib import Path
 from typing import Any
 
+from tasks import files
 from tasks.errors import SpecError
+from tasks.targets import Shapes, loaded_shapes
+
+
+def base_shapes(model_folder: Path) -> Shapes:
+    """Return parameter name -> shape as the loaded model will have it, from safetensors headers alone."""
+    headers = (files.read_safetensors_header(shard)[0] for shard in files.weight_files(model_folder))
+    return loaded_shapes({name: tuple(entry["shape"]) for header in headers for name, entry in header.items()})
 
 
 def require_mxfp4(stored: dict[str, Any]) -> None:  # Any: config.json's quantization_config

@@ -7,7 +7,7 @@ Ring: pure (values in, PNG bytes out).  Units: bytes in, GB shown; nats per toke
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.errors import DataError
@@ -84,6 +84,61 @@ def training_panels(records: Sequence[Record], title: str, held_out: Sequence[Re
         axes.set_title(f"{label}{last}", fontsize=10)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def reward_curves(records: Sequence[Record], rewards: Sequence[str], title: str) -> bytes:
+    """Return a PNG of a GRPO run by step: rewards, length, ratio and KL, how much of the adapter the rollouts show.
+
+    Args:
+        records: with "step", "reward" and, of each reward, "<name>_mean"; as metrics.jsonl holds them.
+        rewards: their names.
+        title: above the picture.
+    Raises: DataError when no record holds a reward.
+    """
+    known = [record for record in records if record.get("reward") is not None]
+    if not known:
+        raise DataError(f"no reward to draw for {title!r}: none of {len(records)} records holds step and reward")
+    panels = (
+        ("reward (sum and each)", ["reward", *(f"{name}_mean" for name in rewards)]),
+        ("tokens of a completion", ["completion_tokens", "completion_tokens_max"]),
+        ("rollout and policy: ratio, KL from the start", ["ratio_mean", "ratio_min", "ratio_max", "kl"]),
+        ("share of the adapter's change in the rollouts", ["adapter_share"]),
+    )
+    figure = _figure(9, 6)
+    figure.suptitle(title)
+    for axes, (label, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for key in keys:
+            points = [(record["step"], record[key]) for record in known if record.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), linewidth=1.5, label=key.removesuffix("_mean"))
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    return _png(figure)
+
+
+def reward_histograms(found: Mapping[str, Mapping[str, Any]], title: str) -> bytes:  # Any: JSON values
+    """Return a PNG with one histogram a reward.
+
+    Args:
+        found: name -> {"counts", "min", "max", "mean"}, as the manifest of a GRPO run holds them.
+        title: above the picture.
+    Raises: DataError when there is none.
+    """
+    known = {name: each for name, each in found.items() if each.get("count")}
+    if not known:
+        raise DataError(f"no reward to draw for {title!r}: no completion was scored")
+    figure = _figure(3.2 * len(known), 3.2)
+    figure.suptitle(title)
+    for axes, (name, each) in zip(figure.subplots(1, len(known), squeeze=False).flat, known.items(), strict=True):
+        counts, low, high = each["counts"], each["min"], each["max"]
+        width = (high - low) / len(counts) or 1.0
+        axes.bar([low + width * (place + 0.5) for place in range(len(counts))], counts, width=width)
+        axes.set_title(f"{name}, mean {each['mean']:.3g}", fontsize=10)
+        axes.set_ylabel("completions")
     return _png(figure)
 
 

@@ -74,7 +74,9 @@ class BaseModelSpec(Spec):
 class FetchSpec(Spec):
     """Where conversations or texts come from."""
 
-    source: str = Field(description="'shipped', a Hub data set id, or a .jsonl/.csv/.parquet file.")
+    source: str = Field(
+        description="'shipped', 'shipped:ja_arithmetic', a Hub data set id, or a .jsonl/.csv/.parquet file."
+    )
     validation_source: str = Field(
         default="", description="File of the validation rows; empty: split off or Hub split."
     )
@@ -373,6 +375,142 @@ class TrainSpec(Spec):
         return value
 
 
+class RewardSpec(Spec):
+    """One reward: a name of tasks/reinforce/rewards.py, or a user's own function, and what it counts."""
+
+    name: str = Field(description="A reward's name, or package.module:function of your own.")
+    weight: float = Field(default=1.0, description="What it counts in the sum; a negative one punishes.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Its settings.")  # Any: JSON values
+    label: str = Field(default="", pattern=r"^\w*$", description="Its name in tables; empty: the function's.")
+
+    @property
+    def column(self) -> str:
+        """What it is called in metrics.csv and generations.csv."""
+        return self.label or self.name.rpartition(":")[2].rpartition(".")[2]
+
+
+_EXPERTS_OF_THREE_LAYERS = LoraSpec(
+    target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+    target_parameters=tuple(
+        f"{layer}.mlp.experts.{name}" for layer in (7, 15, 23) for name in ("gate_up_proj", "down_proj")
+    ),
+)
+
+
+class ReinforceSpec(Spec):
+    """One GRPO run by TRL's GRPOTrainer. What stands as default is the seed's; docs/reinforcement.md has the table."""
+
+    lora: LoraSpec = _EXPERTS_OF_THREE_LAYERS
+    rewards: tuple[RewardSpec, ...] = Field(
+        default=(RewardSpec(name="exact"),), min_length=1, description="What an answer is worth: a weighted sum."
+    )
+    max_sequence_tokens: Positive = Field(default=5000, description="Tokens of a prompt and its completion together.")
+    max_completion_tokens: int = Field(default=0, ge=0, description="0: what the longest prompt leaves.")
+    num_generations: int = Field(default=4, ge=2, description="Completions of one prompt, compared with each other.")
+    rows_per_device: Positive = Field(default=1, description="Completions in one learning pass.")
+    gradient_accumulation: Positive = Field(default=8, description="Passes of a step; a step learns both multiplied.")
+    learning_rate: float = Field(default=5e-5, gt=0)
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    num_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = Field(default=-1, ge=-1, description="Stop after so many optimizer steps; -1: by epochs.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=0.0, ge=0, description="Weight of the KL divergence from the start; 0: not asked.")
+    num_iterations: Positive = Field(default=1, description="Optimizer steps on the same completions.")
+    epsilon: float = Field(default=0.2, gt=0, lt=1, description="The ratio to the old policy is clipped beyond it.")
+    epsilon_high: float = Field(default=0.0, ge=0, description="Upper clip of its own (DAPO: 0.28); 0: epsilon.")
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo"] = "dapo"
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        default="group", description="By what standard deviation advantages are divided."
+    )
+    mask_truncated: bool = Field(default=False, description="Do not learn from completions that were cut off.")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="Sample from so many tokens only; 0: from all.")
+    rollouts: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto", description="What generates. auto: transformers; vllm: in the trainer's process (colocated)."
+    )
+    vllm_memory_share: float = Field(default=0.3, gt=0, lt=1, description="GPU memory that a colocated vLLM takes.")
+    min_adapter_share: float = Field(
+        default=0.25,
+        ge=0,
+        lt=1,
+        description="Rollouts that show less of the adapter's change, beyond chance, end the run; 0: only measured.",
+    )
+    quantization: Literal["none", "nf4", "int8"] = Field(default="nf4", description="nf4: QLoRA, int8: LLM.int8().")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        default="auto", description="gpt-oss has sinks, which of these only eager has; others: sdpa."
+    )
+    kernels: Literal["auto", "stock"] = Field(
+        default="auto", description="auto: our expert LoRA and norms below gpt-oss; stock: transformers and PEFT."
+    )
+    device_map: Literal["auto", "cpu"] = Field(default="auto", description="auto: a GPU where there is one.")
+    torch_compile: bool = Field(default=False, description="Compile the model's forward pass, as Trainer does.")
+    checkpointing: Literal["auto", "none", "full"] = Field(
+        default="auto", description="Recompute layers in the backward pass; auto: on a GPU."
+    )
+    seed: int = Field(default=0, ge=0)
+    save_steps: Positive = 50
+    keep_checkpoints: int = Field(default=2, ge=2, description="Newest whole checkpoints that are kept.")
+    metrics_csv: str = Field(default="metrics.csv", description="One line a step, in the artifact's folder.")
+    generations_csv: str = Field(default="generations.csv", description="One line a completion.")
+    stop_at_reward: float | None = Field(
+        default=None, description="End in order when the mean reward of the last 10 steps reaches it."
+    )
+    max_kl: float = Field(default=0.0, ge=0, description="A KL above it ends the run as failed; 0: never.")
+    stall_timeout_s: float = Field(default=1800.0, gt=0, description="No progress for so long: the run hangs.")
+    heartbeat_timeout_s: float = Field(default=300.0, gt=0, description="A silent heartbeat for so long: it hangs.")
+    stop_grace_s: float = Field(default=25.0, gt=0, description="Time for a last checkpoint when told to stop.")
+
+    beside: ClassVar[frozenset[str]] = frozenset(
+        {"min_adapter_share", "max_kl", "stall_timeout_s", "heartbeat_timeout_s", "stop_grace_s"}
+    )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Completions that one optimizer step learns."""
+        return self.rows_per_device * self.gradient_accumulation
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.rows_per_step % self.num_generations:
+            raise ValueError(
+                f"rows_per_device={self.rows_per_device} times gradient_accumulation={self.gradient_accumulation} is "
+                f"{self.rows_per_step} completions a step, expected a multiple of num_generations="
+                f"{self.num_generations}: a prompt's completions are compared within a step"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps={self.save_steps} must be a multiple of num_iterations={self.num_iterations}: completions "
+                "are used for so many steps and are in no checkpoint, so a run that goes on between would be another"
+            )
+        if self.max_completion_tokens >= self.max_sequence_tokens:
+            raise ValueError(
+                f"max_completion_tokens={self.max_completion_tokens} leaves no room for a prompt in "
+                f"max_sequence_tokens={self.max_sequence_tokens}: lower it, or raise the other"
+            )
+        if self.max_kl and not self.beta:
+            raise ValueError(f"max_kl={self.max_kl:g} needs the KL to be measured: set beta above 0")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: nothing would be learnt; use -1 for whole epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        columns = [reward.column for reward in self.rewards]
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise ValueError(f"two rewards are called {twice[0]!r}: give one of them a label")
+        names = (self.metrics_csv, self.generations_csv)
+        if names[0] == names[1] or not all(re.fullmatch(r"[\w-]+\.csv", name) for name in names):
+            raise ValueError(
+                f"metrics_csv and generations_csv are {names}: expected two names of .csv files, no folders"
+            )
+        return self
+
+
 class GptOssShape(Spec):
     """Architecture of a GptOssForCausalLM that is trained from scratch."""
 
@@ -668,6 +806,10 @@ class VerifySpec(Spec):
     min_base_margin: float = Field(
         default=0.05, gt=0, description="Served must beat the base by at least this, nats per token."
     )
+    must_beat_base: bool = Field(
+        default=True,
+        description="Served must beat the base on the validation answers; a reward may teach other answers than those.",
+    )
     max_gain_mismatch: float = Field(
         default=0.25,
         gt=0,
@@ -923,6 +1065,50 @@ class PpoRecipe(Spec):
     ppo: PpoSpec = PpoSpec()
 
 
+class ReinforceRecipe(Spec):
+    """Everything that `reinforce` needs to know, by verb."""
+
+    base: BaseModelSpec
+    fetch: FetchSpec
+    pack: PackSpec = PackSpec()
+    warm_start: TrainSpec | None = Field(
+        default=None, description="SFT on the answers first, whose adapter goes on; none: rewards from the base on."
+    )
+    reinforce: ReinforceSpec
+    merge: MergeSpec = MergeSpec()
+    publish: PublishSpec = PublishSpec()
+    serve: ServeSpec = ServeSpec()
+    verify: VerifySpec = VerifySpec()
+
+    @model_validator(mode="after")
+    def _has_answers(self) -> Self:
+        if self.fetch.text_column or self.pack.loss_on != "assistant":
+            raise ValueError(
+                f"rewards compare with answers, but FetchSpec.text_column={self.fetch.text_column!r} and "
+                f"PackSpec.loss_on={self.pack.loss_on!r}: name question and answer columns (or chats), and 'assistant'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Self:
+        if self.warm_start and self.warm_start.lora != self.reinforce.lora:
+            raise ValueError(
+                f"warm_start.lora is {self.warm_start.lora}, expected that of reinforce ({self.reinforce.lora}): one "
+                "adapter goes on in the other"
+            )
+        return self
+
+    def as_finetune(self) -> Recipe:
+        """Return the SFT recipe of the same base, data and adapter: what is checked before either is the same."""
+        spec = self.reinforce
+        same = {"dtype", "quantization", "rows_per_device", "gradient_accumulation", "max_steps", "keep_checkpoints"}
+        train = TrainSpec(
+            lora=spec.lora, attention="eager" if spec.kernels == "stock" else "auto", **spec.model_dump(include=same)
+        )
+        verbs = {name: getattr(self, name) for name in ("base", "fetch", "pack", "merge", "publish", "serve", "verify")}
+        return Recipe(train=train, **verbs)
+
+
 class BaseRelease(Spec):
     """Everything that `release-base` needs to know of a model that was pretrained here."""
 
@@ -973,6 +1159,7 @@ RecipeChanges = partial(Recipe)
 PretrainChanges = partial(PretrainSpec)
 BaseReleaseChanges = partial(BaseRelease)
 PpoChanges = partial(PpoRecipe)
+ReinforceChanges = partial(ReinforceRecipe)
 
 
 def change(spec: S, changes: BaseModel | dict[str, Any] | None) -> S:  # Any: JSON values

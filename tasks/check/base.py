@@ -20,10 +20,10 @@ from tasks.fetch.run import check_model_folder, download_bytes, local_folder
 from tasks.gptoss.layout import MODEL_TYPE, config_values, parameter_shapes
 from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.hub import hub_errors, pin_commit
+from tasks.models import base_shapes
 from tasks.pretrain.run import pretrain_key, pretrained_origin
 from tasks.specs import BaseModelSpec, PretrainSpec, Spec
-from tasks.train.run import base_shapes
-from tasks.train.targets import Shapes, loaded_shapes
+from tasks.targets import Shapes, loaded_shapes
 
 _TOKENIZER_FILES = [
     "tokenizer*",

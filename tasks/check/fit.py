@@ -20,10 +20,10 @@ from tasks.errors import CapacityError, SpecError
 from tasks.machine import Gpu, available_memory_bytes
 from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
+from tasks.targets import find_targets
 from tasks.train.needs import choose_attention, host_bytes, is_expert, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
 from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
-from tasks.train.targets import find_targets
 
 _LEAST_ROW_TOKENS = 256
 

@@ -25,10 +25,12 @@ from tasks.hub import find_repo, require_target
 from tasks.machine import list_gpus
 from tasks.models import require_mxfp4
 from tasks.pretrain.run import check_pretraining
+from tasks.reinforce.run import check_rewards
 from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, Spec
+from tasks.targets import Target, find_targets
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
 from tasks.train.run import (
@@ -41,7 +43,6 @@ from tasks.train.run import (
     say_slow_dtype,
     training_gpus,
 )
-from tasks.train.targets import Target, find_targets
 
 _MIN_FREE_BYTES = 2 << 30
 
@@ -76,6 +77,23 @@ def check_recipe(
         lambda: say_slow_dtype(recipe.train),
     ]
     return run_all([*checks, *_late_checks(recipe, store, hub, host)])
+
+
+def check_reinforce(
+    recipe: ReinforceRecipe,
+    pretraining: PretrainSpec | None,
+    store: ArtifactStore,
+    hub: HfApi,
+    host: Mapping[str, str] = NO_OVERRIDES,
+) -> list[str]:
+    """Run the checks of a run by rewards: its rewards, then those of SFT with the same base, data and adapter.
+
+    A sequence counts as a row. What generation holds beside (its cache) is not in the estimate.
+    """
+    same, tokens = recipe.as_finetune(), max(recipe.pack.row_tokens, recipe.reinforce.max_sequence_tokens)
+    same = same.model_copy(update={"pack": recipe.pack.model_copy(update={"row_tokens": tokens})})
+    rewards = f"rewards: {check_rewards(recipe.reinforce)}"
+    return [rewards, *check_recipe(same, pretraining, store, hub, host)]
 
 
 def check_release(

@@ -6,7 +6,7 @@ from prefect.runtime import flow_run
 
 from tasks.artifacts import FetchedDataset, PretrainedModel
 from tasks.errors import is_worth_retrying
-from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, Recipe, Spec
+from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, Recipe, ReinforceRecipe, Spec
 
 _WHEN = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_jitter_factor": 0.5, "timeout_seconds": 300}
 _RETRYING = {**_WHEN, "retry_condition_fn": is_worth_retrying, "cache_policy": NO_CACHE}  # the world changes
@@ -28,6 +28,24 @@ def check_recipe(
     _keep_recipe(name, recipe, storage, pretraining)
     store, host = open_store(storage), open_host(serving_host)
     _show_checks(run.check_recipe(recipe, pretraining, store, open_hub(hub_account), host))
+
+
+@task(task_run_name="check-{name}", **_RETRYING)
+def check_reinforce(
+    name: str,
+    recipe: ReinforceRecipe,
+    pretraining: PretrainSpec | None,
+    storage: str = "",
+    hub_account: str = "",
+    serving_host: str = "",
+) -> None:
+    """The same for a run by rewards."""
+    from blocks.opening import open_host, open_hub, open_store
+    from tasks.check import run
+
+    _keep_recipe(name, recipe, storage, pretraining)
+    store, host = open_store(storage), open_host(serving_host)
+    _show_checks(run.check_reinforce(recipe, pretraining, store, open_hub(hub_account), host))
 
 
 @task(task_run_name="check-{name}", **_RETRYING)

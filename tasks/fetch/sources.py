@@ -18,7 +18,12 @@ from tasks.hub import pin_commit
 from tasks.specs import FetchSpec
 from tasks.tables import TABLE_SUFFIXES, HubRows, read_file, read_hub
 
-SHIPPED = Path(__file__).resolve().parents[2] / "data" / "ja_culture"
+_DATA = Path(__file__).resolve().parents[2] / "data"
+SHIPPED = _DATA / "ja_culture"
+_SHIPPED_SETS = {
+    "shipped": {"source": SHIPPED / "train.jsonl", "validation_source": SHIPPED / "validation.jsonl"},
+    "shipped:ja_arithmetic": {"source": _DATA / "ja_arithmetic" / "ja_arithmetic_q_dataset.csv"},
+}
 _OTHER_SUFFIXES = (".json", ".ndjson", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip")
 
 
@@ -27,8 +32,8 @@ def pin_dataset(spec: FetchSpec, hub: HfApi) -> dict[str, str]:
 
     Raises: MissingError (no such file, repo, revision), SpecError (not a name of either), AccessError.
     """
-    is_hub = spec.source != "shipped" and not _is_file_name(spec.source)
-    if spec.validation_source and (is_hub or spec.source == "shipped"):
+    is_hub = spec.source not in _SHIPPED_SETS and not _is_file_name(spec.source)
+    if spec.validation_source and (is_hub or spec.source in _SHIPPED_SETS):
         raise SpecError(
             f"FetchSpec.validation_source = {spec.validation_source} goes with a file, but FetchSpec.source = "
             f"{spec.source}: use validation_split for a Hub data set, or name files for both"
@@ -95,8 +100,8 @@ def _is_file_name(source: str) -> bool:
 
 
 def _paths(spec: FetchSpec) -> dict[str, Path]:
-    if spec.source == "shipped":
-        return {"source": SHIPPED / "train.jsonl", "validation_source": SHIPPED / "validation.jsonl"}
+    if spec.source in _SHIPPED_SETS:
+        return dict(_SHIPPED_SETS[spec.source])
     named = {"source": spec.source, "validation_source": spec.validation_source}
     return {name: Path(path).expanduser() for name, path in named.items() if path}
 

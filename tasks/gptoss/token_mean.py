@@ -34,7 +34,7 @@ class TokenMean(_Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score one pass, and add what it is made of."""
-        scored = super().prediction_step(model, inputs, *args, **kwargs)
+        scored: Any = super().prediction_step(model, inputs, *args, **kwargs)
         count = (inputs["labels"][:, 1:] != NOT_LEARNT).sum().to(scored[0].device)
         loss = scored[0].detach().double()
         gather = cast("Callable[[torch.Tensor], torch.Tensor]", self.gather_function)  # untyped there

@@ -43,7 +43,7 @@ class MasterTrainer(Trainer):
             return optimizer
         self.optimizer = split = SplitMasters(optimizer)
         if "bitsandbytes" in type(optimizer).__module__:
-            from bitsandbytes.optim import GlobalOptimManager  # seconds to import
+            from bitsandbytes.optim.optimizer import GlobalOptimManager  # seconds to import
 
             tables = {module.weight for module in causal.modules() if isinstance(module, nn.Embedding)}
             wide = [master for master, weight in zip(split.masters, split.weights, strict=True) if weight in tables]

@@ -60,7 +60,12 @@ def front_matter(lineage: Lineage, spec: PublishSpec, name: str) -> str:
         **license_values(lineage.base_card, spec),
         "library_name": "peft" if spec.what == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tatara", "lora", "sft", *(["qlora"] if _is_quantized(lineage) else [])],
+        "tags": [
+            "tatara",
+            "lora",
+            "grpo" if lineage.is_reinforced else "sft",
+            *(["qlora"] if _is_quantized(lineage) else []),
+        ],
     }
     if lineage.base_id:
         values["base_model"] = lineage.base_id
@@ -152,7 +157,19 @@ def _training(lineage: Lineage) -> list[Row]:
         ("optimizer steps", f"{adapter.num_steps:,} at learning rate {spec.get('learning_rate', 0):g}"),
         ("training loss", f"{adapter.first_loss:.4f} at the first step, {adapter.last_loss:.4f} at the last"),
         ("validation loss", f"{adapter.validation_loss_before:.4f} before, {adapter.validation_loss_after:.4f} after"),
+        *_rewards(lineage),
         ("digest of the adapter", code(adapter.adapter_digest)),
+    ]
+
+
+def _rewards(lineage: Lineage) -> list[Row]:
+    if not lineage.is_reinforced:
+        return []
+    adapter, rewards = lineage.adapter, lineage.specs["train"]["rewards"]
+    named = ", ".join(f"{each['weight']:g} × {code(each['name'])}" for each in rewards)
+    return [
+        ("rewards (GRPO)", named),
+        ("mean reward", f"{adapter.reward_before:.4f} in the first tenth, {adapter.reward_after:.4f} in the last"),
     ]
 
 
@@ -172,7 +189,7 @@ def _merge(lineage: Lineage, spec: PublishSpec) -> list[str]:
 
 
 def _data_caveat(lineage: Lineage) -> list[str]:
-    if lineage.dataset.source == "shipped" or hub_id(lineage.dataset.source):
+    if lineage.dataset.source.startswith("shipped") or hub_id(lineage.dataset.source):
         return []
     return [f"The data was a local file, {code(lineage.dataset.source)}; its sha256 stands above."]
 

@@ -59,21 +59,32 @@ class Lineage:
         """Whether the base was trained from scratch by Tatara."""
         return isinstance(self.base, PretrainedModel)
 
+    @property
+    def is_reinforced(self) -> bool:
+        """Whether the adapter learnt from rewards."""
+        return "rewards" in self.specs.get("train", {})
+
 
 def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
-    """Return the parameters of the flow `finetune` that make this model again.
+    """Return the parameters of the flow that makes this model again: `finetune`, or `reinforce`.
 
     Every knob up to the merge is written out, and moving names (a branch of the data, of the base) are replaced by
     the commits that they meant; of the named recipe only what comes after counts.
     """
     specs = lineage.specs
     changes: dict[str, Any] = {verb: dict(specs[verb]) for verb in ("fetch", "pack", "train", "merge") if verb in specs}
+    if lineage.is_reinforced:
+        changes["reinforce"] = changes.pop("train")
+        changes |= {"warm_start": dict(specs["warm_start"])} if "warm_start" in specs else {}
     if "fetch" in changes and hub_id(lineage.dataset.source):
         changes["fetch"]["revision"] = lineage.dataset.revision
     if lineage.is_made_here:
         changes["base"] = {"model": "pretrain:tiny"}
-        return {"recipe": "tiny", "changes": changes, "base_changes": specs.get("base", {})}
+        tiny = "tiny_grpo" if lineage.is_reinforced else "tiny"
+        return {"recipe": tiny, "changes": changes, "base_changes": specs.get("base", {})}
     changes["base"] = {"model": lineage.base_id or lineage.base.origin, "revision": lineage.base_commit or "main"}
+    if lineage.is_reinforced:
+        return {"recipe": "gptoss20b_grpo_h100", "changes": changes}
     is_quantized = specs.get("train", {}).get("quantization", "none") != "none"
     return {"recipe": "qwen_qlora_16gb" if is_quantized else "gptoss20b_lora_h100", "changes": changes}
 
@@ -81,5 +92,6 @@ def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
 def command(lineage: Lineage) -> str:
     """Return the one command that runs `recipe.json`."""
     recipe = reproduction(lineage)["recipe"]
-    deployment = {"tiny": "tiny", "qwen_qlora_16gb": "qlora-16gb"}.get(recipe, "h100")
-    return f'prefect deployment run finetune/{deployment} --watch --params "$(cat recipe.json)"'
+    deployment = {"tiny": "tiny", "tiny_grpo": "tiny", "qwen_qlora_16gb": "qlora-16gb"}.get(recipe, "h100")
+    flow = "reinforce" if lineage.is_reinforced else "finetune"
+    return f'prefect deployment run {flow}/{deployment} --watch --params "$(cat recipe.json)"'

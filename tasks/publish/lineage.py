@@ -54,6 +54,8 @@ def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: 
     packed = store.ancestor(adapter, PackedDataset)
     made = {"base": base, "fetch": dataset, "pack": packed, "train": adapter}
     merged = source if isinstance(source, MergedModel) else None
+    if begun := next((parent for parent in adapter.parents if parent.startswith("adapter/")), ""):
+        made["warm_start"] = store.load(begun)
     return Lineage(
         base=base,
         dataset=dataset,
@@ -127,6 +129,8 @@ def _base_card(base: BaseCheckpoint, spec: dict[str, Any], hub: HfApi, *, goes_t
 def _data_card(dataset: FetchedDataset, hub: HfApi, *, goes_to_hub: bool) -> SourceCard:
     if dataset.source == "shipped":
         return _local_card(_SHIPPED_CARD)
+    if dataset.source.startswith("shipped:"):
+        return _local_card(_ROOT / "data" / dataset.source.partition(":")[2] / "README.md")
     if hub_id(dataset.source):
         return _hub_card(hub, dataset.source, dataset.revision, "dataset", goes_to_hub=goes_to_hub)
     return SourceCard()

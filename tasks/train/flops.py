@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.costs import attention_flops, layer_weights
-from tasks.train.targets import Target, first_trained_layer
+from tasks.targets import Target, first_trained_layer
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "intermediate_size")
 

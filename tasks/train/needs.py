@@ -17,7 +17,7 @@ from tasks.costs import HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
-from tasks.train.targets import Shapes, Target, first_trained_layer
+from tasks.targets import Shapes, Target, first_trained_layer
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack

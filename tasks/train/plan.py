@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from tasks.costs import say_needs
 from tasks.specs import TrainSpec
+from tasks.targets import Shapes, Target
 from tasks.train.needs import Config, training_needs, uses_fused_kernels
-from tasks.train.targets import Shapes, Target
 
 _RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows
 _PASS_TOKENS = 850  # what starting a pass costs, in tokens: 31 ms of 36.5 ms per 1,000 tokens (H200, gpt-oss-20b)

@@ -28,13 +28,14 @@ from tasks.artifacts import (
 from tasks.costs import peak_flops
 from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
 from tasks.launch_script import require_plain
+from tasks.models import base_shapes
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
+from tasks.targets import Target, find_targets
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
-from tasks.train.targets import Shapes, Target, find_targets, loaded_shapes
 from tasks.trainer_job import ProgressFn, Terms, run_trainer
 
 VERSION = 3  # 3: validation losses are means over tokens
@@ -177,12 +178,6 @@ def is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactSt
     if base.pretrain_recipe:
         return origin.startswith("pretrained ")
     return origin.partition("@")[0] in (base.model, str(Path(base.model).expanduser().resolve()))
-
-
-def base_shapes(model_folder: Path) -> Shapes:
-    """Return parameter name -> shape as the loaded model will have it, from safetensors headers alone."""
-    headers = (files.read_safetensors_header(shard)[0] for shard in files.weight_files(model_folder))
-    return loaded_shapes({name: tuple(entry["shape"]) for header in headers for name, entry in header.items()})
 
 
 def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:

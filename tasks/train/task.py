@@ -23,8 +23,8 @@ def train_adapter(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, 
     from tasks.pictures import loss_curve
     from tasks.prefect_ui import Progress, show_markdown, show_picture
     from tasks.serve import handover
+    from tasks.targets import targets_markdown
     from tasks.train import run
-    from tasks.train.targets import targets_markdown
 
     show_markdown("targets", targets_markdown(run.plan_targets(base, spec.lora)), "What the adapter is put on")
     store, progress = open_store(storage), Progress("train-progress", "Optimizer steps")

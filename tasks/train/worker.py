@@ -10,30 +10,25 @@ Ring: edge.
 
 import math
 import os
-import shutil
 import sys
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from tasks import files
+from tasks import adapters, files
+from tasks.adapters import lora_config, remember_start, require_moved, save_adapter, widen_adapter
 from tasks.checkpoints import is_complete, latest_checkpoint
-from tasks.errors import TrainingError
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.metrics import read_metrics
-from tasks.models import dequantized
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
@@ -80,40 +75,21 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
 
 
 def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
-    """Load the base for training: dtype, attention and quantisation as the spec says.
-
-    An MXFP4 checkpoint is dequantised, since its blocks have no gradient. A base that is to be shared out stays on the
-    host: as pages of its files where dtypes agree (ranks share them), else as a copy.
-    """
-    config = AutoConfig.from_pretrained(folder)
+    """Load the base for training: dtype, attention and quantisation as the spec says."""
     on_gpu = torch.cuda.is_available()
-    attention = choose_attention(config.model_type, spec, on_gpu=on_gpu)
-    stock = "eager" if attention == "flash" else attention  # ours is put in its place by `speed_up`
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "attn_implementation": stock}
-    if spec.quantization != "none":
-        kwargs["quantization_config"] = bits_and_bytes(spec)
-    elif getattr(config, "quantization_config", None):
-        kwargs["quantization_config"] = dequantized(config.quantization_config)
-    if on_gpu and spec.parallel == "ddp":
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    elif on_gpu:  # torchrun leaves one thread to each process: it would unpack gpt-oss-20b for 13 minutes
+    attention = choose_attention(AutoConfig.from_pretrained(folder).model_type, spec, on_gpu=on_gpu)
+    if on_gpu and spec.parallel == "fsdp2":  # torchrun leaves one thread to each process: gpt-oss-20b for 13 minutes
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = adapters.load_base(
+        folder,
+        attention="eager" if attention == "flash" else attention,  # ours is put in its place by `speed_up`
+        dtype=spec.dtype,
+        quantization=spec.quantization,
+        on_host=spec.parallel == "fsdp2",
+    )
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")
     return model
-
-
-def bits_and_bytes(spec: TrainSpec) -> BitsAndBytesConfig:
-    """Return QLoRA's 4-bit (nf4, double quantisation) or LLM.int8()."""
-    if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
-    )
 
 
 def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -> TokenMeanTrainer:  # Any: JSON values
@@ -131,7 +107,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
-        peft_config=lora_config(spec),
+        peft_config=lora_config(spec.lora),
     )
     trainer.remove_callback(PrinterCallback)
     widen_adapter(trainer.model)
@@ -152,30 +128,6 @@ def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a Pef
         flash_attention(model)
     else:
         separate_documents(model)
-
-
-def widen_adapter(model: Any) -> None:  # Any: a PeftModel; Trainer types it as optional
-    """Train a QLoRA adapter in float32, as on an unquantised base.
-
-    TRL makes it bfloat16, into which a checkpoint's float32 weights would be rounded: a resumed run would be another
-    one. Before the checkpoint is loaded and the optimizer made.
-    """
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-
-
-def lora_config(spec: TrainSpec) -> LoraConfig:
-    """Return PEFT's config. An empty target_modules must be [] or PEFT picks a default."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.lora.rank,
-        lora_alpha=spec.lora.alpha,
-        lora_dropout=spec.lora.dropout,
-        use_rslora=spec.lora.rslora,
-        target_modules=list(spec.lora.target_modules),
-        target_parameters=list(spec.lora.target_parameters) or None,
-    )
 
 
 def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfig:
@@ -285,57 +237,6 @@ def planned_steps(trainer: SFTTrainer) -> int:
         return trainer.args.max_steps
     per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
     return math.ceil(trainer.args.num_train_epochs * max(1, per_epoch))
-
-
-def save_adapter(trainer: SFTTrainer, folder: Path) -> None:
-    """Write `adapter/` aside, check that every tensor is finite, rename it."""
-    aside, target = folder / "adapter.tmp", folder / "adapter"
-    shutil.rmtree(aside, ignore_errors=True)
-    model: Any = trainer.model  # Any: Trainer types it as optional
-    model.save_pretrained(str(aside))
-    check_finite(load_file(str(aside / "adapter_model.safetensors")))
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    files.fsync_folder(folder)
-
-
-def remember_start(trainer: SFTTrainer, path: Path) -> dict[str, str]:
-    """Return the digest of each adapter tensor before its first step, kept across resumes."""
-    if not path.exists():
-        digests = _digest_adapter(trainer)
-        if not trainer.is_world_process_zero():
-            return digests
-        files.write_json(path, digests)
-    return files.read_json(path)
-
-
-def require_moved(trainer: SFTTrainer, start: dict[str, str], num_moving: int) -> None:
-    """Raise TrainingError when a tensor is to the bit what it was before `num_moving` steps at a rate above 0.
-
-    A has no gradient in the first of them, since B is zero.
-    """
-    now = _digest_adapter(trainer)
-    expected = {name for name in now if num_moving > 1 or ".lora_B." in name}
-    still = sorted(name for name in expected if now[name] == start.get(name))
-    if still:
-        raise TrainingError(
-            f"{len(still)} of {len(now)} adapter tensors did not move ({', '.join(still[:3])}): their weights got no "
-            "gradient, and the base would be served unchanged there"
-        )
-
-
-def _digest_adapter(trainer: SFTTrainer) -> dict[str, str]:
-    model: Any = trainer.model  # Any: Trainer types it as optional
-    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    return {name: sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest() for name, weight in trained}
-
-
-def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise TrainingError when a tensor is not finite, or there is none."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken or not tensors:
-        first = broken[0] if broken else "the file is empty"
-        raise TrainingError(f"{len(broken)} adapter tensors are not finite, first {first}: lower learning_rate")
 
 
 if __name__ == "__main__":

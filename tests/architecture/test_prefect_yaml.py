@@ -11,7 +11,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
 
 from deployments.orchestration import NUM_DEPLOYMENTS, POOLS, ROOT
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, Spec, _spec_of
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, Spec, _spec_of
 
 TEXT = (ROOT / "prefect.yaml").read_text()
 FILE = yaml.safe_load(TEXT)
@@ -47,6 +47,8 @@ def test_all_deployments_of_the_issue_are_there():
             "finetune/qlora-16gb",
             "pretrain/tiny",
             "pretrain/compact-1b4",
+            "reinforce/h100",
+            "reinforce/tiny",
             "release/h100",
             "release-base/compact-1b4",
             "publish/model",
@@ -133,6 +135,7 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
         ("evaluation", "evaluate", Recipe, 60),
         ("pretrain", "pretrain", PretrainSpec, 25),
         ("release_base", "release_base", BaseRelease, 25),
+        ("reinforce", "reinforce", ReinforceRecipe, 80),
     ],
 )
 def test_form_lists_every_field(module: str, flow: str, spec: type[Spec], least: int):

@@ -16,15 +16,16 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 
 # from file (pattern) -> modules of ours (pattern) that it may import; {verb} is the file's own verb.
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
-SHARED = r"tasks\.(artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|hub|launch_script|lifeline|liveness|machine|metrics|models|pictures|processes|procfs|ranks|ray_jobs|recorder|row_order|slurm|slurm_job|slurm_report|supervision|tables|trainer_job|training)"  # noqa: E501
+SHARED = r"tasks\.(adapters|artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|hub|launch_script|lifeline|liveness|machine|metrics|models|pictures|processes|procfs|ranks|ray_jobs|recorder|row_order|slurm|slurm_job|slurm_report|supervision|tables|targets|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
-    (r"tasks/(?P<verb>train|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
+    (r"tasks/(?P<verb>train|reinforce|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui"),
-    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|ppo|pretrain|train)\.run|tasks\.ppo\.prepare|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|targets)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|ppo|pretrain|reinforce|train)\.run|tasks\.ppo\.prepare|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/evaluate/prompts\.py", rf"tasks\.evaluate\.\w+|tasks\.pack\.render|{SHARED}"),  # asks as training rendered
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|costs|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),
+    (r"tasks/targets\.py", r"tasks\.(errors|specs)|tasks\.gptoss\.layout"),  # what an adapter is put on
     (r"tasks/\w+\.py", SHARED),
     (r"blocks/(opening|storage)\.py", r"blocks\.\w+|tasks\.artifacts"),  # they open the artifact store
     (r"blocks/\w+\.py", r"blocks\.\w+"),
@@ -33,12 +34,13 @@ TABLE: list[tuple[str, str]] = [
     (r"deployments/generate/\w+\.py", r"deployments\.generate\.\w+|deployments\.lite\.said|flows\.recipes|tasks\.(artifacts|environment|errors|files|models|pictures)|tasks\.pretrain\.found|tasks\.verify\.client"),  # finds as the flows do, asks as verify does  # noqa: E501
     (r"deployments/traces\.py", r"tasks\.traces\.(?!task$)\w+|tasks\.(errors|files)"),  # commands on the queue
     (r"deployments/fit\.py", r"blocks\.opening|flows\.recipes|tasks\.check\.fit|tasks\.(errors|machine|specs)"),  # asks before Prefect  # noqa: E501
+    (r"deployments/watch(_page)?\.py", r"deployments\.watch_page|tasks\.reinforce\.streams|tasks\.(artifacts|errors|files|metrics)"),  # reads what trainers stream  # noqa: E501
     (r"deployments/cli\.py", r"deployments\..*|flows\.recipes|blocks\.register|tasks\.(errors|supervision)"),
     (r"deployments/(environments|host)\.py", r"deployments\.host"),  # they run before anything is installed
     (r"deployments/.*\.py", r"deployments\..*|tasks\.serve\.\w+|tasks\.(artifacts|environment|errors|files|processes|procfs|specs)"),  # noqa: E501
 ]  # fmt: skip
 PURE_MAY = (
-    r"tasks\.(artifacts|costs|environment|specs|errors|pictures)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
+    r"tasks\.(artifacts|costs|environment|specs|errors|pictures|targets)|tasks\.gptoss\.\w+|tasks\.{verb}\.\w+|tasks\.traces\.redaction"
     r"|deployments\.gateway\.(fast_json|settings|variables|routing)|deployments\.lite\.asked|deployments\.provenance\.lineage"
 )
 IMPURE = {

@@ -7,8 +7,8 @@ import pytest
 from flows import recipes as subject
 from tasks.errors import SpecError
 from tasks.gptoss.layout import parameter_shapes
-from tasks.specs import PretrainSpec, Recipe
-from tasks.train.targets import find_targets
+from tasks.specs import PretrainSpec, Recipe, ReinforceRecipe
+from tasks.targets import find_targets
 
 
 def test_names_for_the_form_are_the_recipes():
@@ -73,3 +73,28 @@ def test_unknown_names_are_answered_with_those_that_exist():
         subject.resolve_base(subject.resolve("tiny", {"base": {"model": "pretrain:huge"}}))
     with pytest.raises(SpecError, match=r"Recipe has no field train\.lr: fields here are .*learning_rate"):
         subject.resolve("tiny", {"train": {"lr": 1}})
+
+
+@pytest.mark.parametrize("name", subject.REINFORCE_RECIPES)
+def test_reinforce_recipe_resolves_round_trips_and_is_checked_as_sft(name: str):
+    recipe = subject.resolve_reinforce(name)
+    assert recipe == subject.resolve_reinforce(name, {})
+    assert ReinforceRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+    same = recipe.as_finetune()
+    assert (same.train.lora, same.base, same.serve) == (recipe.reinforce.lora, recipe.base, recipe.serve)
+    assert recipe.reinforce.max_sequence_tokens < recipe.serve.max_model_len
+    changed = subject.resolve_reinforce(name, {"reinforce": {"max_steps": 2, "lora": {"rank": 4}}})
+    assert (changed.reinforce.max_steps, changed.as_finetune().train.lora.rank) == (2, 4)
+
+
+def test_names_of_reinforce_recipes_are_those_of_the_form_and_a_warm_start_has_the_same_adapter():
+    assert get_args(subject.ReinforceName) == tuple(subject.REINFORCE_RECIPES)
+    lora = subject.resolve_reinforce("tiny_grpo").reinforce.lora.model_dump()
+    warm = {"lora": lora, "max_steps": 3}
+    assert subject.resolve_reinforce("tiny_grpo", {"warm_start": warm}).warm_start is not None
+    with pytest.raises(SpecError, match="one adapter goes on in the other"):
+        subject.resolve_reinforce("tiny_grpo", {"warm_start": warm | {"lora": lora | {"rank": 4}}})
+    with pytest.raises(SpecError, match="rewards compare with answers"):
+        subject.resolve_reinforce(
+            "tiny_grpo", {"fetch": {"text_column": "t", "question_column": "", "answer_column": ""}}
+        )

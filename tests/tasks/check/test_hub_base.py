@@ -10,8 +10,8 @@ from tasks.artifacts import ArtifactStore
 from tasks.check import run as subject
 from tasks.check.base import find_tokenizer, look_at_base
 from tasks.errors import MissingError, SpecError
+from tasks.models import base_shapes
 from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, Recipe, ServeSpec, TrainSpec, change
-from tasks.train.run import base_shapes
 from tests.hub_server import (
     READ,
     HubServer,

@@ -3,8 +3,8 @@
 import pytest
 
 from tasks.costs import peak_flops
+from tasks.targets import Target
 from tasks.train.flops import flops_per_token
-from tasks.train.targets import Target
 
 CONFIG = {
     "num_hidden_layers": 2,

@@ -12,10 +12,10 @@ from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
+from tasks.targets import find_targets
 from tasks.train import run as subject
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
-from tasks.train.targets import find_targets
 
 BASELINE = Path(__file__).resolve().parents[2] / "bench/baselines/train_gptoss20b_h200.json"
 GPTOSS20B = GptOssShape(

@@ -9,9 +9,9 @@ import pytest
 from flows.recipes import resolve
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import TrainSpec, change
+from tasks.targets import find_targets
 from tasks.train.needs import host_bytes
 from tasks.train.plan import StepPlan, Workload, plan_step
-from tasks.train.targets import find_targets
 from tests.tasks.train.test_needs import ALL_EXPERTS, BASELINE, GPTOSS20B, work_of
 
 DOC = Path(__file__).resolve().parents[3] / "docs/scaling.md"

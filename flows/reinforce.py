@@ -1,0 +1,70 @@
+"""The line by rewards: fetch > pack (> train) > reinforce > merge > publish > serve > verify."""
+
+from prefect import flow
+
+from flows.recipes import ReinforceName, resolve_base, resolve_reinforce
+from tasks.artifacts import HealthReport
+from tasks.check.task import check_lengths, check_reinforce
+from tasks.corpus.task import prepare_corpus
+from tasks.fetch.task import fetch_base, fetch_dataset
+from tasks.merge.task import merge_adapter
+from tasks.pack.task import pack_dataset
+from tasks.pretrain.task import pretrain_model
+from tasks.publish.task import publish_model
+from tasks.reinforce.task import reinforce_adapter
+from tasks.serve.task import serve_again, serve_model
+from tasks.specs import PretrainChanges, ReinforceChanges
+from tasks.train.task import find_adapter, train_adapter
+from tasks.verify.task import verify_model
+
+NO_CHANGES = ReinforceChanges()
+NO_BASE_CHANGES = PretrainChanges()
+
+
+@flow(
+    name="reinforce",
+    flow_run_name="reinforce-{recipe}",
+    validate_parameters=True,
+    on_failure=[serve_again],
+    on_cancellation=[serve_again],
+    on_crashed=[serve_again],
+)
+def reinforce(
+    recipe: ReinforceName = "tiny_grpo",
+    adapter: str = "",
+    changes: ReinforceChanges = NO_CHANGES,  # type: ignore[valid-type]  # made by partial(), no static type
+    base_changes: PretrainChanges = NO_BASE_CHANGES,  # type: ignore[valid-type]  # as above
+    storage: str = "",
+    hub_account: str = "",
+    serving_host: str = "",
+) -> HealthReport:
+    """Run one recipe of learning by rewards end to end; verbs whose artifact is whole already are skipped.
+
+    Args:
+        recipe: name of a reinforce recipe in flows/recipes.py.
+        adapter: an adapter to go on from, its first digits or `latest` of this base; empty: what warm_start makes.
+        changes: fields of the recipe to change.
+        base_changes: fields to change of the recipe that makes the base, when it is made here.
+        storage: name of an Artifact Storage block; empty: TATARA_HOME.
+        hub_account: name of a Hub Account block; empty: HF_TOKEN.
+        serving_host: name of a Serving Host block; empty: the recipe's address.
+    """
+    spec = resolve_reinforce(recipe, changes)
+    pretraining = resolve_base(spec, base_changes)
+    check_reinforce(recipe, spec, pretraining, storage, hub_account, serving_host)
+    start = find_adapter(adapter, spec.base, storage) if adapter else None
+    dataset = fetch_dataset(spec.fetch, storage, hub_account)
+    check_lengths(dataset, spec.as_finetune(), pretraining, storage, hub_account)
+    if pretraining:
+        corpus = prepare_corpus(pretraining, storage, hub_account)
+        base = pretrain_model(pretraining, corpus, storage)
+    else:
+        base = fetch_base(spec.base, storage, hub_account)
+    packed = pack_dataset(dataset, base, spec.pack, storage)
+    if spec.warm_start and not start:
+        start = train_adapter(packed, base, spec.warm_start, storage)
+    learnt = reinforce_adapter(packed, base, spec.reinforce, start, storage)
+    merged = merge_adapter(learnt, spec.merge, storage)
+    published = publish_model(merged, spec.publish, storage, hub_account)
+    served = serve_model(published, spec.serve, storage, serving_host)
+    return verify_model(served, spec.verify, storage)

@@ -1,0 +1,1 @@
+"""Reinforce: learn from rewards (GRPO)."""

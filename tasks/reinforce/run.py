@@ -1,0 +1,193 @@
+"""Start and watch the GRPO process; turn its end into an artifact or an error.
+
+    PackedDataset + BaseCheckpoint (+ TrainedAdapter) + ReinforceSpec -> tasks.reinforce.worker -> adapter/, streams
+
+Ring: edge. Imports no torch.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks import files
+from tasks.artifacts import (
+    CHECKPOINTS,
+    ArtifactStore,
+    BaseCheckpoint,
+    PackedDataset,
+    TrainedAdapter,
+    digest_files,
+    folder_digest,
+    make_key,
+)
+from tasks.errors import MissingError, SpecError
+from tasks.models import base_shapes
+from tasks.reinforce.attention import choose_attention
+from tasks.reinforce.own import load_reward, source_digest
+from tasks.reinforce.report import reward_distributions
+from tasks.reinforce.streams import read_rows
+from tasks.specs import ReinforceSpec
+from tasks.targets import Target, find_targets
+from tasks.trainer_job import ProgressFn, Terms, run_trainer
+
+VERSION = 1
+TRAINER = "tasks.reinforce.worker"
+logger = logging.getLogger(__name__)
+RoomFn = Callable[[], None]  # frees a GPU that is ours to free
+
+
+def reinforce_adapter(
+    packed: PackedDataset,
+    base: BaseCheckpoint,
+    spec: ReinforceSpec,
+    store: ArtifactStore,
+    on_progress: ProgressFn,
+    *,
+    start: TrainedAdapter | None = None,
+    make_room: RoomFn = lambda: None,
+) -> TrainedAdapter:
+    """Learn from rewards, resuming what an earlier try left; a second call returns the finished one.
+
+    Args:
+        packed: its prompts are asked, its answers are what rewards compare with.
+        base: the model.
+        spec: the knobs.
+        store: where the artifact goes.
+        on_progress: called with each step's record.
+        start: an adapter of this base to go on from; without one the adapter begins at zero.
+        make_room: frees a GPU that is ours to free.
+    Raises: SpecError (a reward, a target, the attention), DataError, OutOfMemoryError, TrainingError,
+        TransientError (a judge that stays away).
+    """
+    targets = check_reinforcement(base, spec, start)
+    pins = {reward.column: digest for reward in spec.rewards if (digest := source_digest(reward))}
+    parents = (packed, base, *([start] if start else []))
+    key = make_key("reinforce", VERSION, spec, pins, parents)
+    with store.claim(TrainedAdapter, key) as claim:
+        if claim.found:
+            return claim.found
+        make_room()
+        num_trainable = sum(target.num_trainable for target in targets)
+        room = (spec.keep_checkpoints + 2) * 12 * num_trainable + (64 << 20)
+        files.require_disk(claim.folder, room, "learning from rewards")
+        job = {
+            "folder": str(claim.folder),
+            "spec": spec.model_dump(mode="json"),
+            "base_folder": base.model_folder,
+            "packed_folder": packed.folder,
+            "start_adapter": start.adapter_folder if start else None,
+        }
+        result = run_trainer(TRAINER, claim.folder, job, _terms(spec), on_progress)
+        adapter_folder = claim.folder / "adapter"
+        artifact = TrainedAdapter(
+            key=key,
+            folder=str(claim.folder),
+            parents=tuple(parent.ref for parent in parents),
+            adapter_folder=str(adapter_folder),
+            adapter_digest=folder_digest(digest_files(adapter_folder)),
+            base_folder=base.model_folder,
+            base_digest=base.model_digest,
+            **result,
+        )
+        generations = read_rows(claim.folder / spec.generations_csv)
+        about = {
+            "pins": pins,
+            "rewards": reward_distributions(generations, [reward.column for reward in spec.rewards]),
+            "num_completions": len(generations),
+        }
+        claim.commit(artifact, spec=spec, about=about)
+        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
+        return artifact
+
+
+def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: TrainedAdapter | None = None) -> list[Target]:
+    """Return what gets an adapter. Raises SpecError or MissingError for what can be known before a model is loaded."""
+    config = files.read_json(Path(base.model_folder) / "config.json")
+    check_rewards(spec)
+    choose_attention(config.get("model_type", ""), spec)
+    context = config.get("max_position_embeddings") or 0
+    if context and spec.max_sequence_tokens > context:
+        raise SpecError(
+            f"ReinforceSpec.max_sequence_tokens = {spec.max_sequence_tokens} but the base's context is {context}: "
+            "lower it"
+        )
+    if config.get("quantization_config") and spec.quantization != "none":
+        raise SpecError(
+            f"ReinforceSpec.quantization = {spec.quantization} but the base is stored as "
+            f"{config['quantization_config'].get('quant_method')}: set it to none, which learns on it unpacked, or "
+            "name a base in bfloat16"
+        )
+    if start:
+        _require_fitting(start, base, spec)
+    _require_vllm(spec, config)
+    return find_targets(base_shapes(Path(base.model_folder)), spec.lora)
+
+
+def check_rewards(spec: ReinforceSpec) -> str:
+    """Load every reward and name them. Raises SpecError for one that can't be used."""
+    for reward in spec.rewards:
+        load_reward(reward)
+    return ", ".join(f"{reward.weight:g} x {reward.column}" for reward in spec.rewards)
+
+
+def _require_fitting(start: TrainedAdapter, base: BaseCheckpoint, spec: ReinforceSpec) -> None:
+    if start.base_digest != base.model_digest:
+        raise SpecError(f"adapter {start.short} was trained on another base than {base.origin}: name one of this base")
+    if spec.beta:
+        raise SpecError(
+            f"ReinforceSpec.beta = {spec.beta:g} with adapter {start.short}: TRL would measure the KL from the base "
+            "and not from that adapter; set beta to 0"
+        )
+    config = files.read_json(Path(start.adapter_folder) / "adapter_config.json")
+    mine = {
+        "r": spec.lora.rank,
+        "lora_alpha": spec.lora.alpha,
+        "use_rslora": spec.lora.rslora,
+        "target_modules": sorted(spec.lora.target_modules),
+        "target_parameters": sorted(spec.lora.target_parameters),
+    }
+    theirs = {name: sorted(value) if isinstance(value := config.get(name), list) else value for name in mine}
+    theirs["target_modules"], theirs["target_parameters"] = (
+        theirs[name] or [] for name in ("target_modules", "target_parameters")
+    )
+    for name, value in mine.items():
+        if theirs[name] != value:
+            raise SpecError(
+                f"adapter {start.short} has {name} = {theirs[name]} but ReinforceSpec.lora gives {value}: to go on "
+                "from an adapter the LoRA must be the same"
+            )
+
+
+def _require_vllm(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # Any: config.json
+    if spec.rollouts != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingError(
+            "ReinforceSpec.rollouts = 'vllm' but vLLM is not installed beside the trainer (its own environment serves "
+            "only): install a version that fits the trainer's torch, or choose 'transformers'"
+        )
+    if config.get("quantization_config") or spec.quantization != "none":
+        raise SpecError(
+            "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
+            "the adapter's change of them; use a base in bfloat16, or 'transformers'"
+        )
+
+
+def _terms(spec: ReinforceSpec) -> Terms:
+    """Return how the process is watched, and what its environment gets: the keys of judges pass to it alone."""
+    names = [str(reward.arguments.get("api_key_variable", "")) for reward in spec.rewards if reward.name == "judge"]
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    path = os.environ.get("PYTHONPATH", "")
+    if spec.device_map == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    logger.info("rewards: %s%s", check_rewards(spec), f" (PYTHONPATH {path})" if path else "")
+    return Terms(
+        stall_timeout_s=spec.stall_timeout_s,
+        heartbeat_timeout_s=spec.heartbeat_timeout_s,
+        stop_grace_s=spec.stop_grace_s,
+        variables=variables,
+    )

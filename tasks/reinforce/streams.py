@@ -1,0 +1,82 @@
+"""metrics.csv and generations.csv: appended to while the run goes on, whole up to its last checkpoint after any crash.
+
+    CsvStream(path, columns).append([{...}])    one write and one fsync for all rows of a step
+    CsvStream.cut(step)                         at a resume: what a kill tore, and steps that will be done again, go
+
+Ring: edge (disk). Imports no torch.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks import files
+
+Row = Mapping[str, Any]  # Any: numbers and texts
+
+
+class CsvStream:
+    """One CSV file whose first column is the step."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, tuple(columns)
+        assert self.columns[0] == "step"
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows, durable when this returns. A column that a row lacks, or None, is left empty."""
+        with self.path.open("ab") as handle:
+            handle.write(_encode([[row.get(name) for name in self.columns] for row in rows]))
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to `step` and begin a file that is not there, or has other columns, with its header."""
+        kept = [row for row in read_rows(self.path) if int(row["step"]) <= step]
+        if kept and tuple(kept[0]) != self.columns:
+            kept = []
+        rows = [list(self.columns), *([row[name] for name in self.columns] for row in kept)]
+        files.write_bytes(self.path, _encode(rows))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a stream as texts; a torn last one is left out, also when its quote was never closed."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return parse_rows(data[: data.rfind(b"\n") + 1])[0]
+
+
+def parse_rows(data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str, str]], int]:
+    r"""Return the whole rows of a piece of a stream and how many bytes they took; `columns` when it has no header.
+
+    >>> parse_rows(b'step,text\r\n1,"a\nb"\r\n2,"torn\n')
+    ([{'step': '1', 'text': 'a\nb'}], 20)
+    """
+    rows: list[dict[str, str]] = []
+    names, taken, quotes, start = list(columns), 0, 0, 0
+    for line in data.splitlines(keepends=True):
+        taken, quotes = taken + len(line), quotes + line.count(b'"')
+        if quotes % 2 or not line.endswith(b"\n"):
+            continue  # inside a quoted text, or torn
+        [fields] = list(csv.reader(io.StringIO(data[start:taken].decode(errors="replace"), newline="")))
+        start = taken
+        if not names:
+            names = fields
+        elif len(fields) == len(names) and fields[names.index("step")].isdecimal():
+            rows.append(dict(zip(names, fields, strict=True)))
+    return rows, start
+
+
+def _encode(rows: Sequence[Sequence[Any]]) -> bytes:  # Any: numbers and texts
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["" if value is None else _plain(value) for value in row] for row in rows])
+    return text.getvalue().encode(errors="replace")
+
+
+def _plain(value: Any) -> Any:  # Any: numbers and texts
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3f}" if abs(value) >= 1e8 else f"{value:.8g}"  # a time keeps its milliseconds
