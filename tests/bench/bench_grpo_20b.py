@@ -96,7 +96,8 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
     (run / "job.json").write_text(json.dumps(job))
     start = time.perf_counter()
     argv = [sys.executable, "-m", "tasks.reinforce.worker", str(run / "job.json")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     with (run / "output.log").open("wb") as log:
         try:
             code = subprocess.run(
