@@ -81,6 +81,8 @@ def overrides(spec: PpoSpec, inputs: Inputs) -> list[str]:
         "trainer.default_local_dir": inputs.checkpoints,
         "trainer.project_name": spec.project_name,
         "trainer.experiment_name": spec.experiment_name,
+        "hydra.run.dir": inputs.checkpoints,  # else below whatever folder the cluster was started in
+        "hydra.output_subdir": "null",
         "trainer.logger": ["console", "wandb"] if spec.report_to == "wandb" else ["console"],
     }
     return [*(f"{name}={_said(value)}" for name, value in values.items()), *spec.overrides]
