@@ -129,7 +129,7 @@ class Follower:
         with path.open("rb") as handle:
             handle.seek(self._offset)
             rows, taken = parse_rows(handle.read(), self._columns)
-        self._offset += taken
+        self._offset += taken if rows else 0  # a header alone is read again
         self._columns = tuple(rows[0]) if rows else self._columns
         steps: dict[str, list[dict[str, str]]] = {}
         for row in rows:
@@ -185,7 +185,7 @@ def _say(line: str) -> None:
 
 
 def _short(text: str, most: int = 60) -> str:
-    one = " ".join(text.split())
+    one = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())  # no escapes to a terminal
     return one if len(one) <= most else one[: most - 1] + "…"
 
 

@@ -383,6 +383,20 @@ class RewardSpec(Spec):
     arguments: dict[str, Any] = Field(default_factory=dict, description="Its settings.")  # Any: JSON values
     label: str = Field(default="", pattern=r"^\w*$", description="Its name in tables; empty: the function's.")
 
+    @field_validator("arguments")
+    @classmethod
+    def _hold_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
+        variable = value.get("api_key_variable", "")
+        if not re.fullmatch(r"([A-Za-z_]\w*)?", str(variable), re.ASCII):
+            raise ValueError("api_key_variable is the name of an environment variable, and never the key itself")
+        for name, said in value.items():
+            if name != "api_key_variable" and isinstance(said, str) and holds_secret(name, said):
+                raise ValueError(
+                    f"{name} looks like a credential, and recipes are stored and published: put it into a variable of "
+                    "the worker's environment and name that (api_key_variable)"
+                )
+        return value
+
     @property
     def column(self) -> str:
         """What it is called in metrics.csv and generations.csv."""
@@ -1095,6 +1109,11 @@ class ReinforceRecipe(Spec):
             raise ValueError(
                 f"warm_start.lora is {self.warm_start.lora}, expected that of reinforce ({self.reinforce.lora}): one "
                 "adapter goes on in the other"
+            )
+        if self.warm_start and self.reinforce.beta:
+            raise ValueError(
+                f"reinforce.beta is {self.reinforce.beta:g} with a warm start: TRL would measure the KL from the base "
+                "and not from what was learnt first; set beta to 0"
             )
         return self
 

@@ -9,9 +9,6 @@ import json
 import sys
 from typing import Any
 
-import ray  # type: ignore[import-not-found]  # it lives in another environment
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # type: ignore[import-not-found]
-
 MARK = "TATARA-PROBE "
 
 
@@ -33,6 +30,9 @@ def look(paths: list[str], names: list[str]) -> dict[str, Any]:  # Any: JSON val
 
 def main(paths: list[str], names: list[str]) -> None:
     """Ask every living node and print what they say."""
+    import ray  # type: ignore[import-not-found]  # it lives in another environment
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # type: ignore[import-not-found]
+
     ray.init(logging_level="ERROR", log_to_driver=False)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     asked = [

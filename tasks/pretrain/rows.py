@@ -43,14 +43,15 @@ class TokenFile:
     def cut(self, spec: PretrainSpec) -> tuple["TokenFile", "TokenFile"]:
         """Return what is learnt, and what is held out: the corpus' end, from the start of a document on.
 
-        A single document is cut at a token. Raises: SpecError when one of the two holds too little.
+        A document is cut where it would double the share: a single one, or one that is much of the corpus.
+        Raises: SpecError when one of the two holds too little.
         """
         total = len(self.ids_N)
         if not spec.validation_pct:
             return self, TokenFile(ids_N=self.ids_N[:0], ends_D=self.ends_D[:0])
         place = round(total * (1 - spec.validation_pct / 100))
-        if len(self.ends_D) > 1:
-            place = int(max(self.ends_D[self.ends_D <= place], default=0))
+        begun = int(max(self.ends_D[self.ends_D <= place], default=0))
+        place = begun if total - begun <= 2 * (total - place) else place
         least = spec.row_tokens if spec.rows == "windows" else 2
         if place < least or total - place < least:
             raise SpecError(
@@ -58,7 +59,7 @@ class TokenFile:
                 f"{place:,} tokens to learn and holds out {total - place:,}, expected {least:,} or more of each: "
                 "change it, or give a larger corpus"
             )
-        ends_D = self.ends_D[self.ends_D <= place] if len(self.ends_D) > 1 else np.array([place])
+        ends_D = np.append(self.ends_D[self.ends_D < place], place)
         rest_D = self.ends_D[self.ends_D > place] - place
         return TokenFile(ids_N=self.ids_N[:place], ends_D=ends_D), TokenFile(ids_N=self.ids_N[place:], ends_D=rest_D)
 

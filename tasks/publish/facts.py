@@ -65,6 +65,10 @@ class Lineage:
         return "rewards" in self.specs.get("train", {})
 
 
+def _is_sft(spec: Any) -> bool:  # Any: JSON values
+    return isinstance(spec, dict) and "rewards" not in spec
+
+
 def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
     """Return the parameters of the flow that makes this model again: `finetune`, or `reinforce`.
 
@@ -75,7 +79,7 @@ def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
     changes: dict[str, Any] = {verb: dict(specs[verb]) for verb in ("fetch", "pack", "train", "merge") if verb in specs}
     if lineage.is_reinforced:
         changes["reinforce"] = changes.pop("train")
-        changes |= {"warm_start": dict(specs["warm_start"])} if "warm_start" in specs else {}
+        changes |= {"warm_start": dict(specs["warm_start"])} if _is_sft(specs.get("warm_start")) else {}
     if "fetch" in changes and hub_id(lineage.dataset.source):
         changes["fetch"]["revision"] = lineage.dataset.revision
     if lineage.is_made_here:

@@ -8,8 +8,11 @@ The key is named, never written: `api_key_variable` is the name of an environmen
 Ring: edge (network).  Units: seconds.
 """
 
+import math
 import os
+import re
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -19,6 +22,7 @@ import httpx
 
 from tasks.environment import read_secret
 from tasks.errors import AccessError, DataError, SpecError, TransientError
+from tasks.lifeline import lifeline
 from tasks.reinforce.rewards import last_number
 from tasks.reinforce.said import Said
 
@@ -26,6 +30,8 @@ INSTRUCTION = (
     "You grade an answer. Reply with one number from 0 (useless) to {most:g} (perfect) and nothing else.\n\n"
     "Question:\n{question}\n\nReference answer:\n{answer}\n\nAnswer to grade:\n{text}"
 )
+_OF_MOST = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:/|out of)\s*\d")
+_LONGEST_PAUSE_S = 60.0
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -68,6 +74,14 @@ class Judge:
             raise SpecError(
                 f"reward 'judge': instruction takes {{question}}, {{answer}}, {{text}} and {{most}} only: {error}"
             ) from error
+        least = {
+            "most": judge.most,
+            "tries": judge.tries,
+            "concurrency": judge.concurrency,
+            "timeout_s": judge.timeout_s,
+        }
+        if wrong := next((name for name, value in least.items() if value <= 0), ""):
+            raise SpecError(f"reward 'judge': {wrong} is {least[wrong]}, expected more than 0")
         return judge
 
     def __call__(self, batch: Sequence[Said]) -> list[float]:
@@ -82,8 +96,9 @@ class Judge:
     def _score(self, client: httpx.Client, said: Said) -> float:
         wait, fault = self.pause_s, ""
         for number in range(self.tries):
+            lifeline.beat("judge", number)
             if number:
-                time.sleep(wait)
+                time.sleep(min(wait, _LONGEST_PAUSE_S))
                 wait *= 2
             try:
                 reply = client.post(f"{self.url.rstrip('/')}/chat/completions", json=self._body(said))
@@ -120,10 +135,11 @@ def _read_score(reply: httpx.Response, most: float) -> float | None:
         text = reply.json()["choices"][0]["message"]["content"] or ""
     except (ValueError, KeyError, IndexError, TypeError):
         return None
-    given = last_number(text)
-    return None if given is None else max(0.0, min(1.0, given / most))
+    of_most = _OF_MOST.search(unicodedata.normalize("NFKC", text))  # "7/10" is 7
+    given = float(of_most[1]) if of_most else last_number(text)
+    return None if given is None or not math.isfinite(given) else max(0.0, min(1.0, given / most))
 
 
 def _retry_after(reply: httpx.Response) -> float:
     said = reply.headers.get("retry-after", "")
-    return min(60.0, float(said)) if said.isdecimal() else 0.0
+    return float(said) if said.isdecimal() else 0.0

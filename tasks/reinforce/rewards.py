@@ -16,9 +16,11 @@ Ring: pure.
 """
 
 import inspect
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from tasks.errors import SpecError
@@ -159,7 +161,8 @@ def make_reward(spec: RewardSpec) -> RewardFn:
             raise SpecError(f"reward {spec.name!r} takes no argument {name!r}: it takes {', '.join(takes) or 'none'}")
     probe = Said(question="1?", answer="1", text="1", whole="1", num_tokens=1, is_finished=True)
     try:
-        found(probe, **spec.arguments)
+        for said in (probe, replace(probe, text="2"), replace(probe, text="")):  # each branch
+            float(found(said, **spec.arguments))
     except (TypeError, ValueError, KeyError, ZeroDivisionError, re.error) as error:
         raise SpecError(f"reward {spec.name!r} can't work with {spec.arguments}: {error}") from error
     if spec.name == "format" and not (spec.arguments.get("pattern") or spec.arguments.get("tags")):
@@ -190,7 +193,7 @@ def _read_kanji(numerals: str) -> float:
             waiting = 10 * waiting + _KANJI[numeral]
         else:
             total, waiting = total + (waiting or 1) * _TENS[numeral], 0
-    return float(total + waiting)
+    return float(total + waiting) if len(numerals) < 300 else math.inf  # a model that repeats itself
 
 
 def _plain(text: str) -> str:

@@ -27,6 +27,7 @@ from tasks.artifacts import (
 from tasks.errors import MissingError, SpecError
 from tasks.models import base_shapes
 from tasks.reinforce.attention import choose_attention
+from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
 from tasks.reinforce.streams import read_rows
@@ -131,6 +132,9 @@ def check_rewards(spec: ReinforceSpec) -> str:
     """Load every reward and name them. Raises SpecError for one that can't be used."""
     for reward in spec.rewards:
         load_reward(reward)
+    for columns in (metrics_columns(spec), generations_columns(spec)):
+        if twice := next((name for name in columns if columns.count(name) > 1), ""):
+            raise SpecError(f"a reward makes the column {twice!r} of the streams twice: give it another label")
     return ", ".join(f"{reward.weight:g} x {reward.column}" for reward in spec.rewards)
 
 

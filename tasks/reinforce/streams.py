@@ -16,6 +16,7 @@ from typing import Any
 from tasks import files
 
 Row = Mapping[str, Any]  # Any: numbers and texts
+csv.field_size_limit(2**31 - 1)  # a completion may have any length
 
 
 class CsvStream:

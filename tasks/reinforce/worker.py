@@ -36,6 +36,8 @@ from tasks.reinforce.group import GroupTrainer, Wanted
 from tasks.reinforce.own import load_reward
 from tasks.reinforce.prompts import Prompt, collect_prompts, completion_tokens, require_enough
 from tasks.reinforce.recorder import GroupRecorder, PeriodKeeper, is_good_enough
+from tasks.reinforce.rewards import number
+from tasks.reinforce.said import Said
 from tasks.specs import ReinforceSpec
 from tasks.training import RESULT, fix_seeds, require_end, run_worker
 
@@ -84,6 +86,7 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     rows = pq.read_table(Path(job["packed_folder"]) / "train.parquet").to_pylist()
     prompts, _ = collect_prompts(rows, tokenizer)
     require_enough(len(prompts), spec)
+    require_numbers(prompts, spec)
     rewards = {reward.column: (load_reward(reward), reward.weight) for reward in spec.rewards}
     engine = "vllm" if spec.rollouts == "vllm" else "transformers"
     wanted = Wanted(prompts=prompts, rewards=rewards, least_share=spec.min_adapter_share, engine=engine)
@@ -116,6 +119,14 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     trainer.add_callback(PeriodKeeper(spec))
     say(f"{len(prompts)} questions, completions of at most {trainer.max_completion_length} tokens by {engine}")
     return trainer
+
+
+def require_numbers(prompts: list[Prompt], spec: ReinforceSpec) -> None:
+    """Raise SpecError for an answer without a number that the reward `number` would meet hours later."""
+    if any(reward.name == "number" for reward in spec.rewards):
+        for prompt in prompts:
+            asked = {"question": prompt.question, "answer": prompt.answer}
+            number(Said(**asked, text="", whole="", num_tokens=0, is_finished=False))
 
 
 def open_base(folder: Path, spec: ReinforceSpec) -> PreTrainedModel:
@@ -195,9 +206,14 @@ def trainer_arguments(folder: Path, spec: ReinforceSpec, prompts: list[Prompt]) 
 
 
 def evaluate_once(trainer: GroupTrainer, documents: list[dict[str, Any]], path: Path) -> float:  # Any: token columns
-    """Return the loss of the reference answers before the first step, measured once and kept across resumes."""
+    """Return the base's loss of the reference answers, measured once and kept across resumes.
+
+    Also of a run that goes on from an adapter: verify holds the served model against the base.
+    """
     if not path.exists():
-        files.write_json(path, {"eval_loss": answer_loss(trainer, documents)})
+        learning: Any = trainer.accelerator.unwrap_model(trainer.model)  # Any: a PeftModel
+        with learning.disable_adapter():
+            files.write_json(path, {"eval_loss": answer_loss(trainer, documents)})
     return files.read_json(path)["eval_loss"]
 
 
@@ -206,13 +222,16 @@ def answer_loss(trainer: GroupTrainer, documents: list[dict[str, Any]]) -> float
     """Return the mean -log p of the validation answers' tokens: what verify will hold the served model against."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)  # Any: a PeftModel
     device, total, count = next(model.parameters()).device, 0.0, 0
-    for number, document in enumerate(documents):
-        lifeline.beat("evaluate", number)
+    was_training = model.training
+    model.eval()  # no dropout
+    for place, document in enumerate(documents):
+        lifeline.beat("evaluate", place)
         asked, answer = document["prompt_ids"], document["answer_ids"]
         ids = torch.tensor([[*asked, *answer]], device=device)
         logits_TV = model(input_ids=ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits_TV, ids[0, len(asked) :], reduction="sum")
         total, count = total + loss.item(), count + len(answer)
+    model.train(was_training)
     return total / max(1, count)
 
 

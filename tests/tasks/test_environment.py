@@ -6,7 +6,7 @@ import pytest
 
 from tasks.environment import hide_secrets, is_secret_option, without_secrets
 from tasks.errors import SpecError, TransientError
-from tasks.trainer_job import _environment
+from tasks.trainer_job import Terms, _environment
 
 
 def test_secrets_and_foreign_settings_stay_out():
@@ -84,7 +84,7 @@ def test_trainer_sees_no_secret_but_the_path_to_our_code(monkeypatch: pytest.Mon
     monkeypatch.setenv("DATABASE_URL", "postgres://u:p@h/d")
     monkeypatch.setenv("PYTHONPATH", "/mine")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    variables = _environment(1)
+    variables = _environment(Terms())
     assert not {"AWS_SECRET_ACCESS_KEY", "DATABASE_URL"} & variables.keys()
     assert variables["PYTHONPATH"].split(":")[1:] == ["/mine"] and variables["NCCL_DEBUG"] == "INFO"
 
@@ -98,7 +98,7 @@ def test_one_process_sees_one_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert _environment(num_processes).get("CUDA_VISIBLE_DEVICES") == seen
+    assert _environment(Terms(num_processes=num_processes)).get("CUDA_VISIBLE_DEVICES") == seen
 
 
 @pytest.mark.parametrize("key", ["sk-very-secret\n", "sk-very\n-secret", "sk-very-secret\u200b"])

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks import targets as subject
 from tasks.errors import SpecError
 from tasks.gptoss.layout import parameter_shapes
 from tasks.specs import LoraSpec
-from tasks.train import targets as subject
 from tests.tiny import SHAPE
 
 SHAPES = parameter_shapes(SHAPE)

@@ -58,10 +58,9 @@ def test_what_is_held_out_is_the_end_of_the_corpus_and_in_no_row_that_is_learnt(
     place = len(learnt.ids_N)
     assert [*learnt.ids_N, *held_out.ids_N] == list(range(total))
     assert learnt.ends_D[-1] == place and held_out.ends_D[-1] == total - place
-    if len(sizes) > 1:
-        assert place in corpus.ends_D and place <= total * (1 - share / 100) + 0.5
-    else:
-        assert abs(place - total * (1 - share / 100)) <= 0.5
+    wanted = round(total * (1 - share / 100))
+    assert (place in corpus.ends_D and place <= wanted) or place == wanted
+    assert total - place <= 2 * (total - wanted)
     rows, scored = open_rows(learnt, spec), open_held_out(held_out, spec)
     assert all(int(rows[number].max()) < place for number in range(len(rows)))
     assert all(int(row.min()) >= place for row in scored)

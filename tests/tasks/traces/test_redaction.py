@@ -281,7 +281,7 @@ HOSTILE = [
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_no_text_is_slow(piece):
     """Twice the text takes about twice the time: the best of three ratios, and 4 ms for a kB at most."""
-    ratios = []
+    ratios, longest = [], []
     for _ in range(3):
         spent = []
         for length in (20_000, 80_000):
@@ -290,5 +290,6 @@ def test_no_text_is_slow(piece):
             ALL._string(text, {}, 0)
             spent.append(max(time.process_time() - begin, 1e-4))
         ratios.append(spent[1] / spent[0])
-        assert spent[1] < 0.32
+        longest.append(spent[1])
+    assert min(longest) < 0.32
     assert min(ratios) < 8  # 4 when linear, 16 when quadratic
