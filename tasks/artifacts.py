@@ -431,7 +431,7 @@ class ArtifactStore:
 
 
 def _is_kept(name: str) -> bool:
-    return not name.startswith(f"{CHECKPOINTS}/")
+    return not name.startswith((f"{CHECKPOINTS}/", "logs/", "heartbeats/", "nodes/"))  # ranks may still write them
 
 
 def _clear_damaged(folder: Path) -> None:

@@ -23,6 +23,7 @@ from tasks.specs import LaunchSpec
 
 JOIN_PORT = 29400  # torchrun's own default
 NOT_SHARED, NO_PROGRESS = 66, 67  # exit status: a node does not see the folder; the time limit lets nothing be saved
+STOP_ASKED = "stop.asked"  # a trainer that finds it ends after its step, with all the time that this takes
 STARTS = "tatara: the trainer starts as "  # what comes after it in output.log is of this start
 _OF_SBATCH = {"ACCOUNT": "account", "PARTITION": "partition", "QOS": "qos", "TIMELIMIT": "time_limit"}
 _SAID_BY_NCCL = {  # a hang ends with an error and each rank's last collectives, in files that a person can read
@@ -67,6 +68,7 @@ def render_job(spec: LaunchSpec, work: Work) -> str:
         "not_shared": str(NOT_SHARED),
         "no_progress": str(NO_PROGRESS),
         "starts": STARTS,
+        "stop_asked": STOP_ASKED,
         "requeues": "true" if spec.requeue else "false",
     }
     body = Template(_JOB).substitute(values)
@@ -211,22 +213,22 @@ export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank$${rank}] '
 export TORCH_FR_DUMP_TEMP_FILE="$$TATARA_LOGS/nccl_rank_"
 newest() { find "$$folder/checkpoints" -name COMPLETE.json 2>/dev/null | sort -V | tail -n 1; }
 begun_at="$$(newest)"
+# Since SLURM 22.05 srun takes it from nowhere else: each node would train on one CPU.
+[ -z "$${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$$SLURM_CPUS_PER_TASK"
 
 srun --ntasks-per-node=1 bash -c $look look "$$folder" || exit $not_shared
 mkdir -p "$$TATARA_LOGS"
-rm -rf "$$folder"/failure*.json "$$folder/heartbeat.json" "$$folder/heartbeats"
+rm -rf "$$folder"/failure*.json "$$folder/heartbeat.json" "$$folder/heartbeats" "$$folder/$stop_asked"
 echo "$starts$$TATARA_RUN on $$SLURM_JOB_NODELIST"
 
 is_over=false  # SLURM says shortly before the time limit that it ends
-trap 'is_over=true; echo "tatara: the time limit is near"; scancel --signal=TERM "$$SLURM_JOB_ID"' USR1
+trap 'is_over=true; echo "tatara: the time limit is near"; touch "$$folder/$stop_asked"' USR1
 trap 'echo "tatara: told to stop"' TERM  # the steps are told too; wait for their last checkpoint
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c $start &
 step=$$!
-while true; do
-    wait "$$step"
-    status=$$?
-    kill -0 "$$step" 2>/dev/null || break
-done
+while kill -0 "$$step" 2>/dev/null; do wait "$$step"; done  # a trap ends a wait with a status of its own
+wait "$$step"
+status=$$?
 if [ "$$status" -ne 0 ] && $$is_over && $requeues; then
     if [ "$$(newest)" != "$$begun_at" ]; then
         echo "tatara: back into the queue"

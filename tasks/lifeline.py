@@ -3,6 +3,7 @@
     start() -> thread: heartbeat.json once a second  (which step, which phase, since when); heartbeats/N.json of rank N
     SIGTERM -> in the loop: `is_told` is looked at after each step; elsewhere: Stopped at once
             -> after the grace SIGKILL to itself, also when the main thread hangs or its parent is gone
+    stop.asked in the folder -> the same after a step, without hurry: who wrote it knows how long there is
 
 The thread learns of a signal from Python's wake-up descriptor, which is written by the C handler: no hung main thread
 can keep it from that.
@@ -21,6 +22,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from tasks.launch_script import STOP_ASKED
 
 HEARTBEAT = "heartbeat.json"  # of rank 0, by which a run is judged
 _OTHERS = "heartbeats"  # of the other ranks: looked at when it hangs
@@ -42,10 +45,12 @@ class Lifeline:
         self._is_stopping = False
         self._told_at: float | None = None
         self._grace_s, self._interval_s = 25.0, _INTERVAL_S
+        self._asked = Path(STOP_ASKED)
 
     def start(self, folder: Path, grace_s: float, *, rank: int = 0) -> None:
         """Begin to beat and to obey SIGTERM. Only the main thread may call it."""
         self._grace_s, self._interval_s = grace_s, _OTHERS_INTERVAL_S if rank else _INTERVAL_S
+        self._asked = folder / STOP_ASKED
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._state = self._state | {"pid": os.getpid(), "rank": rank, "host": host}
         read, write = os.pipe()
@@ -81,6 +86,7 @@ class Lifeline:
             ready, _, _ = select.select([signals], [], [], self._interval_s if self._told_at is None else _INTERVAL_S)
             if ready and signal.SIGTERM in os.read(signals, 64) and self._told_at is None:
                 self._told_at = time.monotonic()
+            self.is_told |= self._asked.exists()
             if self._told_at is not None and time.monotonic() - self._told_at > self._grace_s:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -95,8 +101,9 @@ def read_beats(folder: Path) -> list[dict[str, Any]]:  # Any: JSON values
 
 
 def forget_beats(folder: Path) -> None:
-    """Remove the heartbeats of an earlier run: they would seem to stand still."""
+    """Remove the heartbeats of an earlier run, which would seem to stand still, and what it was asked."""
     (folder / HEARTBEAT).unlink(missing_ok=True)
+    (folder / STOP_ASKED).unlink(missing_ok=True)
     shutil.rmtree(folder / _OTHERS, ignore_errors=True)
 
 

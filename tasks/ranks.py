@@ -17,7 +17,7 @@ _FAILURE = re.compile(
     r"\(local_rank: \d+\)\s*\n\s*exitcode\s*: (?P<code>-?\d+)"
 )
 _SIGNALS = {6: "SIGABRT", 7: "SIGBUS", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
-_KILLED = {-6, -7, -9, -11}
+_KILLED = {-7, -9, -11}  # no SIGABRT: NCCL ends with it whoever waits for a rank that is gone
 _TOGETHER = timedelta(seconds=5)  # clocks of nodes differ, and torchrun tells whole seconds
 _TOLD = 8  # ranks that are told one by one
 

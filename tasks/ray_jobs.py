@@ -168,7 +168,7 @@ class RayJobs:
             )
         if status == 403:
             raise RightsError(f"{doing}: 403, the token in RAY_AUTH_TOKEN is not this cluster's")
-        if status in (408, 425, 429, 502, 503, 504):
+        if status in (408, 425, 429, 502, 503, 504) or (status >= 500 and method == "GET"):  # its agents come and go
             raise UnavailableError(f"{doing}: {status}")
         raise ServiceError(f"{doing}: {status} {_last_line(reply.text)}")
 
@@ -193,7 +193,7 @@ def follow(
             if time.monotonic() - looked > patience.health_s:
                 looked = time.monotonic()
                 on_health(jobs.nodes())
-        except UnavailableError as error:
+        except (UnavailableError, ValueError) as error:  # the second: a proxy's page in place of JSON
             now = time.monotonic()
             lost_since = lost_since or now
             if wait_s == patience.poll_s:

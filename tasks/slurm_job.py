@@ -34,6 +34,7 @@ from tasks.supervision import Job, Tail, read_beat, report_new
 _TICK_S = 1.0  # between two looks at the files
 _GONE_S = 60.0  # for a cancelled job to be gone
 _OUTPUT_BYTES = 1 << 20
+_DECIDES = {"OutOfMemoryError", "CapacityError", "SpecError"}  # of whatever rank: what is done next depends on it
 logger = logging.getLogger(__name__)
 MetricsFn = Callable[[dict[str, Any]], None]  # Any: JSON values
 
@@ -54,17 +55,37 @@ def run_job(job: Job, spec: LaunchSpec, work: Work, on_metrics: MetricsFn) -> Jo
     """
     script = render_job(spec, work)
     output, metrics = Tail(job.log, from_end=True), Tail(job.metrics, from_end=True)
-    job_id = _find(job, spec, digest_of(script)) or _submit(job, spec, script)
+    job_id = ""
     try:
+        job_id = _find(job, spec, digest_of(script)) or _submit(job, spec, script)
         return _follow(job, spec, job_id, lambda: report_new(output, metrics, on_metrics))
     except asyncio.CancelledError:
         logger.warning("cancelled from inside: SLURM job %s goes on, and the next run of this follows it", job_id)
         raise
-    except BaseException:
-        _end(job_id, job.grace_s)
+    except BaseException as error:
+        if job_id:
+            _end(job_id, job.grace_s)
+        elif not isinstance(error, Exception):  # told to end while sbatch waited for its answer
+            end_left(job.folder, job.grace_s)
         raise
     finally:
         report_new(output, metrics, on_metrics)
+
+
+def end_left(folder: Path, grace_s: float) -> None:
+    """End the job that a killed parent left in the queue, or a requeue put there, if one was ever submitted."""
+    lock = folder / "slurm_job.lock"
+    if not lock.exists():
+        return
+    try:
+        slurm.wait_for_submission(lock)
+        found = slurm.find(job_name(folder))
+    except errors.MissingError as error:
+        logger.warning("a SLURM job of %s may be there still: %s", folder, error)
+        return
+    if found is not None and not found.is_over:
+        logger.warning("SLURM job %s of an earlier try is ended", found.job_id)
+        _end(found.job_id, grace_s)
 
 
 def raise_end(end: JobReport, job: Job, spec: LaunchSpec) -> NoReturn:
@@ -97,6 +118,8 @@ def _raise_failure(said: str, job: Job) -> NoReturn:
     told = {int(path.stem.partition("_")[2] or 0): files.read_json(path) for path in job.folder.glob("failure*.json")}
     rank = failed.rank if failed else min(told, default=0)
     first = f"; {failed}" if failed else ""
+    decided = (number for number, one in sorted(told.items()) if one["error"] in _DECIDES)
+    rank = next(decided, rank)  # NCCL ends the others within seconds, with a signal that looks like a crash
     if rank in told:
         cls = getattr(errors, told[rank]["error"], errors.TrainingError)
         raise cls(f"{told[rank]['message']} ({said}{first}; output in {job.log})")
@@ -119,7 +142,7 @@ def _find(job: Job, spec: LaunchSpec, digest: str) -> str:
     slurm.wait_for_submission(job.folder / "slurm_job.lock")
     known = files.read_json(_identity_file(job))["job_id"] if _identity_file(job).exists() else ""
     found = slurm.look(known) if known else None
-    if found is None or found.is_over:
+    if found is None or found.is_over or found.name not in ("", job_name(job.folder)):  # another cluster's number
         found = slurm.find(job_name(job.folder))
     while found is not None and found.state == "COMPLETING":  # it ends, or is on its way back into the queue
         time.sleep(_TICK_S)
@@ -162,7 +185,7 @@ def _follow(job: Job, spec: LaunchSpec, job_id: str, report: Callable[[], bool])
         if seen.is_over:
             return seen
         now = time.monotonic()
-        if seen.is_running:
+        if seen.is_running and not (job.folder / "result.json").exists():  # else only SLURM has not said so yet
             if liveness is None:
                 liveness, since = _fresh(job, now), now
             if has_moved:

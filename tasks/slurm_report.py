@@ -9,7 +9,7 @@ Ring: pure.
 import re
 from dataclasses import dataclass, replace
 
-_FIELD = re.compile(r"(?:^| )(JobId|JobState|Reason|Restarts|ExitCode|NodeList|StartTime|Comment)=(\S*)")
+_FIELD = re.compile(r"(?:^| )(JobId|JobName|JobState|Reason|Restarts|ExitCode|NodeList|StartTime|Comment)=(\S*)")
 _WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"})
 _ACTIVE = frozenset({"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED", "SUSPENDED"})
 _LOST = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"})
@@ -30,6 +30,7 @@ class JobReport:
     """One look at a job. An empty state: SLURM has forgotten it."""
 
     job_id: str
+    name: str = ""
     state: str = ""
     reason: str = ""
     restarts: int = 0
@@ -96,6 +97,7 @@ def read_job(line: str) -> JobReport:
     found = {name: value for name, value in _FIELD.findall(line) if value not in ("(null)", "None", "Unknown")}
     return JobReport(
         job_id=found.get("JobId", ""),
+        name=found.get("JobName", ""),
         state=found.get("JobState", ""),
         reason=found.get("Reason", ""),
         restarts=int(found.get("Restarts", "0")),

@@ -232,7 +232,9 @@ class LaunchSpec(Spec):
         for line in value:
             if not line.isprintable():
                 raise ValueError(f"{line!r} holds a line break or another control character: give each line by itself")
-            if secret := next((name for name in re.findall(r"(\w+)=", line) if is_secret_name(name)), ""):
+            options = (word.replace("-", "_") for word in re.findall(r"--([\w-]+)", line))
+            named = [*re.findall(r"(\w+)=", line), *options]
+            if secret := next((name for name in named if is_secret_name(name)), ""):
                 raise ValueError(
                     f"it sets {secret}, which would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}"
                 )
@@ -244,7 +246,7 @@ class LaunchSpec(Spec):
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of a variable: expected letters, digits and _")
-            if is_secret_name(name):
+            if holds_secret(name, text):
                 raise ValueError(f"{name} would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}")
             if not text.isprintable():
                 raise ValueError(f"the value of {name} holds a line break or another control character: leave it out")
@@ -1050,6 +1052,12 @@ class PpoSpec(Spec):
         for word in value:
             if not re.match(r"[+~]{0,2}[\w.@/]+(=|$)", word):
                 raise ValueError(f"{word!r} is no hydra override: expected key=value")
+            name, _, said = word.partition("=")
+            if ".env_vars." in name and holds_secret(name.rpartition(".")[2], said):
+                raise ValueError(
+                    f"{name} looks like a credential, and Ray shows a job's command on its dashboard: set it in the "
+                    "environment of the cluster's nodes before `ray start`"
+                )
         return value
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import Any
 from tasks import errors, files, slurm_job
 from tasks.environment import without_secrets
 from tasks.launch_script import Work, first_argv, render_join
-from tasks.processes import last_lines
+from tasks.processes import last_lines, stop
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job, supervise
 
@@ -53,7 +53,9 @@ def run_trainer(
     Raises: the error class that the trainer named in failure.json; TrainingError with its last lines
         when it died without a word (SIGKILL, out of memory by the kernel).
     """
-    result = folder / "result.json"
+    result, at_slurm = folder / "result.json", terms.launch.launcher == "slurm"
+    if result.exists() or not at_slurm:  # a job in the queue would write into a folder that is whole, or beside us
+        slurm_job.end_left(folder, terms.stop_grace_s)
     if result.exists():
         return files.read_json(result)
     files.write_json(folder / "job.json", job)
@@ -76,7 +78,8 @@ def run_trainer(
         grace_s=terms.stop_grace_s + _KILL_AFTER_S,
     )
     try:
-        if terms.launch.launcher == "slurm":
+        if at_slurm:
+            stop(child.identity_file, child.grace_s)  # one of this machine that a killed parent left
             end = slurm_job.run_job(child, terms.launch, work, on_progress)
             if not result.exists():
                 slurm_job.raise_end(end, child, terms.launch)

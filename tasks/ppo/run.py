@@ -27,7 +27,7 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import MissingError, SpecError, TataraError, TrainingError, TransientError
+from tasks.errors import CapacityError, MissingError, SpecError, TataraError, TrainingError, TransientError
 from tasks.metrics import read_metrics
 from tasks.ppo.cluster import Cluster, find_address, find_python, open_cluster, require_fit, require_nodes
 from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
@@ -120,7 +120,11 @@ def check_cluster(recipe: PpoRecipe, variables: Mapping[str, str]) -> str:
         return f"cluster: started here for the run, with {find_python(variables)}"
     jobs = RayJobs(url, variables)
     try:
-        return require_nodes(jobs, recipe.ray, recipe.ppo, recipe.ray.wait_for_nodes_s)
+        return require_nodes(jobs, recipe.ray, recipe.ppo, 0.0)
+    except CapacityError as error:
+        if not recipe.ray.wait_for_nodes_s:
+            raise
+        return f"cluster: waited for up to {recipe.ray.wait_for_nodes_s:g} s before the run ({error})"
     finally:
         jobs.close()
 
@@ -298,16 +302,20 @@ def newest_checkpoint(folder: Path) -> Path:
 def _merge(cluster: Cluster, key: str, recipe: PpoRecipe, folder: Path) -> Path:
     """Make a transformers folder of the actor's shards, by verl's own merger, on the cluster."""
     actor, model = newest_checkpoint(folder / CHECKPOINTS), folder / "model"
-    shutil.rmtree(model, ignore_errors=True)
+    for left in folder.glob("model*"):
+        shutil.rmtree(left, ignore_errors=True)
+    name = f"{time.time_ns()}"
+    aside = folder / f"model.{name}"  # of this merger alone: one that a killed parent left may still write its own
     words = [cluster.python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(actor)]
     job = Job(
-        submission_id=f"tatara-ppo-{key[:16]}-merge-{time.time_ns()}",
-        entrypoint=shlex.join([*words, "--target_dir", str(model)]),
+        submission_id=f"tatara-ppo-{key[:16]}-merge-{name}",
+        entrypoint=shlex.join([*words, "--target_dir", str(aside)]),
         env_vars=job_variables(recipe.ppo),
     )
     log = folder / "merge.log"
     log.unlink(missing_ok=True)
     _run(cluster.jobs, job, recipe.ray, log, lambda line: None)
+    aside.rename(model)
     return model
 
 
