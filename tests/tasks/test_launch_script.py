@@ -137,6 +137,8 @@ def test_what_would_break_out_of_its_line_is_refused(field: str, value: str):
         ({"environment": {"A B": "x"}}, "'A B' is no name of a variable"),
         ({"environment": {"A": "x\ny"}}, "the value of A holds a line break"),
         ({"setup": ("export WANDB_API_KEY=1",)}, "it sets WANDB_API_KEY, which would stand in recipes"),
+        ({"environment": {"DB": "postgres://u:pw@h/db"}}, "DB would stand in recipes and job scripts"),
+        ({"setup": ("huggingface-cli login --token hf_x",)}, "it sets token, which would stand in recipes"),
         ({"setup": ("a\nb",)}, "give each line by itself"),
         ({"sbatch_options": ("--output=/etc/x",)}, "--output is set by Tatara"),
         ({"sbatch_options": ("-x n1",)}, "is not --name or --name=value"),

@@ -63,7 +63,7 @@ def test_lines_are_told_once_over_lost_connections(ray, jobs, caplog):
     def tell(line):
         told.append(line)
         if line == "two":
-            ray.faults = ["cut", 503, 502, "cut"]
+            ray.faults = ["cut", 503, 500, "cut"]  # 500: an agent that comes and goes
             ray.jobs["j-1"]["logs"] = "one\ntwo\nthree\nfour\nfive"
         if line == "four":
             ray.jobs["j-1"] |= {"status": "SUCCEEDED", "driver_exit_code": 0}

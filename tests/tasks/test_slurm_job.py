@@ -87,6 +87,13 @@ def test_the_rank_that_failed_first_is_believed_and_not_those_that_it_took_along
         subject.raise_end(FAILED, job, LAUNCH)
 
 
+def test_an_out_of_memory_is_believed_though_nccl_ends_another_rank_first(job: Job):
+    job.log.write_text(TABLE.format("51", 2, 1, 1) + TABLE.format("50", 1, 0, -6))
+    tell(job, 1, "OutOfMemoryError", "the GPU ran out of memory")
+    with pytest.raises(errors.OutOfMemoryError, match="the GPU ran out of memory"):
+        subject.raise_end(FAILED, job, LAUNCH)
+
+
 def test_a_killed_rank_says_nothing_and_its_lines_are_shown(job: Job):
     job.log.write_text(TABLE.format("50", 1, 0, 1) + TABLE.format("51", 2, 1, -9))
     tell(job, 0, "TrainingError", "RuntimeError('Connection closed by peer')")

@@ -9,7 +9,7 @@ from tasks.errors import AccessError, DataError, SpecError, TransientError
 from tasks.reinforce.judge import Judge
 from tasks.reinforce.own import load_reward
 from tasks.reinforce.said import Said
-from tasks.specs import RewardSpec
+from tasks.specs import RewardSpec, change
 from tests.ports import free_port
 from tests.tasks.reinforce.judge_server import JudgeServer, judging
 
@@ -30,6 +30,33 @@ def test_scores_are_the_judges_numbers_of_its_range():
     assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
     asked = body["messages"][0]["content"]
     assert all(text in asked for text in ("富士山の高さは?", "3776 m", "3776 m です", "to 10 "))
+
+
+@pytest.mark.parametrize(
+    ("said", "score"), [("7/10", 0.7), ("Score: 8 / 10", 0.8), ("３ out of 10", 0.3), ("一" * 400 + " 5", 0.5)]
+)
+def test_a_score_of_so_many_is_read(said: str, score: float):
+    with judging((200, said)) as server:
+        assert judge(server)(BATCH[:1]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"url": "https://ada:pw@judge/v1", "model": "m"}, "url looks like a credential"),
+        ({"url": "http://judge/v1", "model": "m", "api_key": "sk-123"}, "api_key looks like a credential"),
+        ({"url": "http://judge/v1", "model": "m", "api_key_variable": "sk-123"}, "never the key itself"),
+    ],
+)
+def test_a_key_in_a_recipe_is_refused_and_not_shown(arguments: dict[str, str], says: str):
+    with pytest.raises(SpecError, match=says) as error:
+        change(RewardSpec(name="judge"), {"arguments": arguments})
+    assert "sk-123" not in str(error.value) and "pw" not in str(error.value)
+
+
+def test_a_judge_that_could_ask_nobody_is_refused():
+    with pytest.raises(SpecError, match="concurrency is 0, expected more than 0"):
+        Judge.from_arguments({"url": "http://judge/v1", "model": "m", "concurrency": 0})
 
 
 @pytest.mark.parametrize("first", [(503, "busy"), (429, "slow down"), (200, "a good answer")])

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.errors import SpecError
+from tasks.reinforce.run import check_rewards
 from tasks.reinforce.streams import CsvStream, parse_rows, read_rows
+from tasks.specs import ReinforceSpec, RewardSpec
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -45,3 +48,16 @@ def test_other_columns_begin_a_new_file(tmp_path: Path):
 def test_a_piece_without_its_header_is_read_with_its_columns():
     data = b'3,"a ""b"""\r\n4,torn'
     assert parse_rows(data, ["step", "text"]) == ([{"step": "3", "text": 'a "b"'}], 13)
+
+
+def test_a_completion_of_any_length_is_read(tmp_path: Path):
+    stream = CsvStream(tmp_path / "generations.csv", ("step", "completion"))
+    stream.cut(0)
+    stream.append([{"step": 1, "completion": "x" * 200_000}])
+    assert len(read_rows(stream.path)[0]["completion"]) == 200_000
+
+
+@pytest.mark.parametrize("reward", [RewardSpec(name="exact", label="reward"), RewardSpec(name="exact", label="answer")])
+def test_a_reward_that_is_called_as_a_column_is_refused(reward: RewardSpec):
+    with pytest.raises(SpecError, match="twice: give it another label"):
+        check_rewards(ReinforceSpec(rewards=(reward,)))
