@@ -349,7 +349,7 @@ def tiny_grpo() -> ReinforceRecipe:
             dtype="float32",
             save_steps=10,
         ),
-        merge=recipe.merge,
+        merge=change(recipe.merge, {"dtype": "float32"}),  # bfloat16 would round off much of what rewards change
         serve=recipe.serve,
         verify=change(recipe.verify, {"must_beat_base": False, "question": "3たす5はいくつですか？"}),
     )
