@@ -16,7 +16,7 @@ from typing import Any
 from tasks import files
 
 Row = Mapping[str, Any]  # Any: numbers and texts
-csv.field_size_limit(2**31 - 1)  # a completion may have any length
+_ANY_LENGTH = 2**31 - 1
 
 
 class CsvStream:
@@ -62,13 +62,23 @@ def parse_rows(data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str,
         taken, quotes = taken + len(line), quotes + line.count(b'"')
         if quotes % 2 or not line.endswith(b"\n"):
             continue  # inside a quoted text, or torn
-        [fields] = list(csv.reader(io.StringIO(data[start:taken].decode(errors="replace"), newline="")))
+        fields = _fields(data[start:taken].decode(errors="replace"))
         start = taken
         if not names:
             names = fields
         elif len(fields) == len(names) and fields[names.index("step")].isdecimal():
             rows.append(dict(zip(names, fields, strict=True)))
     return rows, start
+
+
+def _fields(record: str) -> list[str]:
+    """Return the fields of one record, of any length; other readers of this process keep their limit."""
+    limit = csv.field_size_limit(_ANY_LENGTH)
+    try:
+        [fields] = list(csv.reader(io.StringIO(record, newline="")))
+    finally:
+        csv.field_size_limit(limit)
+    return fields
 
 
 def _encode(rows: Sequence[Sequence[Any]]) -> bytes:  # Any: numbers and texts
