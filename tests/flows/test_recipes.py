@@ -91,7 +91,10 @@ def test_names_of_reinforce_recipes_are_those_of_the_form_and_a_warm_start_has_t
     assert get_args(subject.ReinforceName) == tuple(subject.REINFORCE_RECIPES)
     lora = subject.resolve_reinforce("tiny_grpo").reinforce.lora.model_dump()
     warm = {"lora": lora, "max_steps": 3}
-    assert subject.resolve_reinforce("tiny_grpo", {"warm_start": warm}).warm_start is not None
+    without_kl = {"warm_start": warm, "reinforce": {"beta": 0.0}}
+    assert subject.resolve_reinforce("tiny_grpo", without_kl).warm_start is not None
+    with pytest.raises(SpecError, match=r"beta is 0\.05 with a warm start.*set beta to 0"):
+        subject.resolve_reinforce("tiny_grpo", {"warm_start": warm})
     with pytest.raises(SpecError, match="one adapter goes on in the other"):
         subject.resolve_reinforce("tiny_grpo", {"warm_start": warm | {"lora": lora | {"rank": 4}}})
     with pytest.raises(SpecError, match="rewards compare with answers"):
