@@ -3,6 +3,7 @@
     python tests/bench/bench_pretrain_1b4.py speed                    one GPU: optimizers and checkpointing
     python tests/bench/bench_pretrain_1b4.py two                      two GPUs: DDP and FSDP2 beside one
     python tests/bench/bench_pretrain_1b4.py sentences FOLDER SEVEN   the shipped 500 sentences; the seed's seven
+    python tests/bench/bench_pretrain_1b4.py generate FOLDER          `tatara generate` of what 100 steps of them taught
     python tests/bench/bench_pretrain_1b4.py corpus FOLDER SEVEN      make both corpora (where Tatara is installed)
 
 The product's own worker, run as the flow runs it; one JSON line a case, the table last. Needs torch, transformers,
@@ -133,8 +134,8 @@ def start(name: str, corpus: Path, changes: dict[str, Any]) -> tuple[Path, subpr
     return folder, subprocess.Popen(argv, env=env, stdout=(folder / "output.log").open("wb"), stderr=subprocess.STDOUT)
 
 
-def finish(folder: Path, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
-    """Wait for a case; return its records, and leave nothing large behind."""
+def finish(folder: Path, process: subprocess.Popen[bytes], *, keep_model: bool = False) -> list[dict[str, Any]]:
+    """Wait for a case; return its records, and leave nothing large behind but the model where it is wanted."""
     status = process.wait()
     if status:
         say((folder / "output.log").read_text()[-2500:])
@@ -142,7 +143,8 @@ def finish(folder: Path, process: subprocess.Popen[bytes]) -> list[dict[str, Any
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records[-1]["memory"] = json.loads((folder / "result.json").read_text())["memory"]
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    shutil.rmtree(folder / "model", ignore_errors=True)
+    if not keep_model:
+        shutil.rmtree(folder / "model", ignore_errors=True)
     return records
 
 
@@ -189,6 +191,24 @@ def learn_sentences(cases: dict[str, dict[str, Any]], corpus: Path) -> None:
             keep("sentences", name, result)
 
 
+def generate(corpus: Path) -> None:
+    """Train as the recipe says, then ask the model for the sentences' ends, on the GPU and on the CPU."""
+    name = "to generate from"
+    folder, process = start(name, corpus, {})
+    records = finish(folder, process, keep_model=True)
+    if not records:
+        return
+    keep("generate", "training", {"last_loss": round(records[-1]["loss"], 3), "steps": len(records)})
+    for device in ("cuda", "cpu"):
+        for prompt in ("The quick brown", "Machine learning", "Neural networks can"):
+            argv = [sys.executable, "-m", "deployments.cli", "generate", "--model", str(folder / "model")]
+            argv += ["--prompt", prompt, "--max-tokens", "48", "--device", device, "--dtype", "bfloat16"]
+            env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            ran = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            told = (ran.stderr.strip().splitlines() or [""])[-1]
+            keep("generate", f"{device}: {prompt}", {"exit": ran.returncode, "text": ran.stdout.strip(), "told": told})
+
+
 def keep(what: str, name: str, result: dict[str, Any]) -> None:
     """Say a result, and with BENCH_OUT add it to that file at once."""
     say(json.dumps({name: {key: value for key, value in result.items() if key != "changes"}}))
@@ -214,10 +234,13 @@ def main() -> None:
         say(json.dumps({"bench_pretrain_1b4": "skipped: needs a CUDA device"}))
         return
     if what == "sentences":
-        learn_sentences(SENTENCES, Path(sys.argv[2]))
-        learn_sentences(SEVEN, Path(sys.argv[3]))
+        learn_sentences({name: SENTENCES[name] for name in sys.argv[4:] or SENTENCES}, Path(sys.argv[2]))
+        learn_sentences({} if sys.argv[4:] else SEVEN, Path(sys.argv[3]))
+    elif what == "generate":
+        generate(Path(sys.argv[2]))
     else:
-        measure_speed(TWO if what == "two" else SPEED)
+        cases = TWO if what == "two" else SPEED
+        measure_speed({name: cases[name] for name in sys.argv[2:] or cases})
 
 
 if __name__ == "__main__":
