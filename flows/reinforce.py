@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.recipes import ReinforceName, resolve_base, resolve_reinforce
 from tasks.artifacts import HealthReport
-from tasks.check.task import check_lengths, check_reinforce
+from tasks.check.task import check_lengths, check_recipe
 from tasks.corpus.task import prepare_corpus
 from tasks.fetch.task import fetch_base, fetch_dataset
 from tasks.merge.task import merge_adapter
@@ -51,7 +51,7 @@ def reinforce(
     """
     spec = resolve_reinforce(recipe, changes)
     pretraining = resolve_base(spec, base_changes)
-    check_reinforce(recipe, spec, pretraining, storage, hub_account, serving_host)
+    check_recipe(recipe, spec, pretraining, storage, hub_account, serving_host)
     start = find_adapter(adapter, spec.base, storage) if adapter else None
     dataset = fetch_dataset(spec.fetch, storage, hub_account)
     check_lengths(dataset, spec.as_finetune(), pretraining, storage, hub_account)

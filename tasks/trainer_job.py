@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import errors, files, slurm_job
+from tasks.artifacts import Artifact, BaseCheckpoint, TrainedAdapter, digest_files, folder_digest
 from tasks.environment import without_secrets
 from tasks.launch_script import Work, first_argv, render_join
 from tasks.processes import last_lines, stop
@@ -38,6 +39,27 @@ class Terms:
     heartbeat_timeout_s: float = 300.0
     stop_grace_s: float = 25.0
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)  # W&B's key may be one
+
+
+def made_adapter(
+    key: str,
+    folder: Path,
+    parents: tuple[Artifact, ...],
+    base: BaseCheckpoint,
+    result: dict[str, Any],  # Any: JSON values
+) -> TrainedAdapter:
+    """Return the artifact of a worker that left `adapter/` in `folder`, and its figures in `result`."""
+    adapter_folder = folder / "adapter"
+    return TrainedAdapter(
+        key=key,
+        folder=str(folder),
+        parents=tuple(parent.ref for parent in parents),
+        adapter_folder=str(adapter_folder),
+        adapter_digest=folder_digest(digest_files(adapter_folder)),
+        base_folder=base.model_folder,
+        base_digest=base.model_digest,
+        **result,
+    )
 
 
 def run_trainer(

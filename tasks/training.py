@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks import files
 from tasks.checkpoints import drop_old, is_disk_full, mark_complete, require_room, say_kept
 from tasks.errors import CapacityError, OutOfMemoryError, TataraError, TrainingError, TransientError
 from tasks.lifeline import Stopped, lifeline
+from tasks.metrics import read_metrics
 
 RESULT = "result.json"
 FAILURE = "failure.json"
@@ -122,6 +123,19 @@ def require_end(state: TrainerState, planned: int, *, is_over: bool = False) -> 
     """
     if state.global_step < planned and not is_over:
         raise Stopped(f"after step {state.global_step} of {planned}")
+
+
+def outcome(trainer: Trainer, folder: Path, before: float, after: float) -> dict[str, Any]:  # Any: JSON values
+    """Return what every adapter's result.json says: steps, parameters, losses of the first and last recorded step."""
+    metrics = read_metrics(folder / "metrics.jsonl")
+    return {
+        "num_steps": trainer.state.global_step,
+        "num_trainable": trainer.get_num_trainable_parameters(),
+        "first_loss": metrics[0]["loss"],
+        "last_loss": metrics[-1]["loss"],
+        "validation_loss_before": before,
+        "validation_loss_after": after,
+    }
 
 
 def run_worker(folder: Path, work: Callable[[], None], *, stop_grace_s: float = 25.0) -> None:

@@ -25,11 +25,11 @@ from tasks.hub import find_repo, require_target
 from tasks.machine import list_gpus
 from tasks.models import require_mxfp4
 from tasks.pretrain.run import check_pretraining
-from tasks.reinforce.run import check_rewards
+from tasks.reinforce.run import check_rewards, require_runnable
 from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, Spec
+from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, ReinforceSpec, Spec
 from tasks.targets import Target, find_targets
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
@@ -48,13 +48,16 @@ _MIN_FREE_BYTES = 2 << 30
 
 
 def check_recipe(
-    recipe: Recipe,
+    recipe: Recipe | ReinforceRecipe,
     pretraining: PretrainSpec | None,
     store: ArtifactStore,
     hub: HfApi,
     host: Mapping[str, str] = NO_OVERRIDES,
 ) -> list[str]:
     """Run every check; return what was found in order, one line each.
+
+    A recipe of rewards is checked as SFT with the same base, data and adapter, whose rows hold a sequence, and for its
+    rewards. What generation holds beside (its cache) is not in the estimate.
 
     Args:
         recipe: the resolved recipe.
@@ -66,34 +69,20 @@ def check_recipe(
         TransientError when the Hub can't be reached, so that the check is retried.
     """
     facts: list[BaseFacts] = []  # empty when the base can't be looked at: then that is the fault to say
+    rewarded = recipe.reinforce if isinstance(recipe, ReinforceRecipe) else None
+    recipe = _as_sft(recipe) if isinstance(recipe, ReinforceRecipe) else recipe
     checks: list[Callable[[], str]] = [
         lambda: _check_contract(recipe, pretraining),
         lambda: _check_data(recipe, hub),
         lambda: _look(recipe, pretraining, hub, facts),
         lambda: _check_fit(recipe, facts),
+        lambda: _check_rewards(rewarded, facts) if rewarded else "",
         lambda: _check_room(recipe, store, facts),
         lambda: check_launch(recipe.train, store.root),
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
     return run_all([*checks, *_late_checks(recipe, store, hub, host)])
-
-
-def check_reinforce(
-    recipe: ReinforceRecipe,
-    pretraining: PretrainSpec | None,
-    store: ArtifactStore,
-    hub: HfApi,
-    host: Mapping[str, str] = NO_OVERRIDES,
-) -> list[str]:
-    """Run the checks of a run by rewards: its rewards, then those of SFT with the same base, data and adapter.
-
-    A sequence counts as a row. What generation holds beside (its cache) is not in the estimate.
-    """
-    same, tokens = recipe.as_finetune(), max(recipe.pack.row_tokens, recipe.reinforce.max_sequence_tokens)
-    same = same.model_copy(update={"pack": recipe.pack.model_copy(update={"row_tokens": tokens})})
-    rewards = f"rewards: {check_rewards(recipe.reinforce)}"
-    return [rewards, *check_recipe(same, pretraining, store, hub, host)]
 
 
 def check_release(
@@ -176,6 +165,17 @@ def _check_contract(recipe: Recipe, pretraining: PretrainSpec | None) -> str:
 def _look(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, facts: list[BaseFacts]) -> str:
     facts.append(look_at_base(recipe.base, pretraining, hub))
     return f"base: {facts[0].origin}" + (f", made here of {survey_corpus(pretraining, hub)}" if pretraining else "")
+
+
+def _as_sft(recipe: ReinforceRecipe) -> Recipe:
+    same, tokens = recipe.as_finetune(), max(recipe.pack.row_tokens, recipe.reinforce.max_sequence_tokens)
+    return same.model_copy(update={"pack": recipe.pack.model_copy(update={"row_tokens": tokens})})
+
+
+def _check_rewards(spec: ReinforceSpec, facts: list[BaseFacts]) -> str:
+    if facts:
+        require_runnable(spec, facts[0].config)
+    return f"rewards: {check_rewards(spec)}"
 
 
 def _check_fit(recipe: Recipe, facts: list[BaseFacts]) -> str:

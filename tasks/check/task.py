@@ -15,7 +15,7 @@ _RETRYING = {**_WHEN, "retry_condition_fn": is_worth_retrying, "cache_policy": N
 @task(task_run_name="check-{name}", **_RETRYING)
 def check_recipe(
     name: str,
-    recipe: Recipe,
+    recipe: Recipe | ReinforceRecipe,
     pretraining: PretrainSpec | None,
     storage: str = "",
     hub_account: str = "",
@@ -28,24 +28,6 @@ def check_recipe(
     _keep_recipe(name, recipe, storage, pretraining)
     store, host = open_store(storage), open_host(serving_host)
     _show_checks(run.check_recipe(recipe, pretraining, store, open_hub(hub_account), host))
-
-
-@task(task_run_name="check-{name}", **_RETRYING)
-def check_reinforce(
-    name: str,
-    recipe: ReinforceRecipe,
-    pretraining: PretrainSpec | None,
-    storage: str = "",
-    hub_account: str = "",
-    serving_host: str = "",
-) -> None:
-    """The same for a run by rewards."""
-    from blocks.opening import open_host, open_hub, open_store
-    from tasks.check import run
-
-    _keep_recipe(name, recipe, storage, pretraining)
-    store, host = open_store(storage), open_host(serving_host)
-    _show_checks(run.check_reinforce(recipe, pretraining, store, open_hub(hub_account), host))
 
 
 @task(task_run_name="check-{name}", **_RETRYING)

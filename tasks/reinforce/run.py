@@ -20,8 +20,6 @@ from tasks.artifacts import (
     BaseCheckpoint,
     PackedDataset,
     TrainedAdapter,
-    digest_files,
-    folder_digest,
     make_key,
 )
 from tasks.errors import MissingError, SpecError
@@ -33,7 +31,7 @@ from tasks.reinforce.report import reward_distributions
 from tasks.reinforce.streams import read_rows
 from tasks.specs import ReinforceSpec
 from tasks.targets import Target, find_targets
-from tasks.trainer_job import ProgressFn, Terms, run_trainer
+from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
 VERSION = 1
 TRAINER = "tasks.reinforce.worker"
@@ -83,17 +81,7 @@ def reinforce_adapter(
             "start_adapter": start.adapter_folder if start else None,
         }
         result = run_trainer(TRAINER, claim.folder, job, _terms(spec), on_progress)
-        adapter_folder = claim.folder / "adapter"
-        artifact = TrainedAdapter(
-            key=key,
-            folder=str(claim.folder),
-            parents=tuple(parent.ref for parent in parents),
-            adapter_folder=str(adapter_folder),
-            adapter_digest=folder_digest(digest_files(adapter_folder)),
-            base_folder=base.model_folder,
-            base_digest=base.model_digest,
-            **result,
-        )
+        artifact = made_adapter(key, claim.folder, parents, base, result)
         generations = read_rows(claim.folder / spec.generations_csv)
         about = {
             "pins": pins,
@@ -107,8 +95,15 @@ def reinforce_adapter(
 
 def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: TrainedAdapter | None = None) -> list[Target]:
     """Return what gets an adapter. Raises SpecError or MissingError for what can be known before a model is loaded."""
-    config = files.read_json(Path(base.model_folder) / "config.json")
     check_rewards(spec)
+    require_runnable(spec, files.read_json(Path(base.model_folder) / "config.json"))
+    if start:
+        _require_fitting(start, base, spec)
+    return find_targets(base_shapes(Path(base.model_folder)), spec.lora)
+
+
+def require_runnable(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # Any: config.json
+    """Raise SpecError or MissingError where attention, context, quantization or rollouts don't fit the base."""
     choose_attention(config.get("model_type", ""), spec)
     context = config.get("max_position_embeddings") or 0
     if context and spec.max_sequence_tokens > context:
@@ -122,10 +117,7 @@ def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: Traine
             f"{config['quantization_config'].get('quant_method')}: set it to none, which learns on it unpacked, or "
             "name a base in bfloat16"
         )
-    if start:
-        _require_fitting(start, base, spec)
     _require_vllm(spec, config)
-    return find_targets(base_shapes(Path(base.model_folder)), spec.lora)
 
 
 def check_rewards(spec: ReinforceSpec) -> str:

@@ -39,7 +39,7 @@ from tasks.reinforce.recorder import GroupRecorder, PeriodKeeper, is_good_enough
 from tasks.reinforce.rewards import number
 from tasks.reinforce.said import Said
 from tasks.specs import ReinforceSpec
-from tasks.training import RESULT, fix_seeds, require_end, run_worker
+from tasks.training import RESULT, fix_seeds, outcome, require_end, run_worker
 
 
 def reinforce(job: dict[str, Any]) -> None:  # Any: JSON values
@@ -61,13 +61,7 @@ def reinforce(job: dict[str, Any]) -> None:  # Any: JSON values
     metrics = read_metrics(folder / "metrics.jsonl")
     rewards = [record["reward"] for record in metrics if record.get("reward") is not None]
     tenth = max(1, len(rewards) // 10)
-    result = {
-        "num_steps": trainer.state.global_step,
-        "num_trainable": trainer.get_num_trainable_parameters(),
-        "first_loss": metrics[0]["loss"],
-        "last_loss": metrics[-1]["loss"],
-        "validation_loss_before": before,
-        "validation_loss_after": after,
+    result = outcome(trainer, folder, before, after) | {
         "reward_before": sum(rewards[:tenth]) / tenth,
         "reward_after": sum(rewards[-tenth:]) / tenth,
     }

@@ -21,8 +21,6 @@ from tasks.artifacts import (
     BaseCheckpoint,
     PackedDataset,
     TrainedAdapter,
-    digest_files,
-    folder_digest,
     make_key,
 )
 from tasks.costs import peak_flops
@@ -36,7 +34,7 @@ from tasks.train.flops import flops_per_token
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
-from tasks.trainer_job import ProgressFn, Terms, run_trainer
+from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
 VERSION = 3  # 3: validation losses are means over tokens
 TRAINER = "tasks.train.worker"
@@ -88,17 +86,7 @@ def train_adapter(
             variables=wandb_variables(os.environ, key, store.root) if spec.report_to == "wandb" else {},
         )
         result, plans = _run_planned(work, job, terms, on_progress)
-        adapter_folder = claim.folder / "adapter"
-        artifact = TrainedAdapter(
-            key=key,
-            folder=str(claim.folder),
-            parents=(packed.ref, base.ref),
-            adapter_folder=str(adapter_folder),
-            adapter_digest=folder_digest(digest_files(adapter_folder)),
-            base_folder=base.model_folder,
-            base_digest=base.model_digest,
-            **result,
-        )
+        artifact = made_adapter(key, claim.folder, (packed, base), base, result)
         claim.commit(artifact, spec=spec, about={"plans": plans})
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
         return artifact

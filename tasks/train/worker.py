@@ -28,7 +28,6 @@ from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
 from tasks.gptoss.layout import MODEL_TYPE
-from tasks.metrics import read_metrics
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
@@ -38,7 +37,7 @@ from tasks.train.plan import StepPlan
 from tasks.train.sharding import HostConfig, share_base
 from tasks.train.validation import evaluations, is_over
 from tasks.train.watch import watch
-from tasks.training import RESULT, fix_seeds, require_end, run_worker
+from tasks.training import RESULT, fix_seeds, outcome, require_end, run_worker
 
 
 def train(job: dict[str, Any]) -> None:  # Any: JSON values
@@ -60,18 +59,8 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
         num_moving = (best_step or trainer.state.global_step) - (spec.warmup_steps > 0)  # a warm-up begins at rate 0
         require_moved(trainer, start, num_moving)
         save_adapter(trainer, folder)
-        metrics = read_metrics(folder / "metrics.jsonl")
-        result = {
-            "num_steps": trainer.state.global_step,
-            "num_trainable": trainer.get_num_trainable_parameters(),
-            "first_loss": metrics[0]["loss"],
-            "last_loss": metrics[-1]["loss"],
-            "validation_loss_before": before,
-            "validation_loss_after": after,
-            "best_step": best_step,
-        }
         say(f"validation loss {before:.4f} -> {after:.4f}")
-        files.write_json(folder / RESULT, result)
+        files.write_json(folder / RESULT, outcome(trainer, folder, before, after) | {"best_step": best_step})
 
 
 def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
