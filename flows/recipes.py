@@ -418,6 +418,11 @@ def resolve_pretrain(name: str, changes: BaseModel | dict[str, Any] | None = Non
     return change(_named(PRETRAIN_RECIPES, name, "pretrain recipe")(), changes)
 
 
+def resolve_every_pretrain() -> dict[str, PretrainSpec]:
+    """Return every pretraining recipe under its name."""
+    return {name: recipe() for name, recipe in PRETRAIN_RECIPES.items()}
+
+
 def resolve_base_release(name: str, changes: BaseModel | dict[str, Any] | None = None) -> BaseRelease:  # Any: as above
     """Return how models of the named pretraining recipe are published, served and verified."""
     return change(_named(BASE_RELEASES, name, "pretrain recipe")(), changes)

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from flows.recipes import PretrainName, resolve_base_release, resolve_pretrain
+from flows.recipes import PretrainName, resolve_base_release, resolve_every_pretrain
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_release
 from tasks.pretrain.task import find_pretrained
@@ -41,7 +41,7 @@ def release_base(
         serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve_base_release(recipe, changes)
-    pretrained = find_pretrained(model, recipe, resolve_pretrain(recipe), storage)
+    pretrained = find_pretrained(model, recipe, resolve_every_pretrain(), storage)
     check_release(recipe, spec, storage, hub_account, serving_host, pretrained)
     published = publish_model(pretrained, spec.publish, storage, hub_account)
     served = serve_model(published, spec.serve, storage, serving_host)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.recipes import PRETRAIN_RECIPES, resolve_pretrain
+from flows.recipes import PRETRAIN_RECIPES, resolve_every_pretrain
 from tasks.artifacts import (
     Artifact,
     ArtifactStore,
@@ -43,7 +43,7 @@ def find_model(name: str, root: Path) -> Source:
         return Source(place=str(folder.resolve()), said=f"model {folder}")
     store = ArtifactStore(root)
     if name in PRETRAIN_RECIPES:
-        return _of(find_pretrained(LATEST, name, resolve_pretrain(name), store))
+        return _of(find_pretrained(LATEST, name, resolve_every_pretrain(), store))
     if name == LATEST:
         made = [_newest(store, cls) for cls in _MADE]
         newest = max((pair for pair in made if pair), key=lambda pair: pair[0], default=None)

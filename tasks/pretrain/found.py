@@ -6,7 +6,9 @@ A model belongs to a recipe when its knobs are the recipe's own, or those that a
 Ring: edge (disk).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any  # of key_values(): JSON values
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, PretrainedModel
@@ -16,18 +18,20 @@ from tasks.specs import PretrainSpec, validate
 LATEST = "latest"
 
 
-def find_pretrained(name: str, recipe: str, spec: PretrainSpec, store: ArtifactStore) -> PretrainedModel:
+def find_pretrained(name: str, recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> PretrainedModel:
     """Return the pretrained model whose key begins with `name`; `latest`: the newest of the recipe.
 
     Args:
         name: first digits of a key, or `latest`.
         recipe: the recipe's name.
-        spec: what it resolves to today.
+        specs: what every recipe resolves to today, by its name.
         store: where the models and the runs are.
-    Raises: MissingError that lists what there is, SpecError when several fit.
+    Raises: MissingError that lists what there is, SpecError when several fit or it is another recipe's.
     """
     every = store.committed(PretrainedModel)
-    found = newest_of(recipe, spec, store) if name == LATEST else [m for m in every if name and m.key.startswith(name)]
+    found = (
+        _newest_of(recipe, specs, store) if name == LATEST else [m for m in every if name and m.key.startswith(name)]
+    )
     if not found:
         there = ", ".join(f"{model.short} ({model.num_parameters:,} parameters)" for model in every) or "none"
         wanted = f"of the recipe {recipe}" if name == LATEST else repr(name)
@@ -37,20 +41,32 @@ def find_pretrained(name: str, recipe: str, spec: PretrainSpec, store: ArtifactS
         )
     if len(found) > 1:
         raise SpecError(f"{name!r} may be {', '.join(model.short for model in found)}: give more digits of the key")
+    owners = [each for each in specs if _is_of(found[0], _questions(each, specs, store), store)]
+    if owners and recipe not in owners:
+        raise SpecError(
+            f"model {found[0].short} was made by the recipe {owners[0]}, not by {recipe}, whose knobs would serve and "
+            f"verify it: set recipe to {owners[0]}"
+        )
     return found[0]
 
 
-def newest_of(recipe: str, spec: PretrainSpec, store: ArtifactStore) -> list[PretrainedModel]:
+def _newest_of(recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> list[PretrainedModel]:
     """Return the newest model of a recipe, in a list that is empty without one."""
-    questions = [spec.key_values(), *(asked.key_values() for asked in _asked(recipe, store))]
-    for model in reversed(store.committed(PretrainedModel)):
-        values = (store.manifest(PretrainedModel, model.key) or {}).get("spec", {})
-        try:
-            if validate(PretrainSpec, values).key_values() in questions:
-                return [model]
-        except SpecError:  # another version's knobs
-            continue
-    return []
+    questions = _questions(recipe, specs, store)
+    made = (model for model in reversed(store.committed(PretrainedModel)) if _is_of(model, questions, store))
+    return list(islice(made, 1))
+
+
+def _questions(recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> list[dict[str, Any]]:
+    return [specs[recipe].key_values(), *(asked.key_values() for asked in _asked(recipe, store))]
+
+
+def _is_of(model: PretrainedModel, questions: list[dict[str, Any]], store: ArtifactStore) -> bool:
+    try:
+        manifest = store.manifest(PretrainedModel, model.key) or {}
+        return validate(PretrainSpec, manifest.get("spec", {})).key_values() in questions
+    except SpecError:  # another version's knobs
+        return False
 
 
 def _asked(recipe: str, store: ArtifactStore) -> Iterator[PretrainSpec]:

@@ -41,9 +41,9 @@ def pretrain_model(spec: PretrainSpec, corpus: TokenizedCorpus, storage: str = "
 
 
 @task(task_run_name="find-pretrained-{name}", cache_policy=NO_CACHE)
-def find_pretrained(name: str, recipe: str, spec: PretrainSpec, storage: str = "") -> PretrainedModel:
+def find_pretrained(name: str, recipe: str, specs: dict[str, PretrainSpec], storage: str = "") -> PretrainedModel:
     """Find a pretrained model by the first digits of its key, or the newest of this recipe as `latest`."""
     from blocks.opening import open_store
     from tasks.pretrain.found import find_pretrained
 
-    return find_pretrained(name, recipe, spec, open_store(storage))
+    return find_pretrained(name, recipe, specs, open_store(storage))
