@@ -41,6 +41,7 @@ _BUSY = frozenset({408, 429, 502, 503})  # those that Prefect's own client sends
 _SHELL = re.compile(  # differs from terminal to terminal and decides nothing in a flow
     r"_|SHLVL|PWD|OLDPWD|TERM|TERM_.*|COLORTERM|COLUMNS|LINES|PS\d|LS_COLORS|WINDOWID|DISPLAY|WAYLAND_.*|XDG_.*|DBUS_.*"
     r"|SSH_.*|GPG_.*|TMUX.*|STY|VTE_.*|VSCODE_.*|MAKE.*|MFLAGS|INVOCATION_ID|JOURNAL_STREAM|PYTEST_.*|TATARA_PROCESS.*"
+    r"|PYTHONDONTWRITEBYTECODE"  # the Makefile takes it away
 )
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,10 +21,11 @@ from tasks import files
 from tasks.artifacts import ArtifactStore
 from tasks.errors import MissingError, PortTakenError, SpecError, TataraError
 from tasks.metrics import read_metrics
-from tasks.reinforce.streams import parse_rows, read_rows
+from tasks.reinforce.streams import NewRows
 
 _KINDS = ("adapter", "pretrained")
 _EVERY_S = 2.0
+_SHOWN_ROWS = 40  # on the page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         for line in followed.lines():
             _say(line)
         if options.html:
-            files.write_text(options.html, render(found))
+            files.write_text(options.html, render(found, followed.rows))
         if options.once or found.is_done():
             return 0
         time.sleep(_EVERY_S)
@@ -107,34 +109,21 @@ class Follower:
 
     def __init__(self, run: Run) -> None:
         self.run, self._step = run, 0
-        self._offset, self._columns = 0, ()
+        self.rows = NewRows(run.generations, keep=_SHOWN_ROWS) if run.generations else None
+        self._completions: dict[str, list[dict[str, str]]] = {}  # by step, until its record is there
 
     def lines(self) -> list[str]:
         """Return lines for a terminal."""
         new = [record for record in self.run.records() if record["step"] > self._step]
         said: list[str] = []
-        shown = self._completions()
+        for row in self.rows.read() if self.rows else ():
+            self._completions.setdefault(row["step"], []).append(row)
         for record in new:
             self._step = record["step"]
             said.append(say_step(record, self.run.rewards))
-            said += [f"    {line}" for line in shown.get(str(self._step), ())]
+            if rows := self._completions.pop(str(self._step), None):
+                said += [f"    {line}" for line in best_and_worst(rows)]
         return said
-
-    def _completions(self) -> dict[str, list[str]]:
-        path = self.run.generations
-        if path is None or not path.exists():
-            return {}
-        if path.stat().st_size < self._offset:  # a resume cut it
-            self._offset, self._columns = 0, ()
-        with path.open("rb") as handle:
-            handle.seek(self._offset)
-            rows, taken = parse_rows(handle.read(), self._columns)
-        self._offset += taken if rows else 0  # a header alone is read again
-        self._columns = tuple(rows[0]) if rows else self._columns
-        steps: dict[str, list[dict[str, str]]] = {}
-        for row in rows:
-            steps.setdefault(row["step"], []).append(row)
-        return {step: best_and_worst(of_step) for step, of_step in steps.items()}
 
 
 def best_and_worst(rows: list[dict[str, str]]) -> list[str]:
@@ -173,10 +162,9 @@ def say_step(record: dict[str, Any], rewards: tuple[str, ...] = ()) -> str:  # A
     return "  ".join(parts)
 
 
-def render(run: Run) -> str:
-    """Return the page of a run as it is now."""
-    generations = read_rows(run.generations)[-40:] if run.generations else []
-    return page(run.name, run.records(), generations, run.rewards, is_done=run.is_done())
+def render(run: Run, rows: NewRows | None) -> str:
+    """Return the page of a run with the newest completions that were read."""
+    return page(run.name, run.records(), list(rows.newest) if rows else [], run.rewards, is_done=run.is_done())
 
 
 def _say(line: str) -> None:
@@ -190,11 +178,19 @@ def _short(text: str, most: int = 60) -> str:
 
 
 def _serve(run: Run, port: int) -> int:
+    rows, lock = Follower(run).rows, threading.Lock()
+
+    def newest_page() -> str:
+        with lock:  # of several who look
+            if rows:
+                rows.read()
+            return render(run, rows)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer with the page, or with the records alone."""
             is_json = self.path == "/metrics.json"
-            data = (json.dumps(run.records()) if is_json else render(run)).encode()
+            data = (json.dumps(run.records()) if is_json else newest_page()).encode()
             self.send_response(200)
             self.send_header("content-type", "application/json" if is_json else "text/html; charset=utf-8")
             self.send_header("content-length", str(len(data)))

@@ -9,6 +9,7 @@ Ring: edge (disk). Imports no torch.
 import csv
 import io
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,29 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     data = path.read_bytes()
     return parse_rows(data[: data.rfind(b"\n") + 1])[0]
+
+
+class NewRows:
+    """What was appended to a stream since the last look, and the newest rows of all: a long run's file is read once."""
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path, self.newest = path, deque[dict[str, str]](maxlen=keep)
+        self._offset, self._columns = 0, ()
+
+    def read(self) -> list[dict[str, str]]:
+        """Return the whole rows that are new; all of them after a resume has cut the file."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self._offset:
+            self._offset, self._columns = 0, ()
+            self.newest.clear()
+        with self.path.open("rb") as handle:
+            handle.seek(self._offset)
+            rows, taken = parse_rows(handle.read(), self._columns)
+        if rows:  # a header alone is read again
+            self._offset, self._columns = self._offset + taken, tuple(rows[0])
+        self.newest.extend(rows)
+        return rows
 
 
 def parse_rows(data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str, str]], int]:

@@ -273,7 +273,8 @@ def test_up_with_a_real_server(tmp_path: Path, free_port: int):
         assert subject.start_worker(prefect) == "started"
         lose_a_run(prefect)
         assert settle_lost_runs(prefect, "local") == []  # a worker is there: it may be its run
-        assert subject.start_worker(subject.find_prefect({**given, "SHLVL": "9"})) == "runs"
+        of_a_shell = {"SHLVL": "9", "PYTHONDONTWRITEBYTECODE": "1"}
+        assert subject.start_worker(subject.find_prefect({**given, **of_a_shell})) == "runs"
         with_token = subject.find_prefect({**given, "HF_TOKEN": "hf_verysecret"})
         assert subject.start_worker(with_token) == "started anew, for HF_TOKEN changed"
         worker = processes.find_alive(prefect.identity("worker"))

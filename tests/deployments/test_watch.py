@@ -15,7 +15,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.errors import MissingError, SpecError
 from tasks.metrics import append_metrics
 from tasks.reinforce.columns import generations_columns
-from tasks.reinforce.streams import CsvStream
+from tasks.reinforce.streams import CsvStream, NewRows
 from tests.ports import free_port
 from tests.tasks.reinforce.runs import SPEC
 from tests.waiting import wait_for
@@ -56,6 +56,27 @@ def test_each_step_is_one_line_with_its_best_and_worst_completion(folder: Path):
     assert followed.lines() == []
     add_step(folder, 3)
     assert followed.lines()[0].startswith("step 3/9  reward 1.5")
+
+
+def test_completions_that_come_before_their_record_are_shown_with_it(folder: Path):
+    metrics, followed = folder / "metrics.jsonl", Follower(open_run(folder))
+    kept = metrics.read_bytes()
+    metrics.write_bytes(kept[: kept.index(b"\n") + 1])
+    assert len(followed.lines()) == 3
+    metrics.write_bytes(kept)
+    assert [line.split()[0] for line in followed.lines()] == ["step", "+1.50", "+0.25"]
+
+
+def test_a_stream_that_a_resume_cut_is_read_anew(folder: Path):
+    path = folder / "generations.csv"
+    rows = NewRows(path, keep=3)
+    assert ([row["step"] for row in rows.read()], len(rows.newest)) == (["1", "1", "2", "2"], 3)
+    assert rows.read() == []
+    with path.open("ab") as handle:
+        handle.write(b"3,torn")
+    assert rows.read() == []
+    CsvStream(path, generations_columns(SPEC)).cut(1)
+    assert [row["step"] for row in rows.read()] == ["1", "1"] == [row["step"] for row in rows.newest]
 
 
 def test_the_page_is_whole_by_itself_and_shows_text_as_text(folder: Path, capsys: pytest.CaptureFixture[str]):
