@@ -32,6 +32,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the estimate; return 0 when it fits, 1 when it does not."""
     recipe = _resolve(options)
     gpus = imagine_gpus(options.gpu_gb, recipe.train.num_processes) if options.gpu_gb else find_gpus(recipe)
+    if not options.gpu_gb and 1 < options.gpus > len(gpus):
+        raise SpecError(
+            f"--gpus {options.gpus}, but this machine has {len(gpus)}: say how large they are with --gpu-gb"
+        )
     fit = estimate_fit(recipe, resolve_base(recipe), open_hub(""), gpus[: recipe.train.num_processes])
     sys.stdout.write(say_fit(fit, options.name) + "\n")
     return 0 if fit.fits else 1

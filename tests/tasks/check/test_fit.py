@@ -190,7 +190,8 @@ def test_the_command_prints_it_and_its_status_is_the_answer(capsys: pytest.Captu
     assert "fits: no\n" in capsys.readouterr().out
     assert cli.main(["fit", "tiny", "--gpu-gb", "16", "--gpus", "2"]) == 0
     assert "tiny on 2 x 16 GB GPU" in capsys.readouterr().out
-    for words, message in ((["--changes", "{x"], "is not JSON"), (["--gpus", "0", "--gpu-gb", "1"], "above 0")):
+    wrong = ((["--changes", "{x"], "is not JSON"), (["--gpus", "0", "--gpu-gb", "1"], "above 0"))
+    for words, message in (*wrong, (["--gpus", "99"], "but this machine has")):
         assert cli.main(["fit", "tiny", *words]) == 1
         assert message in capsys.readouterr().err
     for size in ("nan", "inf", "-1"):
