@@ -157,6 +157,9 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
     keep = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_API_KEY", "PYTHONPATH")
     if settings.variables.get("GATEWAY_TRACE_DIRECT", "").lower() in ("1", "true", "yes", "on"):
         keep = (*keep, "WANDB_")  # its child sends to Weave
+    lite = settings.variables.get("LITE_MODEL", "").strip()
+    if lite and "://" not in lite and not Path(lite).expanduser().is_dir():
+        keep = (*keep, "HF_TOKEN")  # its child loads that id of the Hub, which may be private
     if settings.uses_own_vllm:
         extra["GATEWAY_UPSTREAMS_FILE"] = str(settings.upstreams_file)
     else:
@@ -165,7 +168,7 @@ def plan_gateway(settings: ServiceSettings) -> processes.Program:
     if key := read_secret(variables, "VLLM_API_KEY"):
         variables["VLLM_API_KEY"] = key
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH", "")]))
-    prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "TATARA_MODEL_", "TATARA_ADAPTER_")
+    prefixes = ("GATEWAY_", "LITE_", "REDIS_", "VLLM_", "HF_TOKEN", "TATARA_MODEL_", "TATARA_ADAPTER_")
     shown = {name: value for name, value in variables.items() if name.startswith(prefixes)}
     code = [fingerprint_gateway(), fingerprint_environment(settings.gateway_python)]
     return _program(settings, "gateway", argv, variables, digest_of([argv, extra, shown, *code]))

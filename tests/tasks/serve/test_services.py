@@ -162,6 +162,11 @@ def test_token_reaches_vllm_for_hub_models_only(settings: ServiceSettings):
     assert "hf_t" not in "".join(hub.argv) + hub.digest + repr(hub)
     gateway = services.plan_gateway(with_token)
     assert not {"HF_TOKEN", "WANDB_API_KEY"} & {*local.variables, *gateway.variables}
+    for lite, is_needed in (("owner/small", True), ("/", False), ("http://host:1", False)):
+        variables = {**with_token.variables, "LITE_MODEL": lite}
+        gateway = services.plan_gateway(replace(with_token, variables=variables))
+        assert (gateway.variables.get("HF_TOKEN") == "hf_t") == is_needed
+        assert "hf_t" not in "".join(gateway.argv) + gateway.digest + repr(gateway)
 
 
 def test_timeout_stops_what_was_started(settings: ServiceSettings):
