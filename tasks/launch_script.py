@@ -274,7 +274,7 @@ until [ -e $folder/result.json ] || [ -e $folder/$over ]; do
     $start &
     run=$$!
     wait "$$run"
-    [ -e $folder/result.json ] || sleep 5
+    [ -e $folder/result.json ] || [ -e $folder/$over ] || sleep 5
 done
 [ ! -e $folder/$over ] || echo "the run was cancelled: start this again after it was started again"
 """

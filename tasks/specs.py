@@ -33,11 +33,11 @@ _SET_BY_US = frozenset(
 )
 
 
-def _read_dashboard(value: str) -> str:
+def _read_dashboard(value: str, otherwise: str = "") -> str:
     if not re.fullmatch(r"https?://[^/@\s]+/?", value):
         raise ValueError(
-            "expected the dashboard's URL, such as http://10.0.0.1:8265, without a path or a login; a token goes into "
-            "RAY_AUTH_TOKEN. The port of `ray start --address` (6379) is another one"
+            f"expected the dashboard's URL, such as http://10.0.0.1:8265, without a path or a login{otherwise}; a "
+            "token goes into RAY_AUTH_TOKEN. The port of `ray start --address` (6379) is another one"
         )
     return value.rstrip("/")
 
@@ -168,7 +168,7 @@ class LaunchSpec(Spec):
         default=(), description="Words before that Python, such as apptainer, exec, --nv, /images/tatara.sif."
     )
     setup: tuple[str, ...] = Field(
-        default=(), description="Shell lines before the start on the first node, such as module load hpcx, one each."
+        default=(), description="Shell lines before the start, such as module load hpcx; SLURM: on the first node."
     )
     environment: dict[str, str] = Field(
         default_factory=dict, description="Variables of all processes, such as NCCL_SOCKET_IFNAME; no secrets."
@@ -1010,7 +1010,7 @@ class RaySpec(Spec):
     @field_validator("address")
     @classmethod
     def _is_dashboard(cls, value: str) -> str:
-        return value if value in ("", "local") else _read_dashboard(value)
+        return value if value in ("", "local") else _read_dashboard(value, ", or 'local'")
 
 
 class PpoSpec(Spec):
