@@ -86,5 +86,7 @@ class JobReport:
         state = self.state or f"forgotten by {self.system}"
         if self.state == "CANCELLED":
             why += " (scancel)" if self.system == "SLURM" else " (on Ray's dashboard, or by `ray job stop`)"
+        if self.state == "REVOKED" and self.reason:
+            why += f" ({self.reason})"
         where = f" on {self.nodes}" if self.nodes else ""
         return f"{self.label} ended as {state}{where}: {why}"

@@ -146,6 +146,9 @@ class RayQueue:
         if state is None:
             return JobReport(job_id=job_id, system=self.name, state="REVOKED")  # the cluster was started anew
         code = "" if state.exit_code is None else str(state.exit_code)
+        if state.status == "FAILED" and not code:  # not by its entrypoint: Ray lost it, or ran out of memory
+            said = state.message.strip().partition("\n")[0]
+            return JobReport(job_id=job_id, system=self.name, state="REVOKED", reason=said)
         if state.status == "FAILED" and not _shows(self._job.folder, "driver", job_id):
             raise errors.SpecError(self._say_not_begun(job_id, state))
         said = "NODE_FAIL" if code == str(LOST_NODE) else _STATES.get(state.status, state.status)
