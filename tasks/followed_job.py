@@ -104,10 +104,8 @@ def raise_end(end: JobReport, job: Job, spec: LaunchSpec) -> NoReturn:
             f"{said}: within the time limit ({limit}) no checkpoint was written, so it would be requeued for ever; "
             f"raise TrainSpec.launch.time_limit (or lower stop_notice_s, {spec.stop_notice_s} s)"
         )
-    is_told = any(job.folder.glob("failure*.json"))
-    if code == str(NOT_SHARED) or (
-        end.state == "FAILED" and not is_told and _unseen(job.folder, end.job_id, spec.nodes)
-    ):
+    is_blind = end.system == "SLURM" and end.state == "FAILED" and _unseen(job.folder, end.job_id, spec.nodes)
+    if code == str(NOT_SHARED) or is_blind:  # on Ray the driver tells it
         raise errors.SpecError(_say_not_shared(end, job.folder, spec))
     if end.state in {"TIMEOUT", "DEADLINE"}:
         raise errors.TransientError(f"{said}: {kept}")

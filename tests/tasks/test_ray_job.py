@@ -116,9 +116,10 @@ def test_states(ray: Dashboard, folder: Path):
     for status, code, error, said in (
         ("STOPPED", None, errors.TrainingError, "by `ray job stop`.*, not by Tatara"),
         ("FAILED", LOST_NODE, errors.TransientError, "a node was lost"),
+        ("FAILED", None, errors.TransientError, r"its cluster gave it up \(out of memory\)"),
         ("FAILED", 1, errors.TrainingError, "exit code 1: .*the next try goes on"),
     ):
-        ray.jobs[job_id] |= {"status": status, "driver_exit_code": code}
+        ray.jobs[job_id] |= {"status": status, "driver_exit_code": code, "message": "out of memory"}
         seen = waiting.look(job_id)
         assert seen and seen.is_over
         with pytest.raises(error, match=said) as caught:
