@@ -50,7 +50,7 @@ slurm-test: setup ## trainings as jobs of a real SLURM with two nodes on this ma
 	@.venv/bin/python -m pytest -q -m slurm --durations=8 tests/tasks/train
 
 ray-test: export OMP_NUM_THREADS = 1
-ray-test: setup  ## the flow reinforce-ppo on a real Ray cluster of two nodes, verl on the CPU (.venv-ppo; ten minutes)
+ray-test: setup  ## finetunes as jobs and the flow reinforce-ppo on a real Ray cluster of two nodes, verl on the CPU (.venv-ppo; ten minutes)
 	@$(PYTHON) deployments/environments.py ppo
 	@.venv/bin/python -m pytest -q -m ray --durations=8 tests/ppo
 

@@ -1,8 +1,9 @@
-"""The shell scripts that start a trainer on several machines: a job for sbatch, and join.sh for machines without SLURM.
+"""The shell scripts that start a trainer on several machines: by sbatch, as a job of Ray, or by hand (join.sh).
 
     LaunchSpec + Work -> render_job()  -> job.sbatch: one torchrun per node by srun, rendezvous at the first one
                       -> render_join() -> join.sh: what is started by hand on each other machine
                       -> first_argv()  -> the same on this machine
+                      -> render_node() -> node.sh: what each node of a Ray job runs
 
 What SLURM and torchrun do themselves is left to them: srun starts and ends all nodes together
 (--kill-on-bad-exit), SLURM requeues after preemption and lost nodes, torchrun finds ranks and names the one that died.
@@ -23,6 +24,7 @@ from tasks.specs import LaunchSpec
 
 JOIN_PORT = 29400  # torchrun's own default
 NOT_SHARED, NO_PROGRESS = 66, 67  # exit status: a node does not see the folder; the time limit lets nothing be saved
+JOIN_OVER = "join.over"  # a join.sh that finds it ends: the run was cancelled
 STOP_ASKED = "stop.asked"  # a trainer that finds it ends after its step, with all the time that this takes
 STARTS = "tatara: the trainer starts as "  # what comes after it in output.log is of this start
 _OF_SBATCH = {"ACCOUNT": "account", "PARTITION": "partition", "QOS": "qos", "TIMELIMIT": "time_limit"}
@@ -91,13 +93,20 @@ def render_join(spec: LaunchSpec, work: Work) -> str:
         "exports": _exports(spec, work),
         "setup": "\n".join(spec.setup),
         "start": shlex.join(_torchrun(spec, work, is_host=False)),
+        "over": JOIN_OVER,
     }
     return Template(_JOIN).substitute(values)
 
 
 def first_argv(spec: LaunchSpec, work: Work) -> list[str]:
     """Return the command of the first machine of a run without SLURM, which the others find by its address."""
-    return _torchrun(spec, work, is_host=True)
+    return ["bash", "-c", _node(spec, work, f"exec {shlex.join(_torchrun(spec, work, is_host=True))}")]
+
+
+def render_node(spec: LaunchSpec, work: Work) -> str:
+    """Return what each node of a Ray job runs; ray_driver.py says which node it is, and where the first one is."""
+    dumps = 'export TORCH_FR_DUMP_TEMP_FILE="$TATARA_LOGS/nccl_rank_"'
+    return _node(spec, work, f"{dumps}\n{_start(spec, work, number='TATARA_NODE', name='TATARA_NODE')}")
 
 
 def submit_variables(variables: Mapping[str, str], spec: LaunchSpec) -> dict[str, str]:
@@ -166,13 +175,17 @@ def _exports(spec: LaunchSpec, work: Work) -> str:
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
 
 
-def _start(spec: LaunchSpec, work: Work) -> str:
-    """Return what srun runs on each node; the number of the node and the rendezvous are known there only."""
+def _node(spec: LaunchSpec, work: Work, start: str) -> str:
+    return Template(_NODE).substitute(setup="\n".join(spec.setup), exports=_exports(spec, work), start=start)
+
+
+def _start(spec: LaunchSpec, work: Work, number: str = "SLURM_NODEID", name: str = "SLURMD_NODENAME") -> str:
+    """Return what runs on each node; the node's number and name, and the rendezvous, are variables there."""
     words = [*spec.command_prefix, spec.python or work.python, "-m", "torch.distributed.run", *_shape(spec)]
     late = (
         '--rdzv-endpoint="$TATARA_HEAD" --rdzv-id="$TATARA_RUN" '
-        '--rdzv-conf="is_host=$((SLURM_NODEID == 0)),read_timeout=600" '
-        '--log-dir="$TATARA_LOGS/$SLURMD_NODENAME"'
+        f'--rdzv-conf="is_host=$(({number} == 0)),read_timeout=600" '
+        f'--log-dir="$TATARA_LOGS/${name}"'
     )
     return f"exec {shlex.join(words)} {late} {shlex.join(['-m', work.module, work.job_file])}"
 
@@ -240,6 +253,14 @@ fi
 exit "$$status"
 """
 
+_NODE = """\
+# Made by Tatara.
+$setup
+$exports
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank$${rank}] '
+$start
+"""
+
 _JOIN = """\
 #!/bin/bash
 # Made by Tatara: start it on each other machine with its number, 1 to $last. It goes on until the training is over.
@@ -249,10 +270,11 @@ $setup
 $exports
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank$${rank}] '
 trap 'kill "$$run" 2>/dev/null; wait; exit 143' TERM INT
-until [ -e $folder/result.json ]; do
+until [ -e $folder/result.json ] || [ -e $folder/$over ]; do
     $start &
     run=$$!
     wait "$$run"
-    [ -e $folder/result.json ] || sleep 5
+    [ -e $folder/result.json ] || [ -e $folder/$over ] || sleep 5
 done
+[ ! -e $folder/$over ] || echo "the run was cancelled: start this again after it was started again"
 """

@@ -17,8 +17,17 @@ from typing import Any
 
 import httpx
 
+from tasks import files
 from tasks.environment import read_secret
-from tasks.errors import MissingError, RightsError, ServiceError, TokenError, TransientError, UnavailableError
+from tasks.errors import (
+    MissingError,
+    RightsError,
+    ServiceError,
+    TataraError,
+    TokenError,
+    TransientError,
+    UnavailableError,
+)
 
 _ANSWER_S = 30.0
 _LOG_CHARS_PER_S = 1 << 20  # the API tells a log only as a whole: a long one is asked for less often
@@ -44,6 +53,7 @@ class JobState:
     status: str
     message: str = ""
     exit_code: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
@@ -115,7 +125,10 @@ class RayJobs:
         except MissingError:
             return None
         return JobState(
-            status=told["status"], message=told.get("message") or "", exit_code=told.get("driver_exit_code")
+            status=told["status"],
+            message=told.get("message") or "",
+            exit_code=told.get("driver_exit_code"),
+            metadata=told.get("metadata") or {},
         )
 
     def ensure(self, job: Job) -> JobState:
@@ -218,6 +231,70 @@ def follow(
             return state
         wait_s = patience.poll_s
         time.sleep(max(wait_s, len(text) / _LOG_CHARS_PER_S))
+
+
+def choose_attempt(jobs: RayJobs, name: str, path: Path) -> int:
+    """Return the number of the job `name-number` to follow or to submit: a new one when the last failed or is unknown.
+
+    It is written down in `path` before the submission, so that a kill in between is followed and not doubled.
+    """
+    number = int(files.read_json(path)["attempt"]) if path.exists() else 0
+    if number:
+        state = jobs.find(f"{name}-{number}")
+        if state and (not state.is_done or state.status == "SUCCEEDED"):
+            logger.info("job %s-%d is there (%s): following it", name, number, state.status)
+            return number
+    files.write_json(path, {"attempt": number + 1, "submission_id": f"{name}-{number + 1}", "url": jobs.url})
+    return number + 1
+
+
+def submit(jobs: RayJobs, job: Job, patience: Patience) -> None:
+    """Submit a job once, however often the answer is lost. Raises TransientError after `lost_after_s`."""
+    deadline = time.monotonic() + patience.lost_after_s
+    while True:
+        try:
+            state = jobs.ensure(job)
+            logger.info("job %s on %s: %s", job.submission_id, jobs.url, state.status)
+            return
+        except TransientError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(patience.poll_s)
+
+
+def stop_job(jobs: RayJobs, submission_id: str, patience_s: float) -> None:
+    """Stop a job and wait until it has; a cluster that does not answer is told of in the log."""
+    deadline = time.monotonic() + patience_s
+    try:
+        jobs.stop(submission_id)
+        while (state := jobs.find(submission_id)) and not state.is_done:
+            if time.monotonic() > deadline:
+                logger.warning("job %s still runs %g s after it was told to stop", submission_id, patience_s)
+                return
+            time.sleep(0.2)
+        logger.info("job %s was stopped", submission_id)
+    except TataraError as error:
+        logger.warning("job %s could not be stopped: %s", submission_id, error)
+
+
+class Health:
+    """Whether nodes of the cluster were lost: said at once, and once, with what it means."""
+
+    def __init__(self, meaning: str) -> None:
+        self._meaning = meaning
+        self.lost: dict[str, str] = {}
+        self._known: dict[str, str] = {}
+
+    def __call__(self, nodes: list[Node]) -> None:
+        """Take what lives now."""
+        alive = {node.node_id: node.address for node in nodes}
+        for node_id in self._known.keys() - alive.keys():
+            self.lost[node_id] = self._known[node_id]
+            logger.error(
+                "node %s (%s) of the cluster is lost, %d are left: %s",
+                *(self._known[node_id], node_id[:8], len(alive), self._meaning),
+            )
+        self._known = alive
 
 
 def last_lines(text: str, count: int = 30) -> str:

@@ -33,6 +33,15 @@ _SET_BY_US = frozenset(
 )
 
 
+def _read_dashboard(value: str, otherwise: str = "") -> str:
+    if not re.fullmatch(r"https?://[^/@\s]+/?", value):
+        raise ValueError(
+            f"expected the dashboard's URL, such as http://10.0.0.1:8265, without a path or a login{otherwise}; a "
+            "token goes into RAY_AUTH_TOKEN. The port of `ray start --address` (6379) is another one"
+        )
+    return value.rstrip("/")
+
+
 class Spec(BaseModel):
     """Base of all knobs: frozen, and a misspelt field is an error."""
 
@@ -138,15 +147,17 @@ class LoraSpec(Spec):
 class LaunchSpec(Spec):
     """Where a training's processes run. It decides nothing about the adapter: same run, other place."""
 
-    launcher: Literal["local", "torchrun", "slurm"] = Field(
+    launcher: Literal["local", "torchrun", "slurm", "ray"] = Field(
         default="local",
         description="local: this machine; torchrun: this one and others, where its join.sh is started by hand; "
-        "slurm: a job that is submitted with sbatch and followed.",
+        "slurm: a job that is submitted with sbatch and followed; ray: a job of a Ray cluster, followed likewise.",
     )
     nodes: Positive = Field(default=1, description="Machines.")
     gpus_per_node: int = Field(default=0, ge=0, description="GPUs of a node, a process each; 0: CPU nodes.")
     processes_per_node: int = Field(default=0, ge=0, description="Processes of a node; 0: one a GPU, without GPUs one.")
-    gpu_type: str = Field(default="", pattern=r"^[\w.-]*$", description="GPU type as SLURM names it, such as h100.")
+    gpu_type: str = Field(
+        default="", pattern=r"^[\w.-]*$", description="GPU type as SLURM or Ray names it: h100, H100."
+    )
     gpu_memory_gb: float = Field(
         default=0.0, ge=0, description="Memory of one such GPU in GB (80, 141): the step is cut to fit it."
     )
@@ -157,7 +168,7 @@ class LaunchSpec(Spec):
         default=(), description="Words before that Python, such as apptainer, exec, --nv, /images/tatara.sif."
     )
     setup: tuple[str, ...] = Field(
-        default=(), description="Shell lines before the start on the first node, such as module load hpcx, one each."
+        default=(), description="Shell lines before the start, such as module load hpcx; SLURM: on the first node."
     )
     environment: dict[str, str] = Field(
         default_factory=dict, description="Variables of all processes, such as NCCL_SOCKET_IFNAME; no secrets."
@@ -171,6 +182,13 @@ class LaunchSpec(Spec):
     max_restarts: int = Field(
         default=0, ge=0, description="How often torchrun starts all ranks again inside a job after one died."
     )
+    ray_address: str = Field(
+        default="", description="URL of a Ray cluster's dashboard (http://head:8265); empty: RAY_ADDRESS."
+    )
+    ray_python: str = Field(default="python3", description="Python with ray on the head of that cluster.")
+    reserve_timeout_s: float = Field(
+        default=3600.0, gt=0, description="How long a Ray job waits until its nodes and GPUs are free."
+    )
     partition: str = Field(default="", description="SLURM partition, or several with commas; empty: the default.")
     account: str = Field(default="", description="SLURM account that is charged.")
     qos: str = Field(default="", description="SLURM quality of service.")
@@ -180,7 +198,9 @@ class LaunchSpec(Spec):
         pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d(:\d\d)?)?)?$",
         description="Longest run of a job, such as 6-00:00:00; near its end it writes a checkpoint and is requeued.",
     )
-    cpus_per_task: int = Field(default=0, ge=0, description="CPUs of a node's launcher; 0: SLURM's default.")
+    cpus_per_task: int = Field(
+        default=0, ge=0, description="CPUs of a node's launcher; 0: SLURM's default, of Ray one."
+    )
     memory: str = Field(
         default="", pattern=r"^(\d+[KMGT]?)?$", description="Memory of a node, such as 900G; 0: all of it."
     )
@@ -193,7 +213,7 @@ class LaunchSpec(Spec):
     stop_notice_s: Positive = Field(
         default=180, description="How long before the end of time_limit the last checkpoint is begun."
     )
-    poll_s: float = Field(default=15.0, gt=0, description="Time between two questions to SLURM.")
+    poll_s: float = Field(default=15.0, gt=0, description="Time between two questions to SLURM or Ray.")
     shared_timeout_s: float = Field(
         default=300.0, gt=0, description="Every node has to show within this that it sees the job's folder."
     )
@@ -207,6 +227,16 @@ class LaunchSpec(Spec):
     def num_processes(self) -> int:
         """Processes of all nodes."""
         return self.nodes * self.node_processes
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it runs on machines that somebody else hands out, as a job."""
+        return self.launcher in ("slurm", "ray")
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_dashboard(cls, value: str) -> str:
+        return _read_dashboard(value) if value else value
 
     @field_validator("partition", "account", "qos", "nodelist")
     @classmethod
@@ -257,14 +287,14 @@ class LaunchSpec(Spec):
         if self.launcher == "local" and self.num_processes > 1:
             raise ValueError(
                 "launcher='local' trains on this machine alone, as TrainSpec.num_processes says: leave nodes, "
-                "gpus_per_node and processes_per_node out, or choose launcher='slurm' or 'torchrun'"
+                "gpus_per_node and processes_per_node out, or choose launcher='slurm', 'ray' or 'torchrun'"
             )
         if self.gpus_per_node and self.node_processes != self.gpus_per_node:
             raise ValueError(
                 f"processes_per_node={self.processes_per_node} but gpus_per_node={self.gpus_per_node}: each process "
                 "trains on a GPU of its own, leave processes_per_node out"
             )
-        if self.launcher == "slurm" and self.gpus_per_node and not self.gpu_memory_gb:
+        if self.is_elsewhere and self.gpus_per_node and not self.gpu_memory_gb:
             raise ValueError(
                 "gpu_memory_gb is 0: say the memory of one GPU of the nodes, so that the step is cut to fit"
             )
@@ -980,14 +1010,7 @@ class RaySpec(Spec):
     @field_validator("address")
     @classmethod
     def _is_dashboard(cls, value: str) -> str:
-        if value in ("", "local"):
-            return value
-        if not re.fullmatch(r"https?://[^/@\s]+/?", value):
-            raise ValueError(
-                "expected the dashboard's URL, such as http://10.0.0.1:8265, without a path or a login, or 'local'; a "
-                "token goes into RAY_AUTH_TOKEN. The port of `ray start --address` (6379) is another one"
-            )
-        return value.rstrip("/")
+        return value if value in ("", "local") else _read_dashboard(value, ", or 'local'")
 
 
 class PpoSpec(Spec):

@@ -1,22 +1,24 @@
 """Run a trainer process for a verb and turn its end into a result or one of our errors.
 
-    job.json -> python -m tasks.<verb>.worker job.json  (torchrun, or SLURM) -> result.json | failure.json | neither
+    job.json -> python -m tasks.<verb>.worker job.json  (torchrun, SLURM, Ray) -> result.json | failure.json | neither
 
 Ring: edge. Imports no torch: this is the parent's side.
 """
 
+import asyncio
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks import errors, files, slurm_job
+from tasks import errors, files, ray_job, slurm_job
 from tasks.artifacts import Artifact, BaseCheckpoint, TrainedAdapter, digest_files, folder_digest
 from tasks.environment import without_secrets
-from tasks.launch_script import Work, first_argv, render_join
+from tasks.followed_job import Queue, job_name, raise_end, run_queued
+from tasks.launch_script import JOIN_OVER, Work, first_argv, render_join
 from tasks.processes import last_lines, stop
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job, supervise
@@ -26,6 +28,10 @@ ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 logger = logging.getLogger(__name__)
 _LAST_WORD_BYTES = 1 << 20  # with less than this free a trainer may have been unable to leave failure.json
 _ROOT = Path(__file__).resolve().parents[1]
+_GPU_DEFAULTS = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi numbers them, whose memory was looked at
+}
 _KILL_AFTER_S = 2.0  # the trainer kills itself when its grace is over; this is for one that can't any more
 
 
@@ -75,14 +81,17 @@ def run_trainer(
     Raises: the error class that the trainer named in failure.json; TrainingError with its last lines
         when it died without a word (SIGKILL, out of memory by the kernel).
     """
-    result, at_slurm = folder / "result.json", terms.launch.launcher == "slurm"
-    if result.exists() or not at_slurm:  # a job in the queue would write into a folder that is whole, or beside us
+    result, launcher = folder / "result.json", terms.launch.launcher
+    # A job in a queue would write into a folder that is whole, or beside us.
+    if result.exists() or launcher != "slurm":
         slurm_job.end_left(folder, terms.stop_grace_s)
+    if result.exists() or launcher != "ray":
+        ray_job.end_left(folder, terms.stop_grace_s)
     if result.exists():
         return files.read_json(result)
     files.write_json(folder / "job.json", job)
     work = Work(
-        name=slurm_job.job_name(folder),
+        name=job_name(folder),
         module=module,
         folder=str(folder),
         root=str(_ROOT),
@@ -100,14 +109,14 @@ def run_trainer(
         grace_s=terms.stop_grace_s + _KILL_AFTER_S,
     )
     try:
-        if at_slurm:
+        if terms.launch.is_elsewhere:
             stop(child.identity_file, child.grace_s)  # one of this machine that a killed parent left
-            end = slurm_job.run_job(child, terms.launch, work, on_progress)
+            end = run_queued(child, terms.launch, _queue(child, terms, work), on_progress)
             if not result.exists():
-                slurm_job.raise_end(end, child, terms.launch)
+                raise_end(end, child, terms.launch)
+        elif launcher == "torchrun":
+            _run_joined(child, terms.launch, work, on_progress)
         else:
-            if terms.launch.launcher == "torchrun":
-                _invite(terms.launch, work)
             supervise(child, on_progress)
     except TimeoutError as error:
         raise errors.TrainingError(f"{module}: {error}; its last lines:\n{last_lines(child.log)}") from error
@@ -129,13 +138,37 @@ def run_trainer(
 
 
 def _argv(terms: Terms, work: Work) -> list[str]:
-    """Return the command of this machine; a SLURM job has its own in its script."""
+    """Return the command of this machine; a job in a queue has its own in its script."""
     if terms.launch.launcher == "torchrun":
         return first_argv(terms.launch, work)
     if terms.num_processes == 1:
         return [sys.executable, "-m", work.module, work.job_file]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={terms.num_processes}"]
     return [sys.executable, *launcher, "-m", work.module, work.job_file]
+
+
+def _queue(child: Job, terms: Terms, work: Work) -> Queue:
+    """Return what runs the job. SLURM hands our environment on; Ray shows what it is given, so it gets no secrets."""
+    if terms.launch.launcher == "slurm":
+        return slurm_job.SlurmQueue(child, terms.launch, work)
+    shown, needs = ray_job.split_variables(terms.variables)
+    variables = {**work.variables, **_GPU_DEFAULTS, **shown}
+    return ray_job.RayQueue(child, terms.launch, replace(work, variables=variables), needs)
+
+
+def _run_joined(child: Job, launch: LaunchSpec, work: Work, on_progress: ProgressFn) -> None:
+    """Run this machine's part; when a person ends it, those on the other machines end too."""
+    over = Path(work.folder) / JOIN_OVER
+    over.unlink(missing_ok=True)
+    _invite(launch, work)
+    try:
+        supervise(child, on_progress)
+    except asyncio.CancelledError:
+        raise  # it goes on, and so do they
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            over.touch()
+        raise
 
 
 def _invite(launch: LaunchSpec, work: Work) -> None:
@@ -173,8 +206,8 @@ def _environment(terms: Terms) -> dict[str, str]:
     (DataParallel), which no plan of ours reckons with.
     """
     env = {**without_secrets(os.environ), **_added_variables()}
-    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them, whose memory was looked at
+    for name, value in _GPU_DEFAULTS.items():
+        env.setdefault(name, value)
     if terms.num_processes == 1:
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if terms.launch.launcher == "torchrun":

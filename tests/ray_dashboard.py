@@ -84,6 +84,7 @@ class Dashboard:
                 "message": "",
                 "driver_exit_code": None,
                 "logs": "",
+                "metadata": wanted["metadata"],
             }
             return 200, {"submission_id": wanted["submission_id"]}
         if name not in self.jobs:

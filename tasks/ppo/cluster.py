@@ -27,6 +27,7 @@ from tasks.errors import CapacityError, MissingError, ServiceError, TransientErr
 from tasks.ppo.demand import NodeFacts, check_nodes, check_resources, read_facts
 from tasks.ppo.probe_text import MARK, read_probe
 from tasks.processes import Program, digest_argv, find_alive, last_lines, start_detached, stop
+from tasks.ray_cluster import find_dashboard
 from tasks.ray_jobs import Job, Patience, RayJobs, follow
 from tasks.ray_jobs import last_lines as last_words
 from tasks.specs import PpoSpec, RaySpec
@@ -72,17 +73,10 @@ def open_cluster(spec: RaySpec, ppo: PpoSpec, folder: Path, variables: Mapping[s
 
 def find_address(spec: RaySpec, variables: Mapping[str, str]) -> str:
     """Return the dashboard's URL, or 'local'. Raises MissingError when no cluster is named, or not by that URL."""
-    address = spec.address or variables.get("RAY_ADDRESS", "")
-    if not address:
-        raise MissingError(
-            "no Ray cluster is named: set RaySpec.address or RAY_ADDRESS to its dashboard's URL (http://head:8265), or "
-            "RaySpec.address to 'local' for one that is started here"
-        )
-    if address != "local" and not address.startswith(("http://", "https://")):  # `ray start` prints another port
-        raise MissingError(
-            f"RAY_ADDRESS is {address}, expected the URL of the dashboard, such as http://{address.split(':')[0]}:8265"
-        )
-    return address
+    if "local" in (spec.address, not spec.address and variables.get("RAY_ADDRESS")):
+        return "local"
+    otherwise = ", or RaySpec.address to 'local' for one that is started here"
+    return find_dashboard(spec.address, variables, "RaySpec.address", otherwise)
 
 
 def find_python(variables: Mapping[str, str]) -> Path:

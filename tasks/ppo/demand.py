@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.errors import CapacityError, SpecError
+from tasks.errors import SpecError
+from tasks.ray_cluster import require_resources
 from tasks.specs import PpoSpec
 
 RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": "GPU"}  # verl counts GPUs (or NPUs) whatever the device is
@@ -33,18 +34,8 @@ def check_resources(nodes: Sequence[Mapping[str, float]], spec: PpoSpec, url: st
     >>> check_resources([{"CPU": 8, "GPU": 8}], PpoSpec(nnodes=1), "http://h:8265")
     'cluster: 1 node at http://h:8265, 1 with 8 GPU or more'
     """
-    resource = RESOURCES[spec.device]
-    wanted = spec.n_gpus_per_node
-    fitting = sum(node.get(resource, 0) >= wanted for node in nodes)
-    said = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
-    if fitting >= spec.nnodes:
-        return f"cluster: {said} at {url}, {fitting} with {wanted} {resource} or more"
-    have = "; ".join(_say_node(node, resource) for node in nodes) or "none"
-    raise CapacityError(
-        f"the run needs {spec.nnodes} node{'s' * (spec.nnodes != 1)} with {wanted} {resource} each, but the cluster at "
-        f"{url} has {said}: {have}. Start Ray on {spec.nnodes - fitting} more nodes of {wanted} {resource}, or lower "
-        "PpoSpec.nnodes and n_gpus_per_node"
-    )
+    wanted = {RESOURCES[spec.device]: spec.n_gpus_per_node}
+    return require_resources(nodes, spec.nnodes, wanted, url, "lower PpoSpec.nnodes and n_gpus_per_node")
 
 
 def check_nodes(nodes: Sequence[NodeFacts], url: str) -> str:
@@ -70,7 +61,3 @@ def check_nodes(nodes: Sequence[NodeFacts], url: str) -> str:
 def read_facts(rows: Sequence[dict[str, Any]]) -> list[NodeFacts]:  # Any: JSON values
     """Return what the probe printed."""
     return [NodeFacts(**{**row, "unseen": tuple(row["unseen"]), "lacking": tuple(row["lacking"])}) for row in rows]
-
-
-def _say_node(node: Mapping[str, float], resource: str) -> str:
-    return f"one with {node.get(resource, 0):g} {resource}, {node.get('CPU', 0):g} CPU"

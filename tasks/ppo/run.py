@@ -27,13 +27,24 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import CapacityError, MissingError, SpecError, TataraError, TrainingError, TransientError
+from tasks.errors import CapacityError, MissingError, SpecError, TrainingError, TransientError
 from tasks.metrics import read_metrics
 from tasks.ppo.cluster import Cluster, find_address, find_python, open_cluster, require_fit, require_nodes
 from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
 from tasks.ppo.console import make_record, read_step
 from tasks.ppo.metrics import StepLog
-from tasks.ray_jobs import Job, JobState, Node, Patience, RayJobs, follow, last_lines
+from tasks.ray_jobs import (
+    Health,
+    Job,
+    JobState,
+    Patience,
+    RayJobs,
+    choose_attempt,
+    follow,
+    last_lines,
+    stop_job,
+    submit,
+)
 from tasks.specs import PpoRecipe, PpoSpec, RaySpec
 
 VERSION = 1
@@ -154,9 +165,9 @@ def run_job(
     inside Prefect, leave it to the next run. verl goes on from its newest checkpoint.
     Raises: TrainingError with the last lines of a job that failed.
     """
-    attempt = _choose_attempt(cluster.jobs, key, folder)
+    attempt = choose_attempt(cluster.jobs, _job_name(key), folder / ATTEMPT)
     job = Job(
-        submission_id=_submission_id(key, attempt),
+        submission_id=f"{_job_name(key)}-{attempt}",
         entrypoint=command,
         env_vars=job_variables(recipe.ppo),
         metadata={"tatara_key": key},
@@ -164,29 +175,13 @@ def run_job(
     _run(cluster.jobs, job, recipe.ray, folder / f"job-{attempt}.log", lambda line: tell(line, attempt))
 
 
-def _submission_id(key: str, attempt: int) -> str:
-    return f"tatara-ppo-{key[:16]}-{attempt}"
-
-
-def _choose_attempt(jobs: RayJobs, key: str, folder: Path) -> int:
-    """Return the number of the job to follow or to submit: a new one when the last one failed or is not known.
-
-    It is written down before the submission, so that a kill in between is followed and not doubled.
-    """
-    path = folder / ATTEMPT
-    number = int(files.read_json(path)["attempt"]) if path.exists() else 0
-    if number:
-        state = jobs.find(_submission_id(key, number))
-        if state and (not state.is_done or state.status == "SUCCEEDED"):
-            logger.info("job %s is there (%s): following it", _submission_id(key, number), state.status)
-            return number
-    files.write_json(path, {"attempt": number + 1, "submission_id": _submission_id(key, number + 1)})
-    return number + 1
+def _job_name(key: str) -> str:
+    return f"tatara-ppo-{key[:16]}"
 
 
 def _run(jobs: RayJobs, job: Job, ray: RaySpec, log: Path, tell: Callable[[str], None]) -> None:
     lines = _LogFile(log)
-    health = Health()
+    health = Health("verl will fail or hang on it")
 
     def take(line: str) -> None:
         if lines.add(line):
@@ -201,59 +196,11 @@ def _run(jobs: RayJobs, job: Job, ray: RaySpec, log: Path, tell: Callable[[str],
         logger.warning("job %s goes on without us; the next run of this follows it", job.submission_id)
         raise
     except BaseException:
-        stop_job(jobs, job.submission_id)
+        stop_job(jobs, job.submission_id, _STOP_S)
         raise
     finally:
         lines.close()
     _require_success(state, job, log, health)
-
-
-def submit(jobs: RayJobs, job: Job, patience: Patience) -> None:
-    """Submit a job once, however often the answer is lost. Raises TransientError after `lost_after_s`."""
-    deadline = time.monotonic() + patience.lost_after_s
-    while True:
-        try:
-            state = jobs.ensure(job)
-            logger.info("job %s on %s: %s", job.submission_id, jobs.url, state.status)
-            return
-        except TransientError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(patience.poll_s)
-
-
-def stop_job(jobs: RayJobs, submission_id: str) -> None:
-    """Stop a job and wait until it has; a cluster that does not answer is told of in the log."""
-    deadline = time.monotonic() + _STOP_S
-    try:
-        jobs.stop(submission_id)
-        while (state := jobs.find(submission_id)) and not state.is_done:
-            if time.monotonic() > deadline:
-                logger.warning("job %s still runs %g s after it was told to stop", submission_id, _STOP_S)
-                return
-            time.sleep(0.2)
-        logger.info("job %s was stopped", submission_id)
-    except TataraError as error:
-        logger.warning("job %s could not be stopped: %s", submission_id, error)
-
-
-class Health:
-    """Whether nodes of the cluster were lost: said at once, and once."""
-
-    def __init__(self) -> None:
-        self.lost: dict[str, str] = {}
-        self._known: dict[str, str] = {}
-
-    def __call__(self, nodes: list[Node]) -> None:
-        """Take what lives now."""
-        alive = {node.node_id: node.address for node in nodes}
-        for node_id in self._known.keys() - alive.keys():
-            self.lost[node_id] = self._known[node_id]
-            logger.error(
-                "node %s (%s) of the cluster is lost, %d are left: verl will fail or hang on it",
-                *(self._known[node_id], node_id[:8], len(alive)),
-            )
-        self._known = alive
 
 
 class _LogFile:
@@ -308,7 +255,7 @@ def _merge(cluster: Cluster, key: str, recipe: PpoRecipe, folder: Path) -> Path:
     aside = folder / f"model.{name}"  # of this merger alone: one that a killed parent left may still write its own
     words = [cluster.python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(actor)]
     job = Job(
-        submission_id=f"tatara-ppo-{key[:16]}-merge-{name}",
+        submission_id=f"{_job_name(key)}-merge-{name}",
         entrypoint=shlex.join([*words, "--target_dir", str(aside)]),
         env_vars=job_variables(recipe.ppo),
     )

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tasks import files, machine, slurm
+from tasks import files, machine, ray_job, slurm
 from tasks.artifacts import (
     CHECKPOINTS,
     ArtifactStore,
@@ -60,7 +60,7 @@ def train_adapter(
         if claim.found:
             return claim.found
         require_warm(packed.num_train_rows, spec)
-        if spec.launch.launcher != "slurm":  # its GPUs are elsewhere
+        if not spec.launch.is_elsewhere:  # its GPUs are elsewhere
             make_room()
         if slow := say_slow_dtype(spec):
             logger.warning("%s", slow)
@@ -239,7 +239,7 @@ def _say_step(work: Workload, plan: StepPlan) -> str:
 
 def say_slow_dtype(spec: TrainSpec) -> str:
     """Say that this machine's GPU only imitates the recipe's dtype, and the way out; "" when it does not."""
-    is_here = spec.launch.launcher != "slurm"
+    is_here = not spec.launch.is_elsewhere
     old = machine.old_gpus(_BFLOAT16_SINCE) if is_here and spec.dtype == "bfloat16" else []
     if not old:
         return ""
@@ -264,7 +264,7 @@ def launched_spec(spec: TrainSpec) -> TrainSpec:
 
 
 def check_launch(spec: TrainSpec, root: Path) -> str:
-    """Say where a run's processes will be. Raises: SpecError, MissingError for a launch that can't work."""
+    """Say where a run's processes will be. Raises: SpecError, MissingError, CapacityError if it can't work."""
     launch = spec.launch
     if launch.launcher == "local":
         return ""
@@ -272,6 +272,8 @@ def check_launch(spec: TrainSpec, root: Path) -> str:
     where = f"{launch.nodes} machines with {launch.node_processes} processes each"
     if launch.launcher == "torchrun":
         return f"launch: {where}, this one and others that are started by hand"
+    if launch.launcher == "ray":
+        return f"launch: {ray_job.check_cluster(launch)}, {where}"
     require_plain(str(root.resolve()))
     return f"launch: {slurm.require_commands()}, {where}"
 
@@ -304,7 +306,7 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
     """
     spec, needed, said = work.spec, sum(work.needs(plan).values()), f"training takes {say_plan(work, plan)}"
     gpus = training_gpus(spec)
-    is_here = spec.launch.launcher != "slurm"
+    is_here = not spec.launch.is_elsewhere
     lower = "lower TrainSpec.rows_per_device or PackSpec.row_tokens"
     way_out = f"{lower}, choose nf4, a smaller base, or more GPUs with parallel='fsdp2'"
     if not gpus and not is_here:

@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(config, items):
 def cluster(tmp_path_factory):
     """A cluster that answers; it is stopped after the last test."""
     assert PYTHON.exists(), "no .venv-ppo: run `make ray-test`, which makes it"
-    with open_cluster(TWO_NODES, PpoSpec(), tmp_path_factory.mktemp("cluster"), dict(os.environ)) as opened:
+    variables = {**os.environ, "RAY_memory_monitor_refresh_ms": "0"}  # it kills for what others on this machine take
+    with open_cluster(TWO_NODES, PpoSpec(), tmp_path_factory.mktemp("cluster"), variables) as opened:
         yield opened
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from tasks.errors import CapacityError, RightsError, SpecError, TokenError, TrainingError
 from tasks.ppo.cluster import ask_nodes, open_cluster, require_fit
-from tasks.ppo.run import Health, run_job
+from tasks.ppo.run import run_job
 from tasks.procfs import list_pids
-from tasks.ray_jobs import Job, Patience, RayJobs, follow
+from tasks.ray_jobs import Health, Job, Patience, RayJobs, follow
 from tasks.specs import BaseModelSpec, PpoRecipe, PpoSpec, RaySpec
 from tests.ppo.conftest import ROOT, TWO_NODES
 from tests.waiting import wait_for
@@ -160,7 +160,7 @@ def test_a_node_that_is_lost_is_said_at_once(tmp_path, caplog):
     """A cluster of its own: one raylet of it is killed."""
     with open_cluster(TWO_NODES, PpoSpec(), tmp_path, dict(os.environ)) as mine:
         require_fit(mine, TWO_NODES, ONE, [])
-        health = Health()
+        health = Health("so")
         health(mine.jobs.nodes())
         assert len(mine.jobs.nodes()) == 2 and not health.lost
         os.kill(_second_raylet(tmp_path), signal.SIGKILL)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks import errors, slurm
-from tasks import slurm_job as subject
+from tasks import followed_job as subject
 from tasks.launch_script import STARTS
 from tasks.slurm_report import JobReport, read_accounting, read_job
 from tasks.specs import LaunchSpec

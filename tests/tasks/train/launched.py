@@ -1,13 +1,17 @@
-"""Trainings of the tiny model on a cluster of tests/slurm.py, in two processes on two nodes."""
+"""Trainings of the tiny model as jobs of a cluster, SLURM's or Ray's, in two processes on two nodes."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter
 from tasks.metrics import read_metrics
 from tasks.specs import LaunchSpec, LoraSpec, TrainSpec
 from tests.tasks.train.runs import SPEC
+from tests.waiting import wait_for
 
 LORA_ONLY = LoraSpec(target_modules=("q_proj",))
 LAUNCH = LaunchSpec(
@@ -56,3 +60,47 @@ def train_apart(packed: PackedDataset, base: BaseCheckpoint, spec: TrainSpec, st
     words = [str(store.root), *(value.model_dump_json() for value in (packed, base, spec))]
     with log.open("ab") as output:
         return subprocess.Popen([sys.executable, "-u", "-c", code, *words], stdout=output, stderr=output)
+
+
+def assert_near(adapter, one) -> None:
+    assert losses(adapter) == pytest.approx(losses(one), abs=2e-4)  # sums in another order, as between two processes
+    tensors, others = (load_file(str(Path(a.adapter_folder) / "adapter_model.safetensors")) for a in (adapter, one))
+    for name, tensor in tensors.items():
+        assert (tensor - others[name]).norm() < 1e-3 * others[name].norm(), name
+
+
+class Run:
+    """A training in a process of its own, and what it leaves."""
+
+    def __init__(self, inputs: tuple[PackedDataset, BaseCheckpoint], folder: Path, spec: TrainSpec = LONG) -> None:
+        self.store, self.log = ArtifactStore(folder / "home"), folder / "log"
+        self.inputs, self.spec = inputs, spec
+        self.process = train_apart(*inputs, spec, self.store, self.log)
+
+    def start_again(self) -> None:
+        self.process = train_apart(*self.inputs, self.spec, self.store, self.log)
+
+    def says(self, words: str) -> bool:
+        return words in self.log.read_text()
+
+    @property
+    def folder(self) -> Path:
+        return next((self.store.root / "adapter").glob("[!.]*"))
+
+    def wait_for_step(self, step: int) -> None:
+        def is_there() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            found = (self.store.root / "adapter").glob("*/metrics.jsonl")
+            return any(record["step"] >= step for path in found for record in read_metrics(path))
+
+        wait_for(is_there, 300)
+
+    def ends(self) -> int:
+        return self.process.wait(240)
+
+    def assert_is(self, whole) -> None:
+        """It is to the bit what nothing happened to."""
+        (adapter,) = self.store.committed(TrainedAdapter)
+        assert losses(adapter) == losses(whole)
+        files = [Path(one.adapter_folder) / "adapter_model.safetensors" for one in (adapter, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()  # the config's lists are sets of PEFT's, in any order

@@ -9,18 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset
 from tasks.checkpoints import checkpoint_step, latest_checkpoint
 from tasks.errors import SpecError, TransientError
-from tasks.metrics import read_metrics
-from tasks.specs import TrainSpec
 from tasks.train.run import train_adapter
 from tests import slurm
 from tests.ports import free_port
 from tests.slurm import Cluster
-from tests.tasks.train.launched import LONG, LONG_HERE, ONE, TWO, launched, losses, train_apart
+from tests.tasks.train.launched import LONG, LONG_HERE, ONE, TWO, Run, assert_near, launched
 from tests.tasks.train.runs import make_artifacts
 from tests.waiting import runs, wait_for
 
@@ -57,13 +54,6 @@ def one(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
     return train_adapter(*inputs, ONE, store, lambda record: None)
 
 
-def assert_near(adapter, one) -> None:
-    assert losses(adapter) == pytest.approx(losses(one), abs=2e-4)  # sums in another order, as between two processes
-    tensors, others = (load_file(str(Path(a.adapter_folder) / "adapter_model.safetensors")) for a in (adapter, one))
-    for name, tensor in tensors.items():
-        assert (tensor - others[name]).norm() < 1e-3 * others[name].norm(), name
-
-
 def test_two_nodes_train_what_one_process_does(cluster: Cluster, inputs: Inputs, one, tmp_path: Path, caplog):
     before = cluster.jobs()
     with caplog.at_level(logging.INFO):
@@ -84,43 +74,6 @@ def test_two_nodes_train_what_one_process_does(cluster: Cluster, inputs: Inputs,
 def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
     """A longer training in two processes of this machine that nothing happened to."""
     return train_adapter(*inputs, LONG_HERE, ArtifactStore(tmp_path_factory.mktemp("whole")), lambda record: None)
-
-
-class Run:
-    """A training in a process of its own, and what it leaves."""
-
-    def __init__(self, inputs: Inputs, folder: Path, spec: TrainSpec = LONG) -> None:
-        self.store, self.log = ArtifactStore(folder / "home"), folder / "log"
-        self.inputs, self.spec = inputs, spec
-        self.process = train_apart(*inputs, spec, self.store, self.log)
-
-    def start_again(self) -> None:
-        self.process = train_apart(*self.inputs, self.spec, self.store, self.log)
-
-    def says(self, words: str) -> bool:
-        return words in self.log.read_text()
-
-    @property
-    def folder(self) -> Path:
-        return next((self.store.root / "adapter").glob("[!.]*"))
-
-    def wait_for_step(self, step: int) -> None:
-        def is_there() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            found = (self.store.root / "adapter").glob("*/metrics.jsonl")
-            return any(record["step"] >= step for path in found for record in read_metrics(path))
-
-        wait_for(is_there, 300)
-
-    def ends(self) -> int:
-        return self.process.wait(240)
-
-    def assert_is(self, whole) -> None:
-        """It is to the bit what nothing happened to."""
-        (adapter,) = self.store.committed(TrainedAdapter)
-        assert losses(adapter) == losses(whole)
-        files = [Path(one.adapter_folder) / "adapter_model.safetensors" for one in (adapter, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes()  # the config's lists are sets of PEFT's, in any order
 
 
 @pytest.fixture
