@@ -1092,6 +1092,13 @@ class PpoRecipe(Spec):
     questions: QuestionsSpec = QuestionsSpec()
     ray: RaySpec = RaySpec()
     ppo: PpoSpec = PpoSpec()
+    publish: PublishSpec = PublishSpec()
+    serve: ServeSpec = ServeSpec()
+    verify: VerifySpec = VerifySpec(must_beat_base=False)
+    until: Literal["publish", "verify"] = Field(
+        default="verify",
+        description="publish: serve nothing, as where no GPU is free for that; `release-ppo` does the rest elsewhere.",
+    )
 
 
 class ReinforceRecipe(Spec):

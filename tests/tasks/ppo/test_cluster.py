@@ -8,7 +8,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.check.ppo import check_ppo
 from tasks.errors import CapacityError, MissingError, SpecError, TransientError
 from tasks.ppo.cluster import find_address, find_python
-from tasks.ppo.run import check_cluster
+from tasks.ppo.preflight import check_cluster
 from tasks.specs import RaySpec
 from tests import tiny
 from tests.ports import free_port
