@@ -60,6 +60,7 @@ def test_every_fault_of_a_recipe_is_in_one_error(ray, tmp_path, monkeypatch):
             "questions": {"source": str(tmp_path / "no.jsonl")},
             "ray": {"address": ray.url},
             "ppo": {"nnodes": 2},
+            "until": "publish",
         },
     )
     store = ArtifactStore(tmp_path / "home")
@@ -71,7 +72,6 @@ def test_every_fault_of_a_recipe_is_in_one_error(ray, tmp_path, monkeypatch):
         update={
             "base": recipe.base.model_copy(update={"model": str(tiny.save_dense_model(tmp_path / "model"))}),
             "questions": _recipe(ray.url).questions,
-            "until": "publish",
         }
     )
     assert [line.partition(":")[0] for line in check_ppo(fine, store, HfApi(token=False))] == [
@@ -92,7 +92,7 @@ def test_what_comes_after_the_model_is_looked_at_before_the_run(ray, tmp_path):
         "ray": {"address": ray.url},
         "ppo": {"max_prompt_length": 256},
         "publish": {"what": "adapter"},
-        "serve": {"max_model_len": 200, "host": "0.0.0.0"},
+        "serve": {"max_model_len": 200, "host": "127.0.0.1"},
     }
     store, hub, nobody = ArtifactStore(tmp_path / "home"), HfApi(token=False), {"TATARA_VLLM_PYTHON": "/nowhere/python"}
     with pytest.raises(SpecError) as caught:
@@ -104,7 +104,8 @@ def test_what_comes_after_the_model_is_looked_at_before_the_run(ray, tmp_path):
         "vLLM's environment is not there (/nowhere/python)",
     ):
         assert said in str(caught.value)
-    longer = {**changes, "publish": {}, "serve": {"max_model_len": 4096}}
+    ports = {"vllm_port": free_port(), "gateway_port": free_port()}
+    longer = {**changes, "publish": {}, "serve": {"max_model_len": 4096, **ports}}
     with pytest.raises(SpecError, match=r"max_model_len = 4096 but the base's context is 512"):
         check_ppo(resolve_ppo("tiny_ppo", {**longer}), store, hub, {"TATARA_VLLM_PYTHON": __file__})
     said = check_ppo(resolve_ppo("tiny_ppo", {**longer, "until": "publish"}), store, hub, nobody)
