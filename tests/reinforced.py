@@ -30,10 +30,16 @@ LENGTHS = {"max_prompt_length": 384, "max_response_length": 64}  # of bytes: the
 def save_base(folder: Path, seed: int = 0) -> Path:
     """Save a random Qwen2 of two layers that vLLM's CPU build takes (heads of 32)."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"vocab_size": 262, "eos_token_id": 257, "pad_token_id": 261}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    ids: dict[str, Any] = {"vocab_size": 262, "eos_token_id": 257, "pad_token_id": 261}
     config = Qwen2Config(**sizes, **ids, num_key_value_heads=2, max_position_embeddings=1024)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = Qwen2ForCausalLM(config)  # Any: nn.Module.to is typed oddly
+    model.to(torch.bfloat16).save_pretrained(folder)
     tiny.byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -147,7 +147,8 @@ def test_what_has_begun_is_looked_for_before_a_cluster_is_asked_for(line, cluste
 def test_a_note_of_an_older_version_or_a_torn_one_is_no_fault(line):
     _, recipe, _, _, folder = line
     files.write_json(folder / "attempt.json", {"attempt": 3, "submission_id": "s"})
-    assert read_attempt(folder).attempt == 3 and follow_where(folder, recipe.ray, {}) == recipe.ray
+    old = read_attempt(folder)
+    assert old and old.attempt == 3 and follow_where(folder, recipe.ray, {}) == recipe.ray
     (folder / "attempt.json").write_text("{")
     assert read_attempt(folder) is None and follow_where(folder, recipe.ray, {}) == recipe.ray
 
