@@ -37,7 +37,7 @@ chaos-test: setup ## a real worker killed in each of the seven steps, a training
 
 vllm-test: export OMP_NUM_THREADS = 1
 vllm-test: setup ## longer tests of real vLLM: wrecked weights, the evaluation gate, a pretrained base (twenty minutes)
-	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line_killed.py tests/flows/test_release_base.py
+	@.venv/bin/python -m pytest -q -m chaos --durations=5 tests/flows/test_sabotage.py tests/flows/test_line_killed.py tests/flows/test_release_base.py tests/flows/test_reinforce_ppo.py
 
 weave-test: setup ## the drain against Weave's own trace server, in a third environment (.venv-weave)
 	@$(PYTHON) deployments/environments.py weave

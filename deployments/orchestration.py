@@ -36,7 +36,7 @@ _START_TIMEOUT_S = 120.0
 _IDLE_TIMEOUT_S = 120.0  # a drain takes seconds, a training hours
 _ANSWER_S = 60.0  # as Prefect's own client: the server itself waits so long for SQLite's lock
 _LOOK_S = 15.0  # of one try, which only asks whether anybody is there
-NUM_DEPLOYMENTS = 16
+NUM_DEPLOYMENTS = 17
 _BUSY = frozenset({408, 429, 502, 503})  # those that Prefect's own client sends again
 _SHELL = re.compile(  # differs from terminal to terminal and decides nothing in a flow
     r"_|SHLVL|PWD|OLDPWD|TERM|TERM_.*|COLORTERM|COLUMNS|LINES|PS\d|LS_COLORS|WINDOWID|DISPLAY|WAYLAND_.*|XDG_.*|DBUS_.*"

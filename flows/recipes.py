@@ -291,6 +291,13 @@ def llama1b_ppo_h100() -> PpoRecipe:
             project_name="competition_verl_test",
             experiment_name="llama3.2_SFT_multinode_ppo",
         ),
+        serve=ServeSpec(served_model_name="llama-3.2-1b-ppo", max_model_len=4096),
+        verify=VerifySpec(
+            max_logprob_gap=0.05,
+            must_beat_base=False,  # rewards teach other answers than those of the data
+            question="Natalia sold 48 clips in April and half as many in May. How many did she sell altogether?",
+            max_answer_tokens=256,
+        ),
     )
 
 
@@ -315,6 +322,13 @@ def tiny_ppo() -> PpoRecipe:
             save_freq=2,
             test_freq=2,
             experiment_name="tiny_ppo",
+        ),
+        serve=ServeSpec(served_model_name="tatara-tiny-ppo", max_model_len=1024, max_num_seqs=8),
+        verify=VerifySpec(
+            max_logprob_gap=0.05,
+            must_beat_base=False,
+            may_equal_base=True,  # four steps at 1e-6 move less than bfloat16 rounds
+            question="A bag holds 12 apples. How many apples do 3 bags hold?",
         ),
     )
 

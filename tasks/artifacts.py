@@ -75,7 +75,11 @@ class BaseCheckpoint(Artifact):
     num_parameters: int
 
 
-class PretrainedModel(BaseCheckpoint):
+class TrainedModel(BaseCheckpoint):
+    """A whole model that was trained here, without an adapter: what pretrained and reinforced models share."""
+
+
+class PretrainedModel(TrainedModel):
     """A base trained from scratch here."""
 
     kind: ClassVar[str] = "pretrained"
@@ -257,8 +261,8 @@ class PreparedQuestions(Artifact):
     num_rejected_rows: int
 
 
-class ReinforcedModel(BaseCheckpoint):
-    """A whole model that was trained with rewards: `model/`, `metrics.jsonl`, `job.log`.
+class ReinforcedModel(TrainedModel):
+    """A whole model that was trained with rewards: `model/`, `metrics.jsonl`, `job-<attempt>.log`.
 
     `test_score_before` and `test_score_after` are verl's means over the test questions; None: it printed none.
     """

@@ -96,20 +96,40 @@ def reward_curves(records: Sequence[Record], rewards: Sequence[str], title: str)
         title: above the picture.
     Raises: DataError when no record holds a reward.
     """
-    known = [record for record in records if record.get("reward") is not None]
-    if not known:
-        raise DataError(f"no reward to draw for {title!r}: none of {len(records)} records holds step and reward")
     panels = (
         ("reward (sum and each)", ["reward", *(f"{name}_mean" for name in rewards)]),
         ("tokens of a completion", ["completion_tokens", "completion_tokens_max"]),
         ("rollout and policy: ratio, KL from the start", ["ratio_mean", "ratio_min", "ratio_max", "kl"]),
         ("share of the adapter's change in the rollouts", ["adapter_share"]),
     )
+    return _reward_panels(records, panels, title)
+
+
+def ppo_curves(records: Sequence[Record], title: str) -> bytes:
+    """Return a PNG of a PPO run by step: reward and test score, length, how far policy and critic moved.
+
+    Args:
+        records: with "step", "reward" and "test_score" where they are known, and verl's own values under "verl".
+        title: above the picture.
+    Raises: DataError when no record holds a reward.
+    """
+    panels = (
+        ("mean reward, mean test score", ["reward", "test_score"]),
+        ("tokens of a response", ["response_length/mean", "response_length/max"]),
+        ("policy: KL of an update, entropy", ["actor/ppo_kl", "actor/entropy"]),
+        ("critic: loss of the values", ["critic/vf_loss"]),
+    )
+    return _reward_panels([{**record.get("verl", {}), **record} for record in records], panels, title)
+
+
+def _reward_panels(records: Sequence[Record], panels: Sequence[tuple[str, Sequence[str]]], title: str) -> bytes:
+    if not any(record.get("reward") is not None for record in records):
+        raise DataError(f"no reward to draw for {title!r}: none of {len(records)} records holds step and reward")
     figure = _figure(9, 6)
     figure.suptitle(title)
     for axes, (label, keys) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for key in keys:
-            points = [(record["step"], record[key]) for record in known if record.get(key) is not None]
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), linewidth=1.5, label=key.removesuffix("_mean"))
         axes.set_title(label, fontsize=10)

@@ -233,19 +233,24 @@ def follow(
         time.sleep(max(wait_s, len(text) / _LOG_CHARS_PER_S))
 
 
-def choose_attempt(jobs: RayJobs, name: str, path: Path) -> int:
+def choose_attempt(jobs: RayJobs, name: str, path: Path, **more: str) -> int:
     """Return the number of the job `name-number` to follow or to submit: a new one when the last failed or is unknown.
 
-    It is written down in `path` before the submission, so that a kill in between is followed and not doubled.
+    It is written down in `path`, with `more`, before the submission: a kill in between is followed and not doubled.
     """
     number = int(files.read_json(path)["attempt"]) if path.exists() else 0
-    if number:
-        state = jobs.find(f"{name}-{number}")
-        if state and (not state.is_done or state.status == "SUCCEEDED"):
-            logger.info("job %s-%d is there (%s): following it", name, number, state.status)
-            return number
-    files.write_json(path, {"attempt": number + 1, "submission_id": f"{name}-{number + 1}", "url": jobs.url})
+    if number and (state := find_live(jobs, f"{name}-{number}")):
+        logger.info("job %s-%d is there (%s): following it", name, number, state.status)
+        return number
+    told = {"attempt": number + 1, "submission_id": f"{name}-{number + 1}", "url": jobs.url, **more}
+    files.write_json(path, told)
     return number + 1
+
+
+def find_live(jobs: RayJobs, submission_id: str) -> JobState | None:
+    """Return the state of a job that runs, waits, or has done what it was to do; None for every other."""
+    state = jobs.find(submission_id)
+    return state if state and (not state.is_done or state.status == "SUCCEEDED") else None
 
 
 def submit(jobs: RayJobs, job: Job, patience: Patience) -> None:

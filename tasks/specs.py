@@ -856,6 +856,11 @@ class VerifySpec(Spec):
         default=True,
         description="Served must beat the base on the validation answers; a reward may teach other answers than those.",
     )
+    may_equal_base: bool = Field(
+        default=False,
+        description="Of a model that was trained with rewards: let one pass that was moved too little to be told from "
+        "its base by log-probabilities; the report says so.",
+    )
     max_gain_mismatch: float = Field(
         default=0.25,
         gt=0,
@@ -876,7 +881,9 @@ class VerifySpec(Spec):
     max_answer_tokens: Positive = 96
     request_timeout_s: float = Field(default=120.0, gt=0)
     probe_texts: tuple[str, ...] = Field(
-        default=(), description="Of a model that was pretrained here: texts to score; empty: parts of its corpus."
+        default=(),
+        description="Of a model that was trained here as a whole: texts to score; empty: parts of its corpus, or its "
+        "test questions.",
     )
 
 
@@ -1108,6 +1115,13 @@ class PpoRecipe(Spec):
     questions: QuestionsSpec = QuestionsSpec()
     ray: RaySpec = RaySpec()
     ppo: PpoSpec = PpoSpec()
+    publish: PublishSpec = PublishSpec()
+    serve: ServeSpec = ServeSpec()
+    verify: VerifySpec = VerifySpec(must_beat_base=False)
+    until: Literal["publish", "verify"] = Field(
+        default="verify",
+        description="publish: serve nothing, as where no GPU is free for that; `release-ppo` does the rest elsewhere.",
+    )
 
 
 class ReinforceRecipe(Spec):

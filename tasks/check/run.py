@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, PretrainedModel, TrainedAdapter
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter, TrainedModel
 from tasks.check.base import BaseFacts, find_made, look_at_base
 from tasks.corpus.run import pin_inputs, survey_corpus
 from tasks.costs import say_needs
@@ -29,7 +29,7 @@ from tasks.reinforce.run import check_rewards, require_runnable
 from tasks.serve.handover import holds_gpu
 from tasks.serve.preflight import check_ports
 from tasks.serve.settings import NO_OVERRIDES, SERVICES, service_settings
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, ReinforceSpec, Spec
+from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, PublishSpec, Recipe, ReinforceRecipe, ReinforceSpec, Spec
 from tasks.targets import Target, find_targets
 from tasks.train.needs import choose_attention, require_quantizable
 from tasks.train.plan import Workload, plan_step
@@ -45,6 +45,7 @@ from tasks.train.run import (
 )
 
 _MIN_FREE_BYTES = 2 << 30
+Released = Recipe | BaseRelease | PpoRecipe  # whatever holds publish, serve and verify
 
 
 def check_recipe(
@@ -82,19 +83,20 @@ def check_recipe(
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
-    return run_all([*checks, *_late_checks(recipe, store, hub, host)])
+    return run_all([*checks, *late_checks(recipe, store, hub, host)])
 
 
 def check_release(
-    recipe: Recipe | BaseRelease,
+    recipe: Released,
     store: ArtifactStore,
     hub: HfApi,
     host: Mapping[str, str] = NO_OVERRIDES,
-    base: PretrainedModel | None = None,
+    whole: TrainedModel | None = None,
 ) -> list[str]:
-    """Run the checks that matter from the merge on, or for a pretrained model; returns and raises as check_recipe."""
-    first = [] if base is None else [lambda: _check_base(recipe, base)]
-    return run_all([*first, *_late_checks(recipe, store, hub, host)])
+    """Run the checks that matter from the merge on, or for a model trained as a whole; returns and raises as above."""
+    first = [] if whole is None else [lambda: _check_whole(recipe, whole)]
+    recipe = recipe.model_copy(update={"until": "verify"}) if isinstance(recipe, PpoRecipe) else recipe
+    return run_all([*first, *late_checks(recipe, store, hub, host)])
 
 
 def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
@@ -116,12 +118,12 @@ def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list
     return run_all([look, fit, lambda: check_free_disk(store)])
 
 
-def _late_checks(
-    recipe: Recipe | BaseRelease, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]
-) -> list[Callable[[], str]]:
+def late_checks(recipe: Released, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]) -> list[Callable[[], str]]:
+    """Return the checks of what comes after the model; a recipe that ends with its publication serves nothing."""
+    serves = not isinstance(recipe, PpoRecipe) or recipe.until == "verify"
     return [
         lambda: _check_publish(recipe, hub),
-        lambda: _check_serving(recipe, store, host),
+        lambda: _check_serving(recipe, store, host) if serves else "serve: not asked for",
         lambda: check_free_disk(store),
     ]
 
@@ -259,19 +261,26 @@ def _targets(recipe: Recipe, base: BaseFacts) -> list[Target]:
         return []
 
 
-def _check_base(release: Recipe | BaseRelease, model: PretrainedModel) -> str:
+def _check_whole(release: Released, model: TrainedModel) -> str:
     config = files.read_json(Path(model.model_folder) / "config.json")
     context, longest = config.get("max_position_embeddings") or 0, release.serve.max_model_len
     if context and longest > context:
         raise SpecError(f"ServeSpec.max_model_len = {longest} but the model's context is {context}: lower it")
-    if release.publish.what != "merged":
-        raise SpecError(
-            f"PublishSpec.what = {release.publish.what!r}, but a pretrained model has no adapter: leave it at 'merged'"
-        )
+    require_whole(release.publish)
     return f"model: {model.origin}, {model.num_parameters:,} parameters"
 
 
-def _check_publish(recipe: Recipe | BaseRelease, hub: HfApi) -> str:
+def require_whole(spec: PublishSpec) -> str:
+    """Raise SpecError for a publication that a model without an adapter can't have; there is nothing to say else."""
+    if spec.what != "merged":
+        raise SpecError(
+            f"PublishSpec.what = {spec.what!r}, but a model that is trained as a whole has no adapter: leave it at "
+            "'merged'"
+        )
+    return ""
+
+
+def _check_publish(recipe: Released, hub: HfApi) -> str:
     repo_id = find_repo(recipe.publish)
     if not hub.token or not repo_id:
         lacking = "repo" if hub.token else "token"
@@ -281,7 +290,7 @@ def _check_publish(recipe: Recipe | BaseRelease, hub: HfApi) -> str:
     return f"publish: {spec.what} as {name} to {repo_id}{' by a pull request' if spec.create_pr else ''}"
 
 
-def _check_serving(recipe: Recipe | BaseRelease, store: ArtifactStore, host: Mapping[str, str]) -> str:
+def _check_serving(recipe: Released, store: ArtifactStore, host: Mapping[str, str]) -> str:
     settings = service_settings(str(store.root), recipe.serve, store.root, host)
     if not settings.vllm_python.exists():
         raise SpecError(

@@ -4,7 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from tasks.artifacts import FetchedDataset, PretrainedModel
+from tasks.artifacts import FetchedDataset, TrainedModel
 from tasks.errors import is_worth_retrying
 from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, Recipe, ReinforceRecipe, Spec
 
@@ -33,18 +33,18 @@ def check_recipe(
 @task(task_run_name="check-{name}", **_RETRYING)
 def check_release(
     name: str,
-    recipe: Recipe | BaseRelease,
+    recipe: Recipe | BaseRelease | PpoRecipe,
     storage: str = "",
     hub_account: str = "",
     serving_host: str = "",
-    base: PretrainedModel | None = None,
+    whole: TrainedModel | None = None,
 ) -> None:
-    """The same for a run that begins with the merge, or with a `base` that was pretrained here."""
+    """The same for a run that begins with the merge, or with a model that was trained here as a `whole`."""
     from blocks.opening import open_host, open_hub, open_store
     from tasks.check import run
 
     _keep_recipe(name, recipe, storage)
-    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host), base))
+    _show_checks(run.check_release(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host), whole))
 
 
 @task(task_run_name="check-{name}", **_RETRYING)
@@ -68,13 +68,13 @@ def check_pretrain(name: str, spec: PretrainSpec, storage: str = "", hub_account
 
 
 @task(task_run_name="check-{name}", **_RETRYING)
-def check_ppo(name: str, recipe: PpoRecipe, storage: str = "", hub_account: str = "") -> None:
+def check_ppo(name: str, recipe: PpoRecipe, storage: str = "", hub_account: str = "", serving_host: str = "") -> None:
     """The same for a run on a Ray cluster, which is looked at before anything is downloaded."""
-    from blocks.opening import open_hub, open_store
+    from blocks.opening import open_host, open_hub, open_store
     from tasks.check.ppo import check_ppo
 
     _keep_recipe(name, recipe, storage)
-    _show_checks(check_ppo(recipe, open_store(storage), open_hub(hub_account)))
+    _show_checks(check_ppo(recipe, open_store(storage), open_hub(hub_account), open_host(serving_host)))
 
 
 @task(task_run_name="check-lengths-{dataset.short}", **_RETRYING)

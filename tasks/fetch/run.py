@@ -134,18 +134,25 @@ def _refuse_bad(spec: FetchSpec, found: Statistics) -> None:
         )
 
 
+def pin_base(spec: BaseModelSpec, hub: HfApi) -> dict[str, str]:
+    """Return what the base's name means right now: a commit of the Hub, or sizes and times of a folder's files."""
+    if local := local_folder(spec):
+        return files.stamp(check_model_folder(local))
+    return {"commit": pin_commit(hub, spec.model, spec.revision, "model")}
+
+
+def base_key(spec: BaseModelSpec, pins: dict[str, str]) -> str:
+    """Return the key of the base that was pinned."""
+    return make_key("fetch-base", VERSION, spec, pins)
+
+
 def fetch_base(spec: BaseModelSpec, store: ArtifactStore, hub: HfApi) -> BaseCheckpoint:
     """Bring the base model to this machine: a local folder as it is, a Hub model as a pinned snapshot.
 
     Raises: MissingError (no such folder or repo), AccessError, CapacityError (disk).
     """
-    local = local_folder(spec)
-    pins = (
-        files.stamp(check_model_folder(local))
-        if local
-        else {"commit": pin_commit(hub, spec.model, spec.revision, "model")}
-    )
-    key = make_key("fetch-base", VERSION, spec, pins)
+    local, pins = local_folder(spec), pin_base(spec, hub)
+    key = base_key(spec, pins)
     with store.claim(BaseCheckpoint, key) as claim:
         if claim.found and _is_whole(claim.found, store):
             return claim.found
@@ -239,7 +246,7 @@ def download_bytes(repo_id: str, commit: str, hub: HfApi) -> int:
 
 def downloaded_bytes(spec: BaseModelSpec, commit: str, store: ArtifactStore) -> int:
     """Return the disk that an interrupted download of a Hub model takes already; it goes on from there."""
-    key = make_key("fetch-base", VERSION, spec, {"commit": commit})
+    key = base_key(spec, {"commit": commit})
     return sum(files.list_files(download_folder(key, store)).values())
 
 

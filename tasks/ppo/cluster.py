@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import shlex
+import shutil
 import socket
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from tasks.specs import PpoSpec, RaySpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, TOKEN = "cluster.json", "cluster.token"
+LOCAL = "local"
 _PROBE_S = 180.0
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def open_cluster(spec: RaySpec, ppo: PpoSpec, folder: Path, variables: Mapping[s
     """
     address = find_address(spec, variables)
     python = spec.python or str(find_python(variables))
-    is_ours = address == "local"
+    is_ours = address == LOCAL
     with ExitStack() as stack:
         url, token = address, ""
         if is_ours:
@@ -73,8 +75,8 @@ def open_cluster(spec: RaySpec, ppo: PpoSpec, folder: Path, variables: Mapping[s
 
 def find_address(spec: RaySpec, variables: Mapping[str, str]) -> str:
     """Return the dashboard's URL, or 'local'. Raises MissingError when no cluster is named, or not by that URL."""
-    if "local" in (spec.address, not spec.address and variables.get("RAY_ADDRESS")):
-        return "local"
+    if LOCAL in (spec.address, not spec.address and variables.get("RAY_ADDRESS")):
+        return LOCAL
     otherwise = ", or RaySpec.address to 'local' for one that is started here"
     return find_dashboard(spec.address, variables, "RaySpec.address", otherwise)
 
@@ -90,12 +92,17 @@ def find_python(variables: Mapping[str, str]) -> Path:
     return path
 
 
-def require_fit(cluster: Cluster, spec: RaySpec, ppo: PpoSpec, paths: list[str]) -> list[str]:
-    """Return what was found on a cluster that can run this. Raises CapacityError or SpecError: all that is missing."""
+def require_fit(cluster: Cluster, spec: RaySpec, ppo: PpoSpec, paths: list[str]) -> dict[str, str]:
+    """Return the versions on a cluster that can run this, and log what was found.
+
+    Raises: CapacityError or SpecError, which say all that is missing.
+    """
     wait_s = spec.start_timeout_s if cluster.is_ours else spec.wait_for_nodes_s
-    said = require_nodes(cluster.jobs, spec, ppo, wait_s)
+    logger.info("%s", require_nodes(cluster.jobs, spec, ppo, wait_s))
     names = ["WANDB_API_KEY"] if ppo.report_to == "wandb" and ppo.environment.get("WANDB_MODE") != "offline" else []
-    return [said, check_nodes(ask_nodes(cluster, paths, names), cluster.jobs.url)]
+    nodes = ask_nodes(cluster, paths, names)
+    logger.info("%s", check_nodes(nodes, cluster.jobs.url))
+    return {"python": nodes[0].python, "ray": nodes[0].ray, "verl": nodes[0].verl}
 
 
 def require_nodes(jobs: RayJobs, spec: RaySpec, ppo: PpoSpec, wait_s: float) -> str:
@@ -106,7 +113,7 @@ def require_nodes(jobs: RayJobs, spec: RaySpec, ppo: PpoSpec, wait_s: float) -> 
         try:
             return check_resources([node.resources for node in nodes], ppo, jobs.url)
         except CapacityError:
-            all_came = spec.address == "local" and len(nodes) >= spec.local_nodes
+            all_came = spec.address == LOCAL and len(nodes) >= spec.local_nodes
             if all_came or time.monotonic() > deadline:
                 raise
             time.sleep(1.0)
@@ -141,35 +148,52 @@ def _run_locally(
         if find_alive(identity_file):
             logger.info("found the Ray cluster that an earlier try left running")
         else:
-            stop(identity_file)  # raylets that outlived a killed supervisor
+            stop_locally(folder)  # raylets that outlived a killed supervisor
             _start(spec, ppo, folder, python, variables)
-        url = f"http://127.0.0.1:{files.read_json(folder / CONFIG)['ports']['dashboard']}"
-        token = (folder / TOKEN).read_text()
+        url, token = _read_local(folder)
         _wait_until_it_answers(url, token, spec, folder)
         yield url, token
     except asyncio.CancelledError:
         raise  # no person's wish: the job goes on there, and the next run of this follows it
     except BaseException:
-        _stop(folder)
+        stop_locally(folder)
         raise
-    _stop(folder)
+    stop_locally(folder)
 
 
-def _stop(folder: Path) -> None:
+def local_jobs(folder: Path) -> RayJobs | None:
+    """Return a client of the cluster that an earlier run of this artifact left running here, None without one."""
+    if find_alive(folder / "process.json") is None:
+        return None
+    url, token = _read_local(folder)
+    return RayJobs(url, {"RAY_AUTH_TOKEN": token})
+
+
+def stop_locally(folder: Path) -> None:
+    """Stop the cluster that was started here for an artifact, with all that it left on the disk."""
     stop(folder / "process.json")
     (folder / TOKEN).unlink(missing_ok=True)
+    shutil.rmtree(_temp_folder(folder), ignore_errors=True)
+
+
+def _read_local(folder: Path) -> tuple[str, str]:
+    return f"http://127.0.0.1:{files.read_json(folder / CONFIG)['ports']['dashboard']}", (folder / TOKEN).read_text()
+
+
+def _temp_folder(folder: Path) -> Path:
+    """Return where Ray keeps sockets and logs; sockets lie below it, and 107 bytes are the longest path of one."""
+    return Path(tempfile.gettempdir()) / f"tatara-ray-{sha256(str(folder).encode()).hexdigest()[:12]}"
 
 
 def _start(spec: RaySpec, ppo: PpoSpec, folder: Path, python: str, variables: Mapping[str, str]) -> None:
     ports = _free_ports(3 + spec.local_nodes)
-    short = sha256(str(folder).encode()).hexdigest()[:12]  # sockets lie below it: a path of 107 bytes is the longest
     config = {
         "ray": str(Path(python).with_name("ray")),
         "num_nodes": spec.local_nodes,
         "cpus": spec.local_cpus,
         "gpus": spec.local_gpus,
         "object_store_bytes": spec.local_object_store_bytes,
-        "temp_folder": str(Path(tempfile.gettempdir()) / f"tatara-ray-{short}"),
+        "temp_folder": str(_temp_folder(folder)),
         "ports": {"gcs": ports[0], "dashboard": ports[1], "client": ports[2], "agents": ports[3:]},
         "between_s": 3.0,
     }

@@ -63,7 +63,7 @@ def prepare_questions(spec: QuestionsSpec, store: ArtifactStore, hub: HfApi) -> 
     Raises: MissingError, DataError (no rows, bad rows), AccessError, TransientError.
     """
     pins = pin_questions(spec, hub)
-    key = make_key("prepare-questions", VERSION, spec, pins)
+    key = questions_key(spec, pins)
     with store.claim(PreparedQuestions, key) as claim:
         if claim.found:
             return claim.found
@@ -86,6 +86,11 @@ def prepare_questions(spec: QuestionsSpec, store: ArtifactStore, hub: HfApi) -> 
             num_rejected_rows=len(found.rejected),
         )
         return claim.commit(artifact, spec=spec, about={"pins": pins, "sample": found.rows["train"][0]})
+
+
+def questions_key(spec: QuestionsSpec, pins: dict[str, str]) -> str:
+    """Return the key of the questions that a source means."""
+    return make_key("prepare-questions", VERSION, spec, pins)
 
 
 def pin_questions(spec: QuestionsSpec, hub: HfApi) -> dict[str, str]:

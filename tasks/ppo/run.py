@@ -27,28 +27,18 @@ from tasks.artifacts import (
     folder_digest,
     make_key,
 )
-from tasks.errors import CapacityError, MissingError, SpecError, TrainingError, TransientError
+from tasks.errors import MissingError, SpecError, TrainingError, TransientError
 from tasks.metrics import read_metrics
-from tasks.ppo.cluster import Cluster, find_address, find_python, open_cluster, require_fit, require_nodes
+from tasks.ppo.attempts import choose_attempt, follow_where, is_there
+from tasks.ppo.cluster import Cluster, open_cluster, require_fit
 from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
 from tasks.ppo.console import make_record, read_step
 from tasks.ppo.metrics import StepLog
-from tasks.ray_jobs import (
-    Health,
-    Job,
-    JobState,
-    Patience,
-    RayJobs,
-    choose_attempt,
-    follow,
-    last_lines,
-    stop_job,
-    submit,
-)
+from tasks.ray_jobs import Health, Job, JobState, Patience, RayJobs, follow, last_lines, stop_job, submit
 from tasks.specs import PpoRecipe, PpoSpec, RaySpec
 
 VERSION = 1
-ATTEMPT = "attempt.json"
+VERSIONS = "cluster_versions.json"  # of Python, Ray and verl where the job was submitted
 _STOP_S = 30.0
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
 logger = logging.getLogger(__name__)
@@ -68,7 +58,7 @@ def reinforce_model(
         TransientError (the cluster is away; its job goes on and is followed by the next try).
     """
     spec = recipe.ppo
-    with store.claim(ReinforcedModel, make_key("ppo", VERSION, spec, {}, (questions, base))) as claim:
+    with store.claim(ReinforcedModel, model_key(questions, base, spec)) as claim:
         if claim.found:
             return claim.found
         folder = claim.folder
@@ -79,11 +69,11 @@ def reinforce_model(
             checkpoints=str(folder / CHECKPOINTS),
         )
         num_steps = require_steps(questions, spec)
+        recipe = recipe.model_copy(update={"ray": follow_where(folder, recipe.ray, variables)})
         with open_cluster(recipe.ray, spec, folder, variables) as cluster:
-            for line in require_fit(
-                cluster, recipe.ray, spec, [inputs.train_file, inputs.test_file, inputs.model, str(folder)]
-            ):
-                logger.info("%s", line)
+            if not is_there(cluster.jobs, folder):  # a job that runs has shown that it can, and holds what is asked for
+                paths = [inputs.train_file, inputs.test_file, inputs.model, str(folder)]
+                files.write_json(folder / VERSIONS, require_fit(cluster, recipe.ray, spec, paths))
             command = entrypoint(cluster.python, spec, inputs)
             teller = Teller(folder / "metrics.jsonl", num_steps, on_progress)
             run_job(cluster, claim.key, command, recipe, folder, teller)
@@ -104,10 +94,25 @@ def reinforce_model(
             test_score_before=next((r["test_score"] for r in records if "test_score" in r and r["step"] == 0), None),
             test_score_after=next((r["test_score"] for r in reversed(records) if "test_score" in r), None),
         )
-        about = {"digests": digests, "stamp": files.stamp(model_folder), "command": command}
+        about = {
+            "digests": digests,
+            "stamp": files.stamp(model_folder),
+            "command": command,
+            "versions": _read_versions(folder),
+        }
         claim.commit(artifact, spec=spec, about=about)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return artifact
+
+
+def model_key(questions: PreparedQuestions, base: BaseCheckpoint, spec: PpoSpec) -> str:
+    """Return the key of the model that PPO makes of these."""
+    return make_key("ppo", VERSION, spec, {}, (questions, base))
+
+
+def _read_versions(folder: Path) -> dict[str, str]:
+    path = folder / VERSIONS
+    return files.read_json(path) if path.exists() else {}
 
 
 def require_steps(questions: PreparedQuestions, spec: PpoSpec) -> int:
@@ -119,25 +124,6 @@ def require_steps(questions: PreparedQuestions, spec: PpoSpec) -> int:
             "questions, and verl drops a batch that is not full: lower it or add questions"
         )
     return num_steps
-
-
-def check_cluster(recipe: PpoRecipe, variables: Mapping[str, str]) -> str:
-    """Say what cluster the run would get, without starting one.
-
-    Raises: MissingError (none is named, no .venv-ppo), CapacityError, TokenError, UnavailableError.
-    """
-    url = find_address(recipe.ray, variables)
-    if url == "local":
-        return f"cluster: started here for the run, with {find_python(variables)}"
-    jobs = RayJobs(url, variables)
-    try:
-        return require_nodes(jobs, recipe.ray, recipe.ppo, 0.0)
-    except CapacityError as error:
-        if not recipe.ray.wait_for_nodes_s:
-            raise
-        return f"cluster: waited for up to {recipe.ray.wait_for_nodes_s:g} s before the run ({error})"
-    finally:
-        jobs.close()
 
 
 class Teller:
@@ -165,18 +151,15 @@ def run_job(
     inside Prefect, leave it to the next run. verl goes on from its newest checkpoint.
     Raises: TrainingError with the last lines of a job that failed.
     """
-    attempt = choose_attempt(cluster.jobs, _job_name(key), folder / ATTEMPT)
+    attempt = choose_attempt(cluster, key, folder)
     job = Job(
-        submission_id=f"{_job_name(key)}-{attempt}",
+        submission_id=attempt.submission_id,
         entrypoint=command,
         env_vars=job_variables(recipe.ppo),
         metadata={"tatara_key": key},
     )
-    _run(cluster.jobs, job, recipe.ray, folder / f"job-{attempt}.log", lambda line: tell(line, attempt))
-
-
-def _job_name(key: str) -> str:
-    return f"tatara-ppo-{key[:16]}"
+    number = attempt.attempt
+    _run(cluster.jobs, job, recipe.ray, folder / f"job-{number}.log", lambda line: tell(line, number))
 
 
 def _run(jobs: RayJobs, job: Job, ray: RaySpec, log: Path, tell: Callable[[str], None]) -> None:
@@ -255,7 +238,7 @@ def _merge(cluster: Cluster, key: str, recipe: PpoRecipe, folder: Path) -> Path:
     aside = folder / f"model.{name}"  # of this merger alone: one that a killed parent left may still write its own
     words = [cluster.python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(actor)]
     job = Job(
-        submission_id=f"{_job_name(key)}-merge-{name}",
+        submission_id=f"tatara-ppo-{key[:16]}-merge-{name}",
         entrypoint=shlex.join([*words, "--target_dir", str(aside)]),
         env_vars=job_variables(recipe.ppo),
     )

@@ -31,6 +31,15 @@ def prepare_questions(spec: QuestionsSpec, storage: str = "", hub_account: str =
     return questions
 
 
+@task(task_run_name="find-reinforced-{name}", cache_policy=NO_CACHE)
+def find_reinforced(name: str, storage: str = "") -> ReinforcedModel:
+    """Find a model that PPO made by the first digits of its key, or the newest as `latest`."""
+    from blocks.opening import open_store
+    from tasks.ppo.found import find_reinforced
+
+    return find_reinforced(name, open_store(storage))
+
+
 @task(
     task_run_name="ppo-{questions.short}",
     retries=2,

@@ -56,7 +56,7 @@ def base_card(lineage: BaseLineage, spec: PublishSpec, repo_id: str) -> str:
         f"# {one_line(name)}",
         f"A mixture-of-experts language model in the architecture of gpt-oss, {model.num_parameters:,} parameters, "
         "trained from random weights; trained, checked and published by Tatara.",
-        block(_usage(repo_id), "python"),
+        block(usage(repo_id), "python"),
         *_chat_caveat(lineage),
         "## Shape",
         table([(said, f"{lineage.config[key]:,}") for key, said in _SHAPE.items() if key in lineage.config]),
@@ -100,7 +100,8 @@ def _front_matter(lineage: BaseLineage, spec: PublishSpec) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def _usage(repo_id: str) -> str:
+def usage(repo_id: str) -> str:
+    """Return how a whole model is loaded."""
     repo = json.dumps(repo_id)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

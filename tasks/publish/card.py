@@ -18,7 +18,7 @@ from tasks.publish.facts import Lineage, SourceCard, command, reproduction
 from tasks.publish.names import block, code, hub_id, one_line
 from tasks.specs import PublishSpec
 
-CURVE, RECIPE, ADAPTER_FOLDER = "loss_curve.png", "recipe.json", "adapter"
+CURVE, REWARD_CURVE, RECIPE, ADAPTER_FOLDER = "loss_curve.png", "reward_curve.png", "recipe.json", "adapter"
 _SHOWN_CHANGES = 3
 Row = tuple[str, str]
 

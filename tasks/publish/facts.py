@@ -14,7 +14,7 @@ from tasks.artifacts import (
     PretrainedModel,
     TrainedAdapter,
 )
-from tasks.publish.names import hub_id
+from tasks.publish.names import hub_id, hub_origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +47,12 @@ class Lineage:
     @property
     def base_id(self) -> str:
         """The base's name on the Hub, "" when it was made here or lies in a folder."""
-        return hub_id(self.base.origin.rpartition("@")[0])
+        return hub_origin(self.base.origin)[0]
 
     @property
     def base_commit(self) -> str:
         """The commit of a base from the Hub."""
-        return self.base.origin.rpartition("@")[2] if self.base_id else ""
+        return hub_origin(self.base.origin)[1]
 
     @property
     def is_made_here(self) -> bool:

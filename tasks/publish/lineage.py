@@ -21,9 +21,12 @@ from tasks.artifacts import (
     FetchedDataset,
     MergedModel,
     PackedDataset,
+    PreparedQuestions,
     PretrainedModel,
+    ReinforcedModel,
     TokenizedCorpus,
     TrainedAdapter,
+    TrainedModel,
 )
 from tasks.errors import MissingError, TataraError, TransientError
 from tasks.gptoss.tokenizer import can_chat
@@ -32,9 +35,11 @@ from tasks.metrics import read_metrics
 from tasks.publish.base_card import BaseLineage
 from tasks.publish.facts import Lineage, SourceCard
 from tasks.publish.names import hub_id
+from tasks.publish.reinforced_card import ReinforcedLineage
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHIPPED_CARD = _ROOT / "data" / "ja_culture" / "README.md"
+_QUESTIONS_CARD = _ROOT / "data" / "word_problems" / "README.md"
 _SHIPPED_CORPORA = {"shipped": "ja_culture", "short_english": "short_english"}
 _PACKAGES = ("tatara", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 logger = logging.getLogger(__name__)
@@ -73,8 +78,45 @@ def lineage_of(source: MergedModel | TrainedAdapter, store: ArtifactStore, hub: 
     )
 
 
-def base_lineage_of(model: PretrainedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool) -> BaseLineage:
-    """Collect what is known of a model that was pretrained here; the arguments are lineage_of's."""
+def whole_lineage_of(
+    model: TrainedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool
+) -> BaseLineage | ReinforcedLineage:
+    """Collect what is known of a model that was trained as a whole; the arguments are lineage_of's."""
+    if isinstance(model, ReinforcedModel):
+        return _reinforced_lineage(model, store, hub, goes_to_hub=goes_to_hub)
+    if isinstance(model, PretrainedModel):
+        return _base_lineage(model, store, hub, goes_to_hub=goes_to_hub)
+    raise TypeError(f"{model.ref} is a {type(model).__name__}: no card is known for it")
+
+
+def _reinforced_lineage(
+    model: ReinforcedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool
+) -> ReinforcedLineage:
+    manifest = _manifest(store, model)
+    base, questions = store.ancestor(model, BaseCheckpoint), store.ancestor(model, PreparedQuestions)
+    trained_with = manifest.get("about", {}).get("versions", {})
+    return ReinforcedLineage(
+        model=model,
+        base=base,
+        questions=questions,
+        spec=manifest.get("spec", {}),
+        questions_spec=_manifest(store, questions).get("spec", {}),
+        records=read_metrics(model.path / "metrics.jsonl"),
+        base_card=_base_card(base, _manifest(store, base).get("spec", {}), hub, goes_to_hub=goes_to_hub),
+        data_card=_questions_card(questions, hub, goes_to_hub=goes_to_hub),
+        versions={"tatara": _versions().get("tatara", ""), **trained_with},
+    )
+
+
+def _questions_card(questions: PreparedQuestions, hub: HfApi, *, goes_to_hub: bool) -> SourceCard:
+    if questions.source == "shipped":
+        return _local_card(_QUESTIONS_CARD)
+    if hub_id(questions.source):
+        return _hub_card(hub, questions.source, questions.revision, "dataset", goes_to_hub=goes_to_hub)
+    return SourceCard()
+
+
+def _base_lineage(model: PretrainedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool) -> BaseLineage:
     manifest = _manifest(store, model)
     spec = manifest.get("spec", {})
     return BaseLineage(

@@ -16,6 +16,16 @@ def hub_id(name: str) -> str:
     return name if is_id and not name.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")) else ""
 
 
+def hub_origin(origin: str) -> tuple[str, str]:
+    """Return (owner/name, commit) of a base from the Hub, two empty texts for one that was made here or is a folder.
+
+    >>> hub_origin("openai/gpt-oss-20b@6cee5e"), hub_origin("/models/base"), hub_origin("pretrained 0123abcd")
+    (('openai/gpt-oss-20b', '6cee5e'), ('', ''), ('', ''))
+    """
+    name, _, commit = origin.rpartition("@")
+    return (name, commit) if hub_id(name) else ("", "")
+
+
 def one_line(text: str) -> str:
     r"""Return `text` on one line, with nothing that can't be printed or written as UTF-8.
 

@@ -1,7 +1,7 @@
 """Publish a model, an adapter or both: to the Hub, or without a repo and a token to a local folder.
 
-    MergedModel | TrainedAdapter | PretrainedModel -> staging (hard links) + card -> Hub commit
-                                             or <root>/hub/models--owner--name/snapshots/<commit>
+    MergedModel | TrainedAdapter | TrainedModel -> staging (hard links) + card -> Hub commit
+                                          or <root>/hub/models--owner--name/snapshots/<commit>
 
 Ring: edge.
 """
@@ -17,22 +17,22 @@ from tasks import files
 from tasks.artifacts import (
     ArtifactStore,
     MergedModel,
-    PretrainedModel,
     PublishedModel,
     TrainedAdapter,
+    TrainedModel,
     folder_digest,
     make_key,
 )
 from tasks.errors import SpecError
 from tasks.hub import find_model, find_repo, hub_errors
-from tasks.publish.lineage import base_lineage_of, lineage_of
-from tasks.publish.staging import link_all, stage, stage_base
+from tasks.publish.lineage import lineage_of, whole_lineage_of
+from tasks.publish.staging import link_all, stage, stage_whole
 from tasks.publish.upload import Job, Uploaded, upload
 from tasks.specs import PublishSpec
 
 VERSION = 2
 LOCAL_REPO = "local/{name}"
-Source = MergedModel | TrainedAdapter | PretrainedModel
+Source = MergedModel | TrainedAdapter | TrainedModel
 logger = logging.getLogger(__name__)
 
 
@@ -85,14 +85,14 @@ def publish_model(source: Source, spec: PublishSpec, store: ArtifactStore, hub: 
 
 
 def _stage(source: Source, goal: _Goal, spec: PublishSpec, store: ArtifactStore, hub: HfApi, folder: Path) -> Path:
-    if isinstance(source, PretrainedModel):
-        lineage = base_lineage_of(source, store, hub, goes_to_hub=goal.place == "hub")
-        return stage_base(lineage, spec, goal.repo_id, folder)
+    if isinstance(source, TrainedModel):
+        lineage = whole_lineage_of(source, store, hub, goes_to_hub=goal.place == "hub")
+        return stage_whole(lineage, spec, goal.repo_id, folder)
     return stage(lineage_of(source, store, hub, goes_to_hub=goal.place == "hub"), spec, goal.repo_id, folder)
 
 
 def _aim(source: Source, spec: PublishSpec, store: ArtifactStore, hub: HfApi) -> _Goal:
-    if isinstance(source, PretrainedModel) and spec.what != "merged":
+    if isinstance(source, TrainedModel) and spec.what != "merged":
         raise SpecError(f"PublishSpec.what = {spec.what!r}, but {source.origin} is a whole model without an adapter")
     if isinstance(source, TrainedAdapter) and spec.what != "adapter":
         raise SpecError(f"PublishSpec.what = {spec.what!r} needs a merged model, but adapter {source.short} was given")

@@ -3,7 +3,7 @@
     merged:  model files              + README.md, recipe.json, loss_curve.png
     adapter: adapter and tokenizer    + the same
     both:    model files, adapter/ without a second tokenizer + the same
-    a pretrained model: its files + the same
+    a whole model, pretrained or trained with rewards: its files + the same
 
 Ring: edge (disk).
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks import files
-from tasks.pictures import loss_curve, training_panels
+from tasks.pictures import loss_curve, ppo_curves, training_panels
 from tasks.publish.base_card import BaseLineage, base_card, base_reproduction
-from tasks.publish.card import ADAPTER_FOLDER, CURVE, RECIPE, model_card
+from tasks.publish.card import ADAPTER_FOLDER, CURVE, RECIPE, REWARD_CURVE, model_card
 from tasks.publish.facts import Lineage, reproduction
 from tasks.publish.plan import CARD
+from tasks.publish.reinforced_card import ReinforcedLineage, reinforced_card, reinforced_reproduction
 from tasks.specs import PublishSpec
 
 _TOKENIZER_FILES = (
@@ -43,15 +44,22 @@ def stage(lineage: Lineage, spec: PublishSpec, repo_id: str, folder: Path) -> Pa
     return folder
 
 
-def stage_base(lineage: BaseLineage, spec: PublishSpec, repo_id: str, folder: Path) -> Path:
-    """Fill `folder`, which is emptied first, with a pretrained model."""
+def stage_whole(lineage: BaseLineage | ReinforcedLineage, spec: PublishSpec, repo_id: str, folder: Path) -> Path:
+    """Fill `folder`, which is emptied first, with a model that was trained as a whole."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    link_all(Path(lineage.model.model_folder), folder)
-    files.write_text(folder / CARD, base_card(lineage, spec, repo_id))
-    files.write_json(folder / RECIPE, base_reproduction(lineage))
-    if lineage.records:
-        files.write_bytes(folder / CURVE, training_panels(lineage.records, f"Pretraining {lineage.model.short}"))
+    model = lineage.model
+    link_all(Path(model.model_folder), folder)
+    if isinstance(lineage, ReinforcedLineage):
+        card, recipe = reinforced_card(lineage, spec, repo_id), reinforced_reproduction(lineage)
+        curve, draw = REWARD_CURVE, lambda: ppo_curves(lineage.records, f"PPO {model.short}")
+    else:
+        card, recipe = base_card(lineage, spec, repo_id), base_reproduction(lineage)
+        curve, draw = CURVE, lambda: training_panels(lineage.records, f"Pretraining {model.short}")
+    files.write_text(folder / CARD, card)
+    files.write_json(folder / RECIPE, recipe)
+    if any(key in record for record in lineage.records for key in ("loss", "reward")):
+        files.write_bytes(folder / curve, draw())
     return folder
 
 

@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifacts import MergedModel, PretrainedModel, PublishedModel, TrainedAdapter
+from tasks.artifacts import MergedModel, PublishedModel, TrainedAdapter, TrainedModel
 from tasks.errors import is_worth_retrying
 from tasks.specs import PublishSpec
 
@@ -18,7 +18,7 @@ from tasks.specs import PublishSpec
     cache_policy=NO_CACHE,  # the artifact folder is the cache
 )
 def publish_model(
-    source: MergedModel | TrainedAdapter | PretrainedModel,
+    source: MergedModel | TrainedAdapter | TrainedModel,
     spec: PublishSpec,
     storage: str = "",
     hub_account: str = "",

@@ -19,7 +19,8 @@ from tasks.serve.command import reach
 from tasks.specs import ServeSpec, change
 
 ROOT = Path(__file__).resolve().parents[2]
-BESIDE_MODEL = frozenset({"README.md", ".gitattributes", "recipe.json", "loss_curve.png"})  # what publish adds
+# what publish adds
+BESIDE_MODEL = frozenset({"README.md", ".gitattributes", "recipe.json", "loss_curve.png", "reward_curve.png"})
 NO_OVERRIDES: Mapping[str, str] = {}
 SERVICES = ("vllm", "gateway")
 RUN_ID = "TATARA_RUN_ID"  # among the ids: the flow run that put the model there

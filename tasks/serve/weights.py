@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, MergedModel, PretrainedModel, PublishedModel, folder_digest
+from tasks.artifacts import ArtifactStore, MergedModel, PublishedModel, TrainedModel, folder_digest
 from tasks.errors import CorruptError, MissingError
 from tasks.hub import hub_errors
 from tasks.serve.settings import BESIDE_MODEL
@@ -92,9 +92,9 @@ def _compare_whole(published: PublishedModel, found: dict[str, str], store: Arti
         )
 
 
-def _made(published: PublishedModel, store: ArtifactStore) -> MergedModel | PretrainedModel | None:
-    """Return the model that was published: merged, or pretrained here; the nearest, so never a merged one's base."""
-    for cls in (MergedModel, PretrainedModel):
+def _made(published: PublishedModel, store: ArtifactStore) -> MergedModel | TrainedModel | None:
+    """Return the model that was published: merged, or trained here as a whole; the nearest, so never one's base."""
+    for cls in (MergedModel, TrainedModel):
         try:
             return store.ancestor(published, cls)
         except MissingError:

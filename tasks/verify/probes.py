@@ -155,6 +155,15 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def token_share(spec: VerifySpec, dtype: str) -> float:
+    """Return the largest token by token gap of served and files, as a share of what training moved.
+
+    >>> token_share(VerifySpec(max_token_gap_share=0.25), "float16")
+    0.125
+    """
+    return spec.max_token_gap_share * _SHARES[dtype]
+
+
 def check_scores(scores: Scores, spec: VerifySpec, dtype: str, *, is_requantized: bool = False) -> None:
     """Raise AttestationError when the served model is not the merged one, or no better than the base.
 
@@ -165,7 +174,7 @@ def check_scores(scores: Scores, spec: VerifySpec, dtype: str, *, is_requantized
         is_requantized: the merged experts were rounded to MXFP4: PEFT's own merge in full precision is then no
             yardstick. The merge has compared its deltas with PEFT's, and the trainer's gain must still be there.
     """
-    share = spec.max_token_gap_share * _SHARES[dtype]
+    share = token_share(spec, dtype)
     if not all(map(math.isfinite, (scores.served, scores.merged, scores.base))):  # NaN passes every comparison
         raise AttestationError(
             f"a mean log-probability is not finite (served {scores.served}, merged {scores.merged}, base {scores.base})"

@@ -4,7 +4,7 @@
 
     merged, base      from their files
     tuned             the base with the adapter, merged in memory by PEFT: other code than ours, from what was trained
-    base              without an adapter: random weights of the same config and seed, which nothing was taught
+    base              of a pretrained model: random weights of the same config and seed, which nothing was taught
     greedy            transformers' greedy answers to the first prompts, with each token's lead over the next best
 
 Ring: edge.  Units: nats.
@@ -85,18 +85,23 @@ def tune(model: Model, adapter_folder: Path, stored: torch.dtype) -> Model:
 
 
 def compute(job: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
-    """Return {"merged", "base", "tuned": log-probabilities, "greedy": answers}; one model is in memory at a time."""
+    """Return {"merged", "base", "tuned": log-probabilities, "greedy": answers}; one model is in memory at a time.
+
+    Without an adapter in the job there is no "tuned".
+    """
     documents, dtype = job["documents"], job["dtype"]
     model = load_model(Path(job["merged"]), dtype)
     scores: dict[str, Any] = {"merged": score_documents(model, documents)}  # Any: JSON values
     asked = documents[: job["num_greedy_prompts"]]
     scores["greedy"] = [answer_greedily(model, document["prompt_ids"], job["greedy_tokens"]) for document in asked]
     del model
-    if "adapter" not in job:  # a model that was pretrained here
+    if "untrained_seed" in job:  # a model that was pretrained here
         model = make_untrained(Path(job["merged"]), dtype, job["untrained_seed"])
         return {**scores, "base": score_documents(model, documents)}
     model = load_model(Path(job["base"]), dtype)
     scores["base"] = score_documents(model, documents)
+    if "adapter" not in job:  # a whole model that was trained with rewards
+        return scores
     stored: Any = AutoConfig.from_pretrained(job["merged"]).dtype or torch.bfloat16  # Any: typed as str or dtype
     scores["tuned"] = score_documents(tune(model, Path(job["adapter"]), stored), documents)
     return scores

@@ -12,7 +12,9 @@ def health_markdown(report: HealthReport, about: dict[str, Any]) -> str:  # Any:
     """Return verdict, scores and a sample answer."""
     verdict = "PASSED" if report.passed else "FAILED"
     if "pretrained" in about:
-        return _base_markdown(report, about, verdict)
+        return _whole_markdown(report, about, verdict, "random weights of the same config", _of_pretraining(report))
+    if "reinforced" in about:
+        return _whole_markdown(report, about, verdict, "the base it began as, by transformers", _of_rewards(about))
     chat = about["chat"]
     return f"""# Verification {verdict}: {report.served_model_name}
 
@@ -40,20 +42,39 @@ Served minus base: {report.served_logprob - report.base_logprob:+.4f}; training 
 {_not_served(chat)}"""
 
 
-def _base_markdown(report: HealthReport, about: dict[str, Any], verdict: str) -> str:  # Any: as above
-    chat = about["chat"]
-    return f"""# Verification {verdict}: {report.served_model_name}, {about["pretrained"]}
+def _of_pretraining(report: HealthReport) -> tuple[str, str]:
+    """Return what the training brought, and what a model that passed has shown."""
+    fell = f"Training lowered its loss by {report.trainer_gain:.4f}."
+    return fell, "The served weights are the published ones, and they were trained."
+
+
+def _of_rewards(about: dict[str, Any]) -> tuple[str, str]:  # Any: as above
+    """The same of a model that was trained with rewards."""
+    before, after = ("not measured" if score is None else f"{score:.4f}" for score in about["test_scores"])
+    doubt = about["doubt"]
+    shown = f"NOT PROVEN by log-probabilities: {doubt}. Its files were compared by their digests." if doubt else ""
+    return (
+        f"verl's mean test score: {before} before, {after} after.",
+        shown or "The served weights are the published ones, and not the base.",
+    )
+
+
+def _whole_markdown(
+    report: HealthReport, about: dict[str, Any], verdict: str, beginning: str, said: tuple[str, str]
+) -> str:  # Any: as above
+    chat, (brought, shown) = about["chat"], said
+    return f"""# Verification {verdict}: {report.served_model_name}, {about.get("pretrained") or about["reinforced"]}
 
 | mean log-probability of {report.num_answers} texts | nats per token |
 |---|---:|
 | served, asked from {report.gateway_url} | {report.served_logprob:.4f} |
 | the published files, by transformers | {report.merged_logprob:.4f} |
-| random weights of the same config | {report.base_logprob:.4f} |
+| {beginning} | {report.base_logprob:.4f} |
 
-Token by token the served model is {report.token_gap:.5f} from its files, and random weights {report.tuning_gap:.4f}. \
-Training lowered its loss by {report.trainer_gain:.4f}. Greedy tokens compared: {report.num_greedy_tokens}.
+Token by token the served model is {report.token_gap:.5f} from its files, which training moved by \
+{report.tuning_gap:.4f}. {brought} Greedy tokens compared: {report.num_greedy_tokens}.
 
-{about.get("failure") or "The served weights are the published ones, and they were trained."} {chat.get("format", "")}
+{about.get("failure") or shown} {chat.get("format", "")}
 
 **{chat["question"]}**
 

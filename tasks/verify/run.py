@@ -18,19 +18,22 @@ from tasks.artifacts import (
     MergedModel,
     PackedDataset,
     PretrainedModel,
+    ReinforcedModel,
     ServedModel,
     TrainedAdapter,
+    TrainedModel,
     make_key,
 )
 from tasks.errors import AttestationError, ServiceError
 from tasks.specs import VerifySpec
-from tasks.verify.base import base_scores, find_base, probe_documents
 from tasks.verify.base_probes import check_base_scores
 from tasks.verify.chat import ask, check_texts
 from tasks.verify.client import get_json
 from tasks.verify.greedy import GreedyStep, compare_greedy
 from tasks.verify.probes import Gain, Scores, check_gain, check_scores, compare, mean, measure_gain
+from tasks.verify.reinforced_probes import check_reinforced_scores, find_doubt
 from tasks.verify.scoring import computed_once, endpoint_answers, endpoint_scores
+from tasks.verify.whole import find_whole, probe_documents, whole_scores
 
 VERSION = 3
 ShowFn = Callable[[HealthReport, dict[str, Any]], None]  # Any: JSON values
@@ -40,21 +43,21 @@ def verify_model(served: ServedModel, spec: VerifySpec, store: ArtifactStore, sh
     """Probe the served model through the gateway; commit a report whether it passed or not.
 
     Args:
-        served: the live endpoint; its parents lead to the merged model, the base and the data, or to a pretrained
-            model and its corpus.
+        served: the live endpoint; its parents lead to the merged model, the base and the data, or to a model that
+            was trained as a whole and what it learnt from.
         spec: what it has to show.
         store: where those artifacts are.
         show: called with the report and what stands beside it, passed or failed.
     Raises: AttestationError when the served model is not the merged one or no better than its base (of a pretrained
-        one: than random weights);
+        one: than random weights; of one that was trained with rewards: when it can't be told from its base);
         ServiceError or TransientError when the endpoint is not healthy.
     """
     key = make_key("verify", VERSION, spec, {"time": str(time.time_ns())}, (served,))
     with store.claim(HealthReport, key) as claim:
-        base = find_base(served, store)
-        if base:
-            findings, about = probe_base(served, base, spec, store)
-            failure = find_base_failure(findings, spec, served.dtype)
+        whole = find_whole(served, store)
+        if whole:
+            findings, about = probe_whole(served, whole, spec, store)
+            failure = find_whole_failure(findings, whole, spec, served.dtype)
         else:
             findings, about = probe(served, spec, store)
             is_requantized = store.ancestor(served, MergedModel).experts == "mxfp4"
@@ -111,10 +114,13 @@ def find_failure(
     return findings.broken
 
 
-def find_base_failure(findings: Findings, spec: VerifySpec, dtype: str) -> AttestationError | None:
-    """The same for a pretrained model."""
+def find_whole_failure(
+    findings: Findings, model: TrainedModel, spec: VerifySpec, dtype: str
+) -> AttestationError | None:
+    """The same for a model that was trained as a whole."""
+    check = check_reinforced_scores if isinstance(model, ReinforcedModel) else check_base_scores
     try:
-        check_base_scores(findings.scores, spec, dtype)
+        check(findings.scores, spec, dtype)
         for served, expected in findings.greedy:
             compare_greedy(served, expected, dtype)
     except AttestationError as error:
@@ -122,21 +128,29 @@ def find_base_failure(findings: Findings, spec: VerifySpec, dtype: str) -> Attes
     return findings.broken
 
 
-def probe_base(
-    served: ServedModel, model: PretrainedModel, spec: VerifySpec, store: ArtifactStore
+def probe_whole(
+    served: ServedModel, model: TrainedModel, spec: VerifySpec, store: ArtifactStore
 ) -> tuple[Findings, dict[str, Any]]:  # Any: JSON values
-    """Ask everything that is asked of a pretrained model's endpoint; its `gain` is what its training loss fell by."""
+    """Ask everything that is asked of the endpoint of a model that was trained as a whole.
+
+    Its `gain` is what the loss of a pretraining fell by; rewards are another unit, of which `about` tells.
+    """
     documents, folder = probe_documents(model, spec, store), Path(model.model_folder)
-    reference = base_scores(served, model, documents, spec, store)
-    about = {"health": check_health(served, spec), "num_answers": len(documents), "pretrained": model.origin}
+    reference = whole_scores(served, model, documents, spec, store)
+    about = {"health": check_health(served, spec), "num_answers": len(documents), model.kind: model.origin}
     about["chat"], broken = ask(served, spec, folder)
     broken = check_texts(served, spec, folder) or broken
     values = endpoint_scores(served, documents, spec)
-    files_scores, untrained = reference["merged"], reference["base"]
-    scores = compare(values, files_scores, untrained, files_scores)
+    files_scores, before = reference["merged"], reference["base"]
+    scores = compare(values, files_scores, before, files_scores)
+    scores = replace(scores, adapter_gap=0.0, adapter_move=0.0)  # there is no adapter to merge by other code
+    if isinstance(model, ReinforcedModel):
+        about["test_scores"] = [model.test_score_before, model.test_score_after]
+        about["doubt"] = find_doubt(scores, spec, served.dtype)
+    fallen = model.first_loss - model.last_loss if isinstance(model, PretrainedModel) else 0.0
     findings = Findings(
-        scores=replace(scores, adapter_gap=0.0, adapter_move=0.0),  # there is no adapter to merge by other code
-        gain=Gain(trainer=model.first_loss - model.last_loss, served=mean(values) - mean(untrained), error=0.0),
+        scores=scores,
+        gain=Gain(trainer=fallen, served=mean(values) - mean(before), error=0.0),
         greedy=endpoint_answers(served, documents, reference["greedy"], spec),
         broken=broken,
     )

@@ -11,7 +11,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.utilities.callables import parameter_schema
 
 from deployments.orchestration import NUM_DEPLOYMENTS, POOLS, ROOT
-from tasks.specs import BaseRelease, PretrainSpec, Recipe, ReinforceRecipe, Spec, _spec_of
+from tasks.specs import BaseRelease, PpoRecipe, PretrainSpec, Recipe, ReinforceRecipe, Spec, _spec_of
 
 TEXT = (ROOT / "prefect.yaml").read_text()
 FILE = yaml.safe_load(TEXT)
@@ -57,6 +57,7 @@ def test_all_deployments_of_the_issue_are_there():
             "promote/h100",
             "promote/tiny",
             "reinforce-ppo/gsm8k",
+            "release-ppo/h100",
             "ingest-traces/every-5-minutes",
         ]
     )
@@ -136,6 +137,8 @@ def _check_fields(schema: dict[str, Any], node: dict[str, Any], spec: type[Spec]
         ("pretrain", "pretrain", PretrainSpec, 25),
         ("release_base", "release_base", BaseRelease, 25),
         ("reinforce", "reinforce", ReinforceRecipe, 80),
+        ("reinforce_ppo", "reinforce_ppo", PpoRecipe, 80),
+        ("release_ppo", "release_ppo", PpoRecipe, 80),
     ],
 )
 def test_form_lists_every_field(module: str, flow: str, spec: type[Spec], least: int):

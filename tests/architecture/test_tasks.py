@@ -52,7 +52,7 @@ def test_task_files_are_thin(path: Path):
     assert len(path.read_text().splitlines()) <= limit
 
 
-@pytest.mark.parametrize("flow", ["finetune", "reinforce", "release", "release_base"])
+@pytest.mark.parametrize("flow", ["finetune", "reinforce", "reinforce_ppo", "release", "release_base", "release_ppo"])
 def test_a_flow_that_fails_serves_what_made_way_for_it_again(flow: str):
     """What the hook does is tested beside the handover, and in a real worker by `make chaos-test`."""
     found = getattr(importlib.import_module(f"flows.{flow}"), flow)

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import httpx
 import pytest
 
+from tasks import files
 from tasks.errors import CapacityError, RightsError, SpecError, TokenError, TrainingError
+from tasks.ppo.attempts import choose_attempt, follow_where, is_there
 from tasks.ppo.cluster import ask_nodes, open_cluster, require_fit
 from tasks.ppo.run import run_job
 from tasks.procfs import list_pids
@@ -50,12 +53,14 @@ def _submissions(cluster, key):
     )
 
 
-def test_two_nodes_tell_what_they_have(cluster, tmp_path):
+def test_two_nodes_tell_what_they_have(cluster, tmp_path, caplog):
     nodes = cluster.jobs.nodes()
     assert [node.is_head for node in nodes] == [True, False]
     assert all((node.count("CPU"), node.count("GPU")) == (8, 1) for node in nodes)
-    said = require_fit(cluster, TWO_NODES, ONE, [str(tmp_path)])
-    assert "2 nodes" in said[0] and "verl 0.9.1" in said[1] and "Ray 2.60.0" in said[1]
+    with caplog.at_level("INFO"):
+        versions = require_fit(cluster, TWO_NODES, ONE, [str(tmp_path)])
+    assert (versions["verl"], versions["ray"]) == ("0.9.1", "2.60.0")
+    assert "2 nodes" in caplog.text and "verl 0.9.1; all see the files" in caplog.text
     assert cluster.jobs.version() == "2.60.0"
 
 
@@ -160,6 +165,8 @@ def test_a_node_that_is_lost_is_said_at_once(tmp_path, caplog):
     """A cluster of its own: one raylet of it is killed."""
     with open_cluster(TWO_NODES, PpoSpec(), tmp_path, dict(os.environ)) as mine:
         require_fit(mine, TWO_NODES, ONE, [])
+        temp_folder = files.read_json(tmp_path / "cluster.json")["temp_folder"]
+        assert Path(temp_folder).is_dir()
         health = Health("so")
         health(mine.jobs.nodes())
         assert len(mine.jobs.nodes()) == 2 and not health.lost
@@ -170,6 +177,24 @@ def test_a_node_that_is_lost_is_said_at_once(tmp_path, caplog):
         assert len(health.lost) == 1 and "is lost, 1 are left" in caplog.text
         assert time.monotonic() - begin < 60
     wait_for(lambda: not _cluster_pids(tmp_path), 20)
+    assert not Path(temp_folder).exists()  # Ray's sockets and logs
+
+
+def test_a_worker_that_names_another_cluster_follows_the_job_where_it_is(cluster, tmp_path):
+    """The job was submitted by a run that is gone; this one names a cluster that nobody answers at."""
+    key, variables = uuid4().hex, {"RAY_AUTH_TOKEN": cluster.token}
+    attempt = choose_attempt(replace(cluster, is_ours=False), key, tmp_path)
+    cluster.jobs.ensure(Job(submission_id=attempt.submission_id, entrypoint=_command(cluster, COUNT.format(30))))
+    elsewhere = RaySpec(address="http://127.0.0.1:9", poll_s=0.2, health_s=1, lost_after_s=60)
+    found = follow_where(tmp_path, elsewhere, variables)
+    assert (found.address, found.python) == (cluster.jobs.url, cluster.python)
+    with open_cluster(found, ONE, tmp_path, variables) as there:
+        assert is_there(there.jobs, tmp_path)
+        told = []
+        recipe = RECIPE.model_copy(update={"ray": found})
+        run_job(there, key, "never submitted", recipe, tmp_path, lambda line, number: told.append((number, line)))
+    assert [line for line in told if line[1].startswith("line")] == [(1, f"line {i}") for i in range(30)]
+    assert _submissions(cluster, key) == [attempt.submission_id]
 
 
 def _cluster_pids(folder):

@@ -4,6 +4,7 @@ With the plug-in of verl_cpu.py, which says what of it is ours. Minutes, nearly 
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
@@ -14,9 +15,13 @@ from tasks.artifacts import ArtifactStore, ReinforcedModel
 from tasks.fetch.run import fetch_base
 from tasks.metrics import read_metrics
 from tasks.ppo import run
+from tasks.ppo.preflight import find_begun
 from tasks.ppo.prepare import prepare_questions
-from tasks.specs import BaseModelSpec
+from tasks.publish.run import publish_model
+from tasks.serve.weights import require_merged_files
+from tasks.specs import BaseModelSpec, PublishSpec
 from tests import tiny
+from tests.hub_server import WRITE, hub_fixture  # noqa: F401  (the fixture `hub`)
 from tests.ppo.conftest import PYTHON, ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -60,7 +65,7 @@ class StopError(Exception):
     """What ends the first run: an error of ours, after which the job must not run on."""
 
 
-def test_main_ppo_trains_goes_on_from_its_checkpoint_and_becomes_a_model(line):
+def test_main_ppo_trains_goes_on_from_its_checkpoint_becomes_a_model_and_is_published(line, hub):
     store, base, questions = line
     # no reference model: verl offloads it with pin_memory, which needs a device
     recipe = _recipe(rollout="transformers", kl_in_reward=False, environment=PLUG_IN, overrides=FOR_A_CPU)
@@ -83,6 +88,19 @@ def test_main_ppo_trains_goes_on_from_its_checkpoint_and_becomes_a_model(line):
     assert model.test_score_before is not None and model.test_score_after is not None
     _is_a_trained_model(model, base)
     assert run.reinforce_model(questions, base, recipe, store, seen.append, variables) == model  # found, not made
+    assert find_begun(recipe, questions, base, store, {}) == f"cluster: not needed, reinforced/{model.short} is whole"
+    _is_published(model, store, hub)
+
+
+def _is_published(model, store, hub):
+    published = publish_model(model, PublishSpec(repo_id="ada/ppo"), store, HfApi(endpoint=hub.url, token=WRITE))
+    held, folder = hub.content("model", "ada/ppo"), Path(model.model_folder)
+    assert {name: (folder / name).read_bytes() for name in files.list_files(folder)}.items() <= held.items()
+    card = held["README.md"].decode()
+    assert model.model_digest in card and model.base_digest in card and "| steps | 4 of 8 questions" in card
+    assert "| verl | `0.9.1` |" in card and "| ray | `2.60.0` |" in card
+    assert held["reward_curve.png"].startswith(b"\x89PNG")
+    require_merged_files(published, store)  # what would be served is what verl's merger wrote
 
 
 def _is_a_trained_model(model, base):

@@ -8,7 +8,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.check.ppo import check_ppo
 from tasks.errors import CapacityError, MissingError, SpecError, TransientError
 from tasks.ppo.cluster import find_address, find_python
-from tasks.ppo.run import check_cluster
+from tasks.ppo.preflight import check_cluster
 from tasks.specs import RaySpec
 from tests import tiny
 from tests.ports import free_port
@@ -60,6 +60,7 @@ def test_every_fault_of_a_recipe_is_in_one_error(ray, tmp_path, monkeypatch):
             "questions": {"source": str(tmp_path / "no.jsonl")},
             "ray": {"address": ray.url},
             "ppo": {"nnodes": 2},
+            "until": "publish",
         },
     )
     store = ArtifactStore(tmp_path / "home")
@@ -77,8 +78,38 @@ def test_every_fault_of_a_recipe_is_in_one_error(ray, tmp_path, monkeypatch):
         "questions",
         "base",
         "cluster",
+        "publish",
+        "serve",
         "disk",
     ]
+
+
+def test_what_comes_after_the_model_is_looked_at_before_the_run(ray, tmp_path):
+    """Hours later it would be the same fault."""
+    ray.gpus = 1
+    changes = {
+        "base": {"model": str(tiny.save_dense_model(tmp_path / "model"))},
+        "ray": {"address": ray.url},
+        "ppo": {"max_prompt_length": 256},
+        "publish": {"what": "adapter"},
+        "serve": {"max_model_len": 200, "host": "127.0.0.1"},
+    }
+    store, hub, nobody = ArtifactStore(tmp_path / "home"), HfApi(token=False), {"TATARA_VLLM_PYTHON": "/nowhere/python"}
+    with pytest.raises(SpecError) as caught:
+        check_ppo(resolve_ppo("tiny_ppo", changes), store, hub, nobody)
+    for said in (
+        "3 faults: ",
+        "PublishSpec.what = 'adapter', but a model that is trained as a whole has no adapter",
+        "ServeSpec.max_model_len = 200, but verify asks for questions of 256 tokens",
+        "vLLM's environment is not there (/nowhere/python)",
+    ):
+        assert said in str(caught.value)
+    ports = {"vllm_port": free_port(), "gateway_port": free_port()}
+    longer = {**changes, "publish": {}, "serve": {"max_model_len": 4096, **ports}}
+    with pytest.raises(SpecError, match=r"max_model_len = 4096 but the base's context is 512"):
+        check_ppo(resolve_ppo("tiny_ppo", {**longer}), store, hub, {"TATARA_VLLM_PYTHON": __file__})
+    said = check_ppo(resolve_ppo("tiny_ppo", {**longer, "until": "publish"}), store, hub, nobody)
+    assert "serve: not asked for" in said
 
 
 def test_a_cluster_that_is_away_is_asked_again():

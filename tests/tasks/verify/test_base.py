@@ -13,9 +13,9 @@ from tasks.artifacts import ArtifactStore, PretrainedModel, PublishedModel, Serv
 from tasks.errors import AttestationError, DataError, SpecError
 from tasks.specs import VerifySpec
 from tasks.verify import reference
-from tasks.verify.base import base_scores, find_base, probe_documents
 from tasks.verify.base_probes import PROBE_TOKENS, TOKEN_GAPS, check_base_scores, choose_spans
 from tasks.verify.probes import Scores, compare
+from tasks.verify.whole import find_whole, probe_documents, whole_scores
 from tests import chain
 from tests.pretrained import SENTENCES, make_pretrained
 
@@ -57,7 +57,7 @@ def serve(store: ArtifactStore, model: PretrainedModel) -> ServedModel:
 def scores_of(store: ArtifactStore, model: PretrainedModel, served_folder: str) -> Scores:
     """Serve `served_folder` while the artifacts say that `model` is served."""
     documents = probe_documents(model, SPEC, store)
-    said = base_scores(serve(store, model), model, documents, SPEC, store)
+    said = whole_scores(serve(store, model), model, documents, SPEC, store)
     values = reference.score_documents(reference.load_model(Path(served_folder), "float32"), documents)
     return compare(values, said["merged"], said["base"], said["merged"])
 
@@ -116,10 +116,10 @@ def test_without_its_corpus_texts_are_asked_for(store: ArtifactStore, model: Pre
 
 
 def test_only_a_pretrained_model_is_verified_as_one(store: ArtifactStore, model: PretrainedModel, tmp_path: Path):
-    assert find_base(serve(store, model), store) == model
+    assert find_whole(serve(store, model), store) == model
     base = chain.commit_base(store)
     packed = chain.commit_packed(store, base, base)
-    assert find_base(chain.commit_chain(store, packed, base, tmp_path, digest="d", url="http://x"), store) is None
+    assert find_whole(chain.commit_chain(store, packed, base, tmp_path, digest="d", url="http://x"), store) is None
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 20))
