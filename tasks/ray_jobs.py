@@ -238,9 +238,10 @@ def choose_attempt(jobs: RayJobs, name: str, path: Path, **more: str) -> int:
 
     It is written down in `path`, with `more`, before the submission: a kill in between is followed and not doubled.
     """
-    number = int(files.read_json(path)["attempt"]) if path.exists() else 0
-    if number and (state := find_live(jobs, f"{name}-{number}")):
-        logger.info("job %s-%d is there (%s): following it", name, number, state.status)
+    last: dict[str, Any] = files.read_json(path) if path.exists() else {"attempt": 0}  # Any: numbers and texts
+    number = int(last["attempt"])
+    if number and (state := find_live(jobs, last["submission_id"])):
+        logger.info("job %s is there (%s): following it", last["submission_id"], state.status)
         return number
     told = {"attempt": number + 1, "submission_id": f"{name}-{number + 1}", "url": jobs.url, **more}
     files.write_json(path, told)
