@@ -108,6 +108,11 @@ def say_kept(folder: Path) -> str:
     return f"{max(whole, key=checkpoint_step).name} is kept" if whole else "no checkpoint was written before"
 
 
+def has_any(folder: Path) -> bool:
+    """Say whether there is a whole checkpoint to go on from."""
+    return any(is_complete(checkpoint) for checkpoint in _all(folder))
+
+
 def require_room(folder: Path, num_trainable: int, step: int) -> None:
     """Raise CapacityError before the checkpoint of `step` is begun when the disk can't take it.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from tasks import errors, files
-from tasks.checkpoints import say_kept
+from tasks.checkpoints import has_any, say_kept
 from tasks.job_report import JobReport
 from tasks.launch_script import NO_PROGRESS, NOT_SHARED, STARTS
 from tasks.lifeline import HEARTBEAT, read_beats
@@ -98,16 +98,17 @@ def raise_end(end: JobReport, job: Job, spec: LaunchSpec) -> NoReturn:
         raise errors.TransientError(f"{said}: {kept}")
     if end.state == "OUT_OF_MEMORY":
         raise errors.CapacityError(f"{said}: {kept}; raise TrainSpec.launch.memory, or take more nodes with fsdp2")
-    if code == str(NO_PROGRESS):
+    is_late = end.state in {"TIMEOUT", "DEADLINE"}
+    if code == str(NO_PROGRESS) or (is_late and not has_any(job.folder / "checkpoints")):
         limit = spec.time_limit or "of the partition"
         raise errors.SpecError(
-            f"{said}: within the time limit ({limit}) no checkpoint was written, so it would be requeued for ever; "
+            f"{said}: within the time limit ({limit}) no checkpoint was written, so it would begin anew for ever; "
             f"raise TrainSpec.launch.time_limit (or lower stop_notice_s, {spec.stop_notice_s} s)"
         )
     is_blind = end.system == "SLURM" and end.state == "FAILED" and _unseen(job.folder, end.job_id, spec.nodes)
     if code == str(NOT_SHARED) or is_blind:  # on Ray the driver tells it
         raise errors.SpecError(_say_not_shared(end, job.folder, spec))
-    if end.state in {"TIMEOUT", "DEADLINE"}:
+    if is_late:
         raise errors.TransientError(f"{said}: {kept}")
     _raise_failure(said, job)
 

@@ -1,6 +1,7 @@
 """How the end of a SLURM job is told, and what is said without SLURM; real jobs are in train/test_slurm.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_each_end_is_an_error_of_its_own_class(job: Job, state: str, code: str, 
         subject.raise_end(report, job, LAUNCH)
     assert type(caught.value) is error
     assert "SLURM job 7" in str(caught.value)
+
+
+@pytest.mark.parametrize("state", ["TIMEOUT", "DEADLINE"])
+def test_a_time_limit_in_which_nothing_is_saved_is_not_tried_again(job: Job, state: str):
+    shutil.rmtree(job.folder / "checkpoints")
+    report = JobReport(job_id="7", state=state, exit_code="0:0", nodes="n[1-2]")
+    with pytest.raises(errors.SpecError, match=r"within the time limit \(60\) no checkpoint was written, so it would"):
+        subject.raise_end(report, job, LAUNCH)
 
 
 FAILED = JobReport(job_id="7", state="FAILED", exit_code="1:0", nodes="n[1-2]")

@@ -158,13 +158,16 @@ def test_near_its_time_limit_a_job_saves_and_goes_back_into_the_queue(cluster: C
 
 
 def test_a_job_that_saves_nothing_in_its_time_is_not_requeued_for_ever(cluster: Cluster, run: Run):
+    """Frozen before the first step, and its limit lowered to what is over: SLURM says so, and then ends it."""
     before = cluster.jobs().keys()
-    wait_for(lambda: any((run.store.root / "adapter").glob("*/nodes/1")), 60)
-    wait_for(lambda: run.says("the trainer starts as"), 60)
+    wait_for(lambda: any((run.store.root / "adapter").glob("*/heartbeats/1.json")), 120)
+    frozen = json.loads((run.folder / "heartbeats/1.json").read_text())["pid"]
+    os.kill(frozen, signal.SIGSTOP)
     (job_id,) = cluster.jobs().keys() - before
-    cluster.run("scancel", "--signal=USR1", "--batch", job_id)
+    cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1")
     assert run.ends() != 0
     assert run.says("SpecError") and run.says("within the time limit (30) no checkpoint was written")
+    wait_for(lambda: not runs(frozen), 60)
 
 
 def test_a_job_that_somebody_cancels_says_so_and_is_not_tried_again(cluster: Cluster, run: Run):
