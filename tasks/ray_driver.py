@@ -108,9 +108,27 @@ class Node:
         return data[:end].decode(errors="replace"), code if code is None or code >= 0 else 128 - code
 
     def stop(self, number: int) -> None:
-        """Send a signal to the launcher, which passes SIGTERM on to its ranks and waits for them."""
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(number)
+        """Send a signal to the launcher, which passes SIGTERM on to its ranks; SIGKILL to each rank as well."""
+        if self.child is None or self.child.poll() is not None:
+            return
+        ranks = find_descendants(self.child.pid) if number == signal.SIGKILL else []  # in sessions of their own
+        self.child.send_signal(number)
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def find_descendants(pid: int) -> list[int]:
+    """Return the processes that a process started, and those that these started."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
 
 
 class Driver:

@@ -177,7 +177,7 @@ def test_a_job_that_somebody_stops_says_so(cluster, run):
     cluster.jobs.stop(job_id)
     assert run.ends() != 0
     assert re.search(
-        rf"TrainingError: Ray job {job_id} ended as CANCELLED .*not by Tatara: checkpoint-1\d is kept",
+        rf"TrainingError: Ray job {job_id} ended as CANCELLED .*not by Tatara: checkpoint-\d+ is kept",
         run.log.read_text(),
     )
 

@@ -1,6 +1,8 @@
 """What is submitted to a Ray cluster, and how its end is told, against a stand-in; real jobs are in tests/ppo."""
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,13 +12,14 @@ from tasks import errors
 from tasks import ray_job as subject
 from tasks.followed_job import raise_end
 from tasks.launch_script import JOIN_OVER, Work, first_argv, render_join, render_node
-from tasks.ray_driver import LOST_NODE
+from tasks.ray_driver import LOST_NODE, Node
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job
 from tasks.train.run import check_launch
 from tests.ports import free_port
 from tests.ray_dashboard import Dashboard
 from tests.tasks.train.runs import SPEC
+from tests.waiting import runs, wait_for
 
 
 @pytest.fixture
@@ -202,3 +205,14 @@ def test_join_ends_when_the_run_was_cancelled(ray: Dashboard, tmp_path: Path):
     script = render_join(launch(ray, launcher="torchrun", address="h"), work)
     done = subprocess.run(["bash", "-c", script, "join", "1"], timeout=30, capture_output=True, text=True, check=False)
     assert "the run was cancelled" in done.stdout
+
+
+def test_a_frozen_rank_is_killed_with_its_launcher(tmp_path: Path):
+    """torchrun starts each rank in a session of its own, and a frozen one takes no SIGTERM."""
+    node = Node({"folder": str(tmp_path)}, 0)
+    node.child = subprocess.Popen(["bash", "-c", "setsid sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    rank = int(node.child.stdout.readline())
+    os.kill(rank, signal.SIGSTOP)
+    node.stop(signal.SIGKILL)
+    assert node.child.wait(10) == -signal.SIGKILL
+    wait_for(lambda: not runs(rank), 10)
