@@ -34,7 +34,7 @@ from tests.flows.line import ROOT, need_vllm, serve_unchecked
 from tests.ports import free_port
 from tests.pretrained import SENTENCES, make_pretrained
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900), pytest.mark.usefixtures("traces_aside")]
 _RUN = """
 import json, sys
 from prefect.testing.utilities import prefect_test_harness
@@ -55,12 +55,6 @@ class Released:
     @property
     def published(self) -> PublishedModel:
         return self.store.committed(PublishedModel)[0]
-
-
-@pytest.fixture(autouse=True)
-def traces_aside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A gateway that this process starts writes its traces here, and not where the tests are run."""
-    monkeypatch.setenv("FILE_QUEUE_PATH", str(tmp_path / "traces.jsonl"))
 
 
 @pytest.fixture(scope="module")

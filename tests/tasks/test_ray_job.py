@@ -23,14 +23,6 @@ from tests.waiting import runs, wait_for
 
 
 @pytest.fixture
-def ray():
-    made = Dashboard(free_port())
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
-
-
-@pytest.fixture
 def folder(tmp_path: Path):
     made = tmp_path / "it's a home" / "adapter" / "0123456789abcdef"
     made.mkdir(parents=True)

@@ -4,18 +4,8 @@ import pytest
 
 from tasks.errors import RightsError, ServiceError, TokenError, TransientError, UnavailableError
 from tasks.ray_jobs import Job, Patience, RayJobs, follow
-from tests.ports import free_port
-from tests.ray_dashboard import Dashboard
 
 QUICK = Patience(poll_s=0.02, health_s=0.05, lost_after_s=5.0)
-
-
-@pytest.fixture
-def ray():
-    made = Dashboard(free_port())
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 @pytest.fixture

@@ -12,15 +12,6 @@ from tasks.ppo.preflight import check_cluster
 from tasks.specs import RaySpec
 from tests import tiny
 from tests.ports import free_port
-from tests.ray_dashboard import Dashboard
-
-
-@pytest.fixture
-def ray():
-    made = Dashboard(free_port())
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def _recipe(address, **ppo):
