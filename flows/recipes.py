@@ -44,6 +44,7 @@ RecipeName = Literal[
     "qwen_qlora_16gb",
     "qwen14b_qlora_16gb",
     "qwen110b_qlora_80gb",
+    "qwen110b_qlora_24gb",
 ]
 PretrainName = Literal["tiny", "compact_1b4"]
 PpoName = Literal["llama1b_ppo_h100", "tiny_ppo"]
@@ -189,6 +190,11 @@ def qwen110b_qlora_80gb() -> Recipe:
             "serve": {"served_model_name": "qwen1.5-110b"},
         },
     )
+
+
+def qwen110b_qlora_24gb() -> Recipe:
+    """The same on one 24 GB GPU: the layers below the adapters rest in the host's memory, as many as do not fit."""
+    return change(qwen110b_qlora_80gb(), {"train": {"offload_layers": -1}})
 
 
 def pretrain_tiny() -> PretrainSpec:
@@ -401,6 +407,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "qwen_qlora_16gb": qwen_qlora_16gb,
     "qwen14b_qlora_16gb": qwen14b_qlora_16gb,
     "qwen110b_qlora_80gb": qwen110b_qlora_80gb,
+    "qwen110b_qlora_24gb": qwen110b_qlora_24gb,
 }
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainSpec]] = {
     "tiny": pretrain_tiny,

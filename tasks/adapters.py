@@ -7,6 +7,8 @@ Ring: edge; runs inside a trainer process (no Prefect).
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,23 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Trainer
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from tasks import files
 from tasks.errors import TrainingError
 from tasks.models import dequantized
 from tasks.specs import LoraSpec
+from tasks.targets import layer_number
 
 
 def load_base(
-    folder: Path, *, attention: str, dtype: str, quantization: str = "none", on_host: bool = False
+    folder: Path,
+    *,
+    attention: str,
+    dtype: str,
+    quantization: str = "none",
+    on_host: bool = False,
+    num_offloaded: int = 0,
 ) -> PreTrainedModel:
     """Load a base for training, on its own GPU where there is one.
 
@@ -33,6 +43,8 @@ def load_base(
         dtype: of weights that are not quantised.
         quantization: none, nf4 or int8.
         on_host: stay there, to be shared out: as pages of its files where dtypes agree (ranks share them).
+        num_offloaded: the lowest layers end there (tasks/train/offload.py): in nf4 each matrix as soon as the GPU has
+            made it small, so that the GPU never holds them all; else the whole base stays.
     """
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
@@ -40,9 +52,34 @@ def load_base(
         kwargs["quantization_config"] = bits_and_bytes(quantization, dtype)
     elif stored:
         kwargs["quantization_config"] = dequantized(stored)
-    if torch.cuda.is_available() and not on_host:
+    stays = on_host or (num_offloaded and quantization == "none")
+    if torch.cuda.is_available() and not stays:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    with _lay_aside(num_offloaded if quantization == "nf4" else 0):
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+@contextmanager
+def _lay_aside(num_layers: int) -> Iterator[None]:
+    """Let transformers move each quantised matrix of the lowest layers to the host as soon as it is made.
+
+    It has no setting for that: a device map with layers on the host leaves those unquantised, and quantising them there
+    is slow and rounds elsewhere.
+    """
+    convert = Bnb4bitQuantize.convert
+
+    def convert_aside(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # Any: transformers' own signature
+        made = convert(self, *args, **kwargs)
+        for name, weight in made.items():
+            if (layer_number(name) or 0) < num_layers and layer_number(name) is not None:
+                weight.data = weight.data.cpu()
+        return made
+
+    Bnb4bitQuantize.convert = convert_aside
+    try:
+        yield
+    finally:
+        Bnb4bitQuantize.convert = convert
 
 
 def bits_and_bytes(quantization: str, dtype: str) -> BitsAndBytesConfig:

@@ -343,6 +343,12 @@ class TrainSpec(Spec):
     parallel: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="ddp: the whole base on each GPU; fsdp2: each holds a part, and layers are gathered."
     )
+    offload_layers: int = Field(
+        default=0,
+        ge=-1,
+        description="So many of the lowest layers, all below the lowest adapter, rest in the host's memory and pass "
+        "through the GPU one by one; -1: as few as make it fit.",
+    )
     stall_timeout_s: float = Field(default=1800.0, gt=0, description="No progress for so long: the run hangs.")
     heartbeat_timeout_s: float = Field(default=300.0, gt=0, description="A silent heartbeat for so long: it hangs.")
     stop_grace_s: float = Field(
@@ -376,6 +382,7 @@ class TrainSpec(Spec):
             "explosion_steps",
             "report_to",
             "parallel",
+            "offload_layers",
             "launch",
         }
     )
@@ -396,6 +403,19 @@ class TrainSpec(Spec):
         if self.quantization != "none":
             raise ValueError(
                 f"parallel='fsdp2' can't share out a base in {self.quantization}: set quantization='none', {ddp}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_rest_on_the_host(self) -> Self:
+        if not self.offload_layers:
+            return self
+        if self.quantization == "int8":
+            raise ValueError("offload_layers can't move a base in int8: set quantization to nf4 or none")
+        count = self.num_processes if self.launch.launcher == "local" else self.launch.num_processes
+        if count > 1:
+            raise ValueError(
+                f"offload_layers is for one process, but there are {count}: they share a base out by parallel='fsdp2'"
             )
         return self
 

@@ -82,8 +82,18 @@ def first_trained_layer(targets: Sequence[Target]) -> int:
     >>> first_trained_layer([Target(name=f"model.layers.{n}.x.weight", shape=(1, 1), num_trainable=2) for n in (9, 7)])
     7
     """
-    layers = [target.name.partition(".layers.")[2].partition(".")[0] for target in targets]
-    return min((int(layer) for layer in layers if layer.isdigit()), default=0)
+    layers = [layer_number(target.name) for target in targets]
+    return min((layer for layer in layers if layer is not None), default=0)
+
+
+def layer_number(name: str) -> int | None:
+    """Return the number of the layer that a weight belongs to, None for one around them.
+
+    >>> layer_number("model.layers.17.mlp.down_proj.weight"), layer_number("lm_head.weight")
+    (17, None)
+    """
+    number = name.partition(".layers.")[2].partition(".")[0]
+    return int(number) if number.isdecimal() else None
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

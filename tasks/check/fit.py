@@ -20,8 +20,15 @@ from tasks.errors import CapacityError, SpecError
 from tasks.machine import Gpu, available_memory_bytes
 from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
-from tasks.targets import find_targets
-from tasks.train.needs import choose_attention, host_bytes, is_expert, require_aligned, require_quantizable
+from tasks.targets import find_targets, first_trained_layer
+from tasks.train.needs import (
+    choose_attention,
+    host_bytes,
+    is_expert,
+    require_aligned,
+    require_offloadable,
+    require_quantizable,
+)
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
 from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
 
@@ -63,11 +70,13 @@ def estimate_fit(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, g
     """
     base = look_at_base(recipe.base, pretraining, hub)
     _require_trainable(recipe, base, on_gpu=bool(gpus))
+    targets = find_targets(base.shapes, recipe.train.lora)
+    require_offloadable(base.config, recipe.train, targets)
     work = Workload(
         shapes=base.shapes,
         config=base.config,
         spec=recipe.train,
-        targets=find_targets(base.shapes, recipe.train.lora),
+        targets=targets,
         row_tokens=recipe.pack.row_tokens,
     )
     free = min((gpu.free_bytes for gpu in gpus), default=None)
@@ -99,7 +108,9 @@ def say_fit(fit: Fit, name: str) -> str:
         f"checkpoints {_gb(checkpoint_bytes(work.num_trainable, work.spec))}",
         f"merged model {_gb(merged)} (not for an adapter alone)",
     ]
-    copies = host_bytes(work.shapes, work.config, work.spec) if fit.gpus else 0
+    resting = fit.plan.num_offloaded
+    copies = host_bytes(work.shapes, work.config, work.spec, resting) if fit.gpus else 0
+    why = f"{resting} layers that rest there" if resting else f"loading the base, in {work.spec.num_processes} copies"
     lines = [
         f"{name} on {where}, {_gb(fit.room_bytes)} free",
         f"base       {base.origin}: {weights / 1e9:.1f} billion parameters as {_stored_as(base, work.spec)}",
@@ -107,11 +118,7 @@ def say_fit(fit: Fit, name: str) -> str:
         f"step       {say_plan(work, fit.plan).partition(': about')[0]}",
         *parts,
         f"{memory:<10} = {_gb(fit.needed_bytes)} of {_gb(fit.room_bytes)}",
-        *(
-            [f"host       {_gb(copies)} while the base is loaded, in {work.spec.num_processes} copies"]
-            if copies
-            else []
-        ),
+        *([f"host       {_gb(copies)} for {why}"] if copies else []),
         f"disk       {', '.join(disk)}",
         f"fits: {'yes' if fit.fits else 'no'}",
     ]
@@ -130,17 +137,19 @@ def say_ways_out(fit: Fit) -> list[str]:
     said = []
     for changes, recipe, count in _candidates(fit):
         work = replace(fit.work, spec=recipe.train, row_tokens=recipe.pack.row_tokens)
-        needed = sum(work.needs(plan_step(work, fit.room_bytes)).values())
+        plan = plan_step(work, fit.room_bytes)
+        needed = sum(work.needs(plan).values())
         if needed <= fit.room_bytes:
             gpus = f" on {count} such GPUs" if count > 1 else where
-            copies = host_bytes(work.shapes, work.config, work.spec)
-            host = f", and {_gb(copies)} of host memory to load it" if copies else ""
+            copies = host_bytes(work.shapes, work.config, work.spec, plan.num_offloaded)
+            host = f", and {_gb(copies)} of host memory" if copies else ""
             said.append(f"would fit{gpus} with {changes}: {_gb(needed)}{host}")
     if said:
         return said
     return [
-        f"nothing that was tried fits (nf4, half the row, 2 to 8 GPUs with fsdp2): it takes {_gb(fit.needed_bytes)} in "
-        f"one GPU, or a smaller base"
+        "nothing that was tried fits (nf4, layers on the host, half the row, 2 to 8 GPUs with fsdp2): it takes "
+        f"{_gb(fit.needed_bytes)} in one GPU, a smaller base, or an adapter on the last layers only, below which "
+        "train.offload_layers = -1 lets all rest in the host's memory"
     ]
 
 
@@ -170,6 +179,12 @@ def _candidates(fit: Fit) -> Iterator[tuple[str, Recipe, int]]:
     is_stored_small = bool(fit.base.config.get("quantization_config"))
     if train.quantization == "none" and train.parallel == "ddp" and not is_stored_small:
         yield "train.quantization = nf4", change(fit.recipe, {"train": {"quantization": "nf4"}}), len(fit.gpus)
+    if fit.gpus and first_trained_layer(fit.work.targets) and train.num_processes == 1 and train.quantization != "int8":
+        rest: dict[str, Any] = {"offload_layers": -1}
+        yield "train.offload_layers = -1", change(fit.recipe, {"train": rest}), 1
+        if train.quantization == "none" and not is_stored_small:
+            small = {**rest, "quantization": "nf4"}
+            yield "train.quantization = nf4, offload_layers = -1", change(fit.recipe, {"train": small}), 1
     for shorter in (row // 2, row // 4):
         if shorter >= _LEAST_ROW_TOKENS:
             changes: dict[str, Any] = {"pack": {"row_tokens": shorter}, "train": {"rows_per_device": 1}}

@@ -27,19 +27,20 @@ def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes
     return next((module for module in model.modules() if type(module).__name__ == "GptOssModel"), None)
 
 
-def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extend: bool = True) -> None:
+def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0) -> None:
     """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
 
     Args:
         model: a PeftModel of gpt-oss, or gpt-oss alone.
         num_recomputed: in so many layers, the first ones, save memory for a third more work in the experts.
-        extend: hold the weights in the layout that the GEMMs want; not where something else owns them (FSDP).
+        extended_from: hold the weights of this layer and those above it in the layout that the GEMMs want; None where
+            something else owns them (FSDP).
     """
     for number, layer in enumerate(find_decoder(model).layers):
         outer = layer.mlp.experts
         outer.forward = MethodType(_experts_forward, outer)
         outer.recompute_gate = number < num_recomputed
-        if extend:
+        if extended_from is not None and number >= extended_from:
             _extend_weights(outer)
 
 

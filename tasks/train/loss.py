@@ -71,6 +71,7 @@ class TokenMeanTrainer(TokenMean, SFTTrainer):
     """SFTTrainer whose validation loss is the mean over learnt tokens."""
 
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
+    is_placed = False  # its weights lie where they belong, and accelerate must not move them
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one pass; after the last of a step average the gradients where DDP does not."""

@@ -17,7 +17,7 @@ from tasks.costs import HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
-from tasks.targets import Shapes, Target, first_trained_layer
+from tasks.targets import Shapes, Target, first_trained_layer, layer_number
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
@@ -35,6 +35,7 @@ def training_needs(
     tokens: int,
     checkpointing: str,
     num_recomputed: int = 0,
+    num_offloaded: int = 0,
 ) -> dict[str, int]:
     """Return what one GPU (or the host, without one) holds at the peak of a step, by part.
 
@@ -46,11 +47,17 @@ def training_needs(
         tokens: tokens of one pass, `row_tokens * rows_per_device`.
         checkpointing: none, selective or full.
         num_recomputed: selective: layers whose gate is recomputed.
+        num_offloaded: layers that rest in the host's memory; two of them are on the GPU at a time.
     """
     element = 4 if spec.dtype == "float32" else 2
-    stored = {name: round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()}
+    stored = _stored_sizes(shapes, spec)
+    resting = resting_bytes(shapes, spec, num_offloaded)
+    weights = _weight_bytes(stored, shapes, spec)
+    if resting:
+        weights["weights"] -= sum(resting)
+        weights["layers in passage"] = sum(sorted(resting)[-2:])
     needs = {
-        **_weight_bytes(stored, shapes, spec),
+        **weights,
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
@@ -62,22 +69,52 @@ def training_needs(
     return {
         **needs,
         "experts with their change": _formed_bytes(targets, element, is_full=is_full),
-        "activations": _activation_bytes(config, spec, element, tokens, is_full=is_full),
+        "activations": _activation_bytes(config, spec, element, tokens, first_trained_layer(targets), is_full=is_full),
         "workspace": _WORKSPACE,
     }
 
 
-def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec) -> int:
-    """Return what loading takes of the host's memory beside a GPU: with FSDP2 each process makes its base there.
+def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int = 0) -> int:
+    """Return what a base takes of the host's memory beside a GPU: of layers that rest there, and while it is loaded.
 
-    Weights that are stored as they are used are pages of their files, which processes share and the kernel takes back;
-    unpacked or converted ones are a copy in each process.
+    With FSDP2, or to let layers rest, each process makes its base there, but one in nf4 layer by layer. Weights that
+    are stored as they are used are pages of their files, which processes share and the kernel takes back; unpacked or
+    converted ones are a copy in each process.
     """
+    resting = sum(resting_bytes(shapes, spec, num_offloaded))
     stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
-    if spec.parallel == "ddp" or not is_copied:
-        return 0
-    return spec.num_processes * (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
+    is_made_there = spec.parallel == "fsdp2" or (resting and spec.quantization == "none")
+    if not is_made_there or not is_copied:
+        return resting
+    return max(resting, spec.num_processes * (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values())))
+
+
+def resting_bytes(shapes: Shapes, spec: TrainSpec, num_offloaded: int) -> list[int]:
+    """Return what each of the lowest `num_offloaded` layers holds in the host's memory: its matrices and experts.
+
+    >>> from tasks.specs import LoraSpec
+    >>> shapes = {"m.layers.0.q.weight": (8, 4), "m.layers.0.norm.weight": (8,), "m.layers.1.q.weight": (9, 4)}
+    >>> resting_bytes(shapes, TrainSpec(lora=LoraSpec(target_modules=("q",))), 1)
+    [64]
+    """
+    layers = dict.fromkeys(range(num_offloaded), 0)
+    for name, size in _stored_sizes(shapes, spec).items():
+        if (layer := layer_number(name)) in layers and len(shapes[name]) > 1:
+            layers[layer] += size
+    return list(layers.values())
+
+
+def require_offloadable(config: Config, spec: TrainSpec, targets: list[Target]) -> None:
+    """Raise SpecError when layers that should rest on the host hold an adapter, or have one below them."""
+    lowest = first_trained_layer(targets)
+    if spec.offload_layers > lowest or (spec.offload_layers and not lowest):
+        num_layers = config.get("num_hidden_layers", 0)
+        raise SpecError(
+            f"TrainSpec.offload_layers = {spec.offload_layers} but the lowest adapter sits in layer {lowest} of "
+            f"{num_layers}: only layers below it can rest on the host. Put the adapter on the last layers "
+            f"(LoraSpec.target_modules such as '{max(0, num_layers - 1)}.self_attn.q_proj'), or set it to {lowest}"
+        )
 
 
 def require_aligned(config: Config, spec: TrainSpec) -> None:
@@ -160,14 +197,19 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
     whole = sum(stored.values())
     if spec.parallel == "ddp":
         return {"weights": whole}
-    layers: dict[str, int] = {}  # "": around them
+    layers: dict[int | None, int] = {}  # None: around them
     for name, size in stored.items():
-        layer = name.partition(".layers.")[2].partition(".")[0]
+        layer = layer_number(name)
         layers[layer] = layers.get(layer, 0) + size
-    around = layers.pop("", 0)
+    around = layers.pop(None, 0)
     widest = max((size for name, size in stored.items() if len(shapes[name]) == 3), default=0)
     gathered = around + 3 * max(layers.values(), default=0) + widest
     return {"weights": -(-whole // spec.num_processes), "gathered layers": gathered}
+
+
+def _stored_sizes(shapes: Shapes, spec: TrainSpec) -> dict[str, int]:
+    element = 4 if spec.dtype == "float32" else 2
+    return {name: round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()}
 
 
 def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: int) -> float:
@@ -206,7 +248,7 @@ def _fused_activations(
     gate = tokens * chosen * 2 * inner * element
     inside = tokens * chosen * (hidden + 7 * inner) * element
     if checkpointing == "full":
-        return num_layers * tokens * hidden * element, inside + plain + gate
+        return (num_layers - unused) * tokens * hidden * element, inside + plain + gate
     with_gate = num_layers - max(unused, num_recomputed)
     return (num_layers - unused) * plain + with_gate * gate, inside
 
@@ -222,8 +264,8 @@ def _formed_bytes(targets: list[Target], element: int, *, is_full: bool) -> int:
     return 2 * largest if is_full else largest + sum(by_layer.values())
 
 
-def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int, *, is_full: bool) -> int:
-    """Inputs of each layer and the inside of one (checkpointing), or the insides of all."""
+def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int, unused: int, *, is_full: bool) -> int:
+    """Inputs of each layer and the inside of one (checkpointing), or the insides of all; the `unused` keep nothing."""
     num_layers, hidden = config.get("num_hidden_layers", 0), config.get("hidden_size", 0)
     heads = config.get("num_attention_heads", 0)
     head_dim = config.get("head_dim") or hidden // max(1, heads)
@@ -233,5 +275,5 @@ def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int
     inside = tokens * per_token * element
     if spec.attention == "eager":
         inside += heads * tokens * tokens * (element + 4)
-    inputs = num_layers * tokens * hidden * element
-    return inputs + inside if is_full else num_layers * inside
+    inputs = (num_layers - unused) * tokens * hidden * element
+    return inputs + inside if is_full else max(1, num_layers - unused) * inside

@@ -11,12 +11,13 @@ Ring: pure.  Units: bytes, tokens.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tasks.costs import say_needs
+from tasks.costs import layer_weights, say_needs
 from tasks.specs import TrainSpec
-from tasks.targets import Shapes, Target
-from tasks.train.needs import Config, training_needs, uses_fused_kernels
+from tasks.targets import Shapes, Target, first_trained_layer
+from tasks.train.needs import Config, resting_bytes, training_needs, uses_fused_kernels
 
 _RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows
+_PASSAGE_FLOPS = 8000  # arithmetic of a GPU while a byte comes from the host: 350e12 a second beside 45 GB (H200)
 _PASS_TOKENS = 850  # what starting a pass costs, in tokens: 31 ms of 36.5 ms per 1,000 tokens (H200, gpt-oss-20b)
 
 
@@ -28,6 +29,7 @@ class StepPlan:
     gradient_accumulation: int
     checkpointing: str  # none, selective or full
     num_recomputed: int = 0  # selective: layers whose gate is recomputed
+    num_offloaded: int = 0  # lowest layers that rest in the host's memory
 
     @property
     def num_rows(self) -> int:
@@ -61,7 +63,14 @@ class Workload:
         """Return what one GPU holds at the peak of a step under `plan`, by part."""
         tokens = self.row_tokens * plan.rows_per_device
         return training_needs(
-            self.shapes, self.config, self.spec, self.targets, tokens, plan.checkpointing, plan.num_recomputed
+            self.shapes,
+            self.config,
+            self.spec,
+            self.targets,
+            tokens,
+            plan.checkpointing,
+            plan.num_recomputed,
+            plan.num_offloaded,
         )
 
     def cost(self, plan: StepPlan) -> float:
@@ -69,7 +78,9 @@ class Workload:
         num_layers = max(1, self.config.get("num_hidden_layers", 1))
         again = {"none": 0.0, "full": 1.0, "selective": 0.4 * plan.num_recomputed / num_layers}[plan.checkpointing]
         tokens = plan.rows_per_device * self.row_tokens
-        return plan.gradient_accumulation * (tokens * (2 + again) / 2 + _PASS_TOKENS)
+        coming = sum(resting_bytes(self.shapes, self.spec, plan.num_offloaded))
+        coming_tokens = coming * _PASSAGE_FLOPS / (4 * num_layers * layer_weights(self.config)) if coming else 0.0
+        return plan.gradient_accumulation * (tokens * (2 + again) / 2 + _PASS_TOKENS + coming_tokens)
 
 
 def plan_step(work: Workload, room_bytes: int | None) -> StepPlan:
@@ -96,11 +107,12 @@ def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
             gradient_accumulation=plan.gradient_accumulation * plan.rows_per_device // rows,
         )
     needed = sum(work.needs(plan).values())
-    lighter = [
-        replace(plan, checkpointing=mode, num_recomputed=layers)
+    others = [
+        replace(plan, checkpointing=mode, num_recomputed=layers, num_offloaded=resting)
         for mode, layers in _modes(work)
-        if sum(work.needs(replace(plan, checkpointing=mode, num_recomputed=layers)).values()) < needed
+        for resting in _offloads(work)
     ]
+    lighter = [other for other in others if sum(work.needs(other).values()) < needed]
     return min(lighter, key=work.cost, default=None)
 
 
@@ -109,9 +121,10 @@ def say_plan(work: Workload, plan: StepPlan) -> str:
     recomputed = {"none": "nothing", "full": "every layer"}.get(
         plan.checkpointing, f"the gate of {plan.num_recomputed} layers"
     )
+    resting = f", {plan.num_offloaded} layers resting on the host" if plan.num_offloaded else ""
     return (
         f"{plan.gradient_accumulation} passes of {plan.rows_per_device} x {work.row_tokens} tokens a step, "
-        f"{recomputed} recomputed: about {say_needs(work.needs(plan))}"
+        f"{recomputed} recomputed{resting}: about {say_needs(work.needs(plan))}"
     )
 
 
@@ -121,15 +134,25 @@ def _candidates(work: Workload, *, choose: bool) -> Iterator[StepPlan]:
     rows = [spec.rows_per_device]
     if choose and spec.fit_micro_batch:
         rows = [count for count in range(total, 0, -1) if total % count == 0]
-    modes = list(_modes(work))
+    modes, offloads = list(_modes(work)), list(_offloads(work))
     for count in rows:
         for mode, layers in modes if choose else modes[:1]:
-            yield StepPlan(
-                rows_per_device=count,
-                gradient_accumulation=total // count,
-                checkpointing=mode,
-                num_recomputed=layers,
-            )
+            for resting in offloads if choose else [0]:
+                yield StepPlan(
+                    rows_per_device=count,
+                    gradient_accumulation=total // count,
+                    checkpointing=mode,
+                    num_recomputed=layers,
+                    num_offloaded=resting,
+                )
+
+
+def _offloads(work: Workload) -> list[int]:
+    """Return how many layers may rest on the host: what the spec says, or with -1 each eighth of those that can."""
+    if work.spec.offload_layers >= 0:
+        return [work.spec.offload_layers]
+    lowest = first_trained_layer(work.targets)
+    return sorted({round(lowest * eighths / 8) for eighths in range(9)})
 
 
 def _modes(work: Workload) -> Iterator[tuple[str, int]]:

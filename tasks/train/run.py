@@ -31,7 +31,7 @@ from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.targets import Target, find_targets
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token
-from tasks.train.needs import host_bytes, require_aligned
+from tasks.train.needs import host_bytes, require_aligned, require_offloadable
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
@@ -177,6 +177,7 @@ def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> W
     shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
     require_aligned(config, spec)
     targets = find_targets(shapes, spec.lora)
+    require_offloadable(config, spec, targets)
     return Workload(
         shapes=shapes,
         config=config,
@@ -308,7 +309,7 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
     gpus = training_gpus(spec)
     is_here = not spec.launch.is_elsewhere
     lower = "lower TrainSpec.rows_per_device or PackSpec.row_tokens"
-    way_out = f"{lower}, choose nf4, a smaller base, or more GPUs with parallel='fsdp2'"
+    way_out = f"{lower}, choose nf4, a smaller base, offload_layers=-1, or more GPUs with parallel='fsdp2'"
     if not gpus and not is_here:
         return f"{said}, on CPU nodes whose memory is not known here"
     if not gpus:
@@ -319,8 +320,11 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
                 f"a GPU, or {way_out}"
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
-    copies = host_bytes(work.shapes, work.config, spec) // spec.launch.nodes
-    if is_here:
+    copies = host_bytes(work.shapes, work.config, spec, plan.num_offloaded) // spec.launch.nodes
+    if is_here and plan.num_offloaded:
+        way = "lower TrainSpec.offload_layers, or choose nf4"
+        machine.require_memory(copies, f"letting {plan.num_offloaded} layers of the base rest on the host", way)
+    elif is_here:
         way = "store it in TrainSpec.dtype, or parallel='ddp'"
         machine.require_memory(copies, "loading the base in each process", way)
     used = gpus[: spec.num_processes]

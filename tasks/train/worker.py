@@ -33,6 +33,7 @@ from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
 from tasks.train.needs import choose_attention, uses_fused_kernels
+from tasks.train.offload import let_rest
 from tasks.train.plan import StepPlan
 from tasks.train.sharding import HostConfig, share_base
 from tasks.train.validation import evaluations, is_over
@@ -45,7 +46,7 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
     folder, spec = Path(job["folder"]), TrainSpec.model_validate(job["spec"])
     transformers_logging.disable_progress_bar()
     fix_seeds(spec.seed, deterministic=spec.deterministic)
-    model = load_base(Path(job["base_folder"]), spec)
+    model = load_base(Path(job["base_folder"]), spec, StepPlan(**job["plan"]).num_offloaded)
     trainer = make_trainer(model, job, spec)
     watch(trainer, job, spec)
     checkpoint = latest_checkpoint(folder / "checkpoints", is_owner=trainer.is_world_process_zero())
@@ -63,7 +64,7 @@ def train(job: dict[str, Any]) -> None:  # Any: JSON values
         files.write_json(folder / RESULT, outcome(trainer, folder, before, after) | {"best_step": best_step})
 
 
-def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
+def load_base(folder: Path, spec: TrainSpec, num_offloaded: int = 0) -> PreTrainedModel:
     """Load the base for training: dtype, attention and quantisation as the spec says."""
     on_gpu = torch.cuda.is_available()
     attention = choose_attention(AutoConfig.from_pretrained(folder).model_type, spec, on_gpu=on_gpu)
@@ -75,6 +76,7 @@ def load_base(folder: Path, spec: TrainSpec) -> PreTrainedModel:
         dtype=spec.dtype,
         quantization=spec.quantization,
         on_host=spec.parallel == "fsdp2",
+        num_offloaded=num_offloaded,
     )
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")
@@ -89,6 +91,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
     is_head_fused = is_fused or (not torch.cuda.is_available() and has_plain_head(model))
+    end_backward_early(model)
     trainer_class = FusedHeadTrainer if is_head_fused else TokenMeanTrainer
     trainer = trainer_class(
         model=model,
@@ -100,18 +103,31 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     )
     trainer.remove_callback(PrinterCallback)
     widen_adapter(trainer.model)
+    if plan.num_offloaded:
+        let_rest(trainer, plan.num_offloaded)
+        trainer.is_placed = True
     if is_head_fused:
         fuse_head(model)
     speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
     if spec.parallel == "fsdp2":
         share_base(trainer)
-        trainer.is_shared_out = True
+        trainer.is_shared_out = trainer.is_placed = True
     return trainer
+
+
+def end_backward_early(model: PreTrainedModel) -> None:
+    """Let no gradient go below the lowest adapter.
+
+    With checkpointing PEFT, TRL and Trainer each make the embeddings ask for one, which reentrant checkpoints need.
+    Ours are not reentrant, and an adapter on the last layers would pay for the backward pass of all.
+    """
+    model.enable_input_require_grads = lambda: None
 
 
 def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a PeftModel
     """Put our kernels below a gpt-oss that PEFT has wrapped; packed documents stay apart with every attention."""
-    factor_experts(model, num_recomputed=plan.num_recomputed, extend=spec.parallel == "ddp")
+    extended_from = plan.num_offloaded if spec.parallel == "ddp" else None
+    factor_experts(model, num_recomputed=plan.num_recomputed, extended_from=extended_from)
     fuse_norms(model)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
@@ -157,7 +173,7 @@ def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfi
     }
     if plan.checkpointing == "full":
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return (HostConfig if spec.parallel == "fsdp2" else SFTConfig)(**settings)
+    return (HostConfig if spec.parallel == "fsdp2" or plan.num_offloaded else SFTConfig)(**settings)
 
 
 def evaluate_once(trainer: TokenMeanTrainer, path: Path) -> float:
@@ -166,7 +182,7 @@ def evaluate_once(trainer: TokenMeanTrainer, path: Path) -> float:
         loss = trainer.evaluate()["eval_loss"]
         say(f"validation loss before training {loss:.4f}")
         trainer.accelerator.free_memory()
-        if not trainer.is_shared_out:
+        if not trainer.is_placed:
             # Evaluating marks the model as prepared, and training would not wrap it: ranks without DDP drift apart.
             vars(trainer.model).pop("_is_accelerate_prepared", None)
         if not trainer.is_world_process_zero():

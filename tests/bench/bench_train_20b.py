@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 STEPS = 8
 SEEDS = [f"{layer}.mlp.experts.down_proj" for layer in (7, 15, 23)]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LAST = [f"{layer}.{name}" for layer in (22, 23) for name in EXPERTS]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -36,10 +37,13 @@ def case(
     row_tokens: int = 4096,
     rows_per_step: int = 4,
     num_recomputed: int = 0,
+    num_offloaded: int = 0,
     **changes: str | int,
 ) -> dict[str, Any]:  # Any: JSON values
     """One run: what the recipe changes, and the plan of its step."""
     lora = {"rank": 8, "alpha": 16, "target_parameters": parameters, "target_modules": modules or []}
+    if num_offloaded:
+        changes["offload_layers"] = num_offloaded
     return {
         "changes": {"lora": lora, **changes},
         "row_tokens": row_tokens,
@@ -48,6 +52,7 @@ def case(
             "gradient_accumulation": rows_per_step // rows // int(changes.get("num_processes", 1)),
             "checkpointing": checkpointing,
             "num_recomputed": num_recomputed,
+            "num_offloaded": num_offloaded,
         },
     }
 
@@ -65,6 +70,9 @@ CASES = {
     "all-experts-8-rows": case(4, "none", rows_per_step=8),
     "all-experts-2-gpus": case(4, "none", rows_per_step=8, num_processes=2),
     "all-experts-2-gpus-fsdp2": case(4, "none", rows_per_step=8, num_processes=2, parallel="fsdp2"),
+    "last-layers": case(4, "none", parameters=LAST),
+    "last-layers-offload": case(4, "none", parameters=LAST, num_offloaded=22),
+    "last-layers-offload-1-row": case(1, "none", parameters=LAST, num_offloaded=22),
     "seeds-stock": case(1, "full", parameters=SEEDS, kernels="stock"),
     "all-experts-stock": case(4, "full", kernels="stock"),
 }

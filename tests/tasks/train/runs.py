@@ -68,6 +68,7 @@ def make_job(inputs: dict[str, Any], folder: Path, spec: TrainSpec) -> dict[str,
         rows_per_device=spec.rows_per_device,
         gradient_accumulation=spec.gradient_accumulation,
         checkpointing="none",
+        num_offloaded=spec.offload_layers,
     )
     return {**inputs, "folder": str(folder), "spec": spec.model_dump(mode="json"), "plan": asdict(plan)}
 

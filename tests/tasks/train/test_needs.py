@@ -47,19 +47,21 @@ def work_of(spec: TrainSpec, row_tokens: int = 4096) -> Workload:
     )
 
 
-def plan_of(rows: int, checkpointing: str, num_recomputed: int = 0) -> StepPlan:
+def plan_of(rows: int, checkpointing: str, num_recomputed: int = 0, num_offloaded: int = 0) -> StepPlan:
     return StepPlan(
         rows_per_device=rows,
         gradient_accumulation=1,
         checkpointing=checkpointing,
         num_recomputed=num_recomputed,
+        num_offloaded=num_offloaded,
     )
 
 
 @pytest.mark.parametrize("measured", json.loads(BASELINE.read_text())["cases"], ids=lambda case: case["name"])
 def test_gptoss20b_is_estimated_within_15_pct_of_the_measured_peak(measured: dict):
     spec = change(resolve("gptoss20b_lora_h100").train, measured["changes"])
-    plan = plan_of(measured["rows_per_device"], measured["checkpointing"], measured["num_recomputed"])
+    names = ("checkpointing", "num_recomputed", "num_offloaded")
+    plan = plan_of(measured["rows_per_device"], **{name: measured[name] for name in names if name in measured})
     estimate = sum(work_of(spec, measured["row_tokens"]).needs(plan).values()) / 1e9
     assert estimate == pytest.approx(measured["peak_gpu_gb"], rel=0.15)
 

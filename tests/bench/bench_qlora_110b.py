@@ -1,0 +1,170 @@
+"""A dense model of the 100 B class by QLoRA on one GPU, its lower layers resting on the host: our own worker.
+
+    python tests/bench/bench_qlora_110b.py [CASE ...]     one JSON line a case; also $OUT/qlora_110b.json
+
+The shapes of Qwen1.5-110B, adapters on the last eight of 80 layers, as the recipes qwen110b_qlora_* have them. Those
+eight layers, embedding and head hold random weights; the 72 below hold zeros, as files with holes, since 222 GB fit no
+disk here: a zero costs the same memory, the same time on the bus and nearly the same arithmetic. Needs a CUDA device
+with 80 GB, 30 GB of disk, 70 GB of free host memory, bitsandbytes, and what bench_train_20b.py needs.
+"""
+
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+STEPS, ROW_TOKENS, LAYERS, ADAPTED = 6, 1024, 80, 8
+SHAPE = {
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 49152,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "pad_token_id": 1,
+    "eos_token_id": 0,
+}
+CASES = {  # name -> rows of a pass, layers that rest on the host
+    "offload-72": (4, 72),
+    "offload-72-1-row": (1, 72),
+    "offload-36": (4, 36),
+    "offload-0": (4, 0),
+}
+
+
+def write_base(folder: Path) -> None:
+    """Save one file a layer; those of the lower layers end in a hole."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from tests.bench.bench_train_20b import write_tokenizer
+
+    folder.mkdir(parents=True)
+    config = Qwen2Config(**SHAPE, dtype="bfloat16", architectures=["Qwen2ForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in Qwen2ForCausalLM(config).state_dict().items()}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        parts.setdefault(name.partition(".layers.")[2].partition(".")[0] or "around", {})[name] = shape
+    places: dict[str, str] = {}
+    torch.manual_seed(0)
+    for part, tensors in parts.items():
+        path = folder / f"model-{part}.safetensors"
+        is_hole = part != "around" and int(part) < LAYERS - ADAPTED
+        _write_part(path, tensors, is_hole=is_hole)
+        places |= dict.fromkeys(tensors, path.name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder)
+
+
+def _write_part(path: Path, tensors: dict[str, tuple[int, ...]], *, is_hole: bool) -> None:
+    import torch
+
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in tensors.items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        if is_hole:
+            file.truncate(file.tell() + end)
+            return
+        for name, shape in tensors.items():
+            is_norm = name.endswith("norm.weight")
+            drawn = torch.ones(shape) if is_norm else torch.randn(shape, device="cuda") * 0.02
+            file.write(drawn.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+
+
+def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
+    """Run the worker on one case; return what it measured."""
+    rows, num_offloaded = CASES[name]
+    run = work / name
+    run.mkdir()
+    modules = [
+        f"{layer}.self_attn.{part}" for layer in range(LAYERS - ADAPTED, LAYERS) for part in ("q_proj", "v_proj")
+    ]
+    spec = {
+        "lora": {"rank": 64, "alpha": 16, "dropout": 0.05, "target_modules": modules},
+        "learning_rate": 2e-4,
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "gradient_accumulation": 4,
+        "quantization": "nf4",
+    }
+    plan = {
+        "rows_per_device": rows,
+        "gradient_accumulation": 4 // rows,
+        "checkpointing": "full",
+        "num_offloaded": num_offloaded,
+    }
+    job = {"folder": str(run), "spec": spec, "plan": plan, "row_tokens": ROW_TOKENS}
+    job |= {"base_folder": str(work / "base"), "packed_folder": str(work / "packed")}
+    (run / "job.json").write_text(json.dumps(job))
+    start = time.perf_counter()
+    argv = [sys.executable, "-m", "tasks.train.worker", str(run / "job.json")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"name": name, "error": (done.stdout[-1500:] + done.stderr)[-3500:]}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    said = [line for line in done.stdout.splitlines() if "rest in the host" in line]
+    return {
+        "name": name,
+        **plan,
+        "row_tokens": ROW_TOKENS,
+        "tokens_per_s": round(statistics.median(record["tokens_per_s"] for record in records[2:])),
+        "peak_gpu_gb": round(max(record["peak_gpu_bytes"] for record in records) / 1e9, 2),
+        "losses": [round(record["loss"], 5) for record in records],
+        "said": said,
+        "worker_s": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    """Make the inputs, run the cases, report."""
+    if not Path("/dev/nvidia0").exists():
+        sys.stdout.write('{"name": "train-qlora-110b", "skipped": "no CUDA device"}\n')
+        return
+    import torch
+
+    from tests.bench.bench_train_20b import write_rows
+
+    work = Path(tempfile.mkdtemp(prefix="bench-110b-", dir=os.environ.get("BENCH_DIR")))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_qlora_110b import write_base; "
+    code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    write_rows(work / "packed", ROW_TOKENS, 4 * STEPS, highest=150_000)
+    names = sys.argv[1:] or list(CASES)
+    report: dict[str, Any] = {
+        "name": "train-qlora-110b",
+        "command": " ".join(["python tests/bench/bench_qlora_110b.py", *names]),
+        "machine": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "cases": [],
+    }
+    for name in names:
+        report["cases"].append(run_case(name, work))
+        sys.stdout.write(json.dumps(report["cases"][-1]) + "\n")
+        sys.stdout.flush()
+        if "OUT" in os.environ:  # after each case: a run that is cut off keeps the others
+            (Path(os.environ["OUT"]) / "qlora_110b.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
