@@ -37,6 +37,9 @@ def fix_seeds(seed: int, *, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic_settings: Any = torch.utils.deterministic  # Any: the stubs lack its property
         deterministic_settings.fill_uninitialized_memory = False  # a debugging aid that costs time
+        # Where an operation may only warn, SDPA's faster kernels add up the gradient of a masked row as it comes.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
