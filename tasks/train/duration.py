@@ -10,13 +10,14 @@ Ring: pure.  Units: seconds, floating point operations.
 
 from tasks.costs import attention_flops, layer_weights
 from tasks.targets import first_trained_layer
-from tasks.train.needs import uses_fused_kernels
+from tasks.train.needs import resting_bytes, uses_fused_kernels
 from tasks.train.plan import StepPlan, Workload
 
 _MATRICES = 0.485  # share of the peak that grouped and dense GEMMs reach
 _ATTENTION, _ATTENTION_WHOLE = 0.256, 0.36  # the same of flash attention, and of cuDNN's where a row is one document
 _PASS_S = 0.031  # to start a pass
 _SHARED_S = 4.4e-12  # to gather a byte of a base that is shared out (FSDP2), for both halves of a pass, on NVLink
+_COMING_S = 1.92e-11  # for a byte of a layer that rests on the host to come, on PCIe 5
 _PEFT_S = 2.8e-12  # of PEFT's own layers, for each value that goes in or out: casts and launches, no arithmetic
 
 
@@ -34,7 +35,7 @@ def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
     lowest, matrices = first_trained_layer(work.targets), 2.0 * layer_weights(config)
     gate = 4.0 * config["num_experts_per_tok"] * config["hidden_size"] * config["intermediate_size"]
     gemm = 2 * 2.0 * config["hidden_size"] * config["vocab_size"]
-    attention = peft = 0.0
+    attention = peft = below = 0.0
     peft_values = sum(sum(target.shape) for target in work.targets if len(target.shape) == 2) / num_layers
     for layer in range(num_layers):
         passes = 1 + (layer >= lowest) + (plan.checkpointing == "full" and layer >= lowest)
@@ -43,8 +44,12 @@ def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
         one = attention_flops(config, layer, work.document_tokens)
         attention += one * (passes + (layer >= lowest))  # backward is twice the forward
         peft += peft_values * (passes + (layer >= lowest))
+        if layer < plan.num_offloaded:
+            below += matrices / (_MATRICES * peak) + one / (_ATTENTION * peak)
     share = _ATTENTION_WHOLE if work.document_tokens >= work.row_tokens else _ATTENTION
     per_token = gemm / (_MATRICES * peak) + attention / (share * peak) + peft * _PEFT_S
     shared = work.spec.num_processes * work.needs(plan)["weights"] if work.spec.parallel == "fsdp2" else 0
-    one_pass = plan.rows_per_device * work.row_tokens * per_token + _PASS_S + shared * _SHARED_S
-    return plan.gradient_accumulation * one_pass
+    tokens = plan.rows_per_device * work.row_tokens
+    coming = sum(resting_bytes(work.shapes, work.spec, plan.num_offloaded)) * _COMING_S
+    waiting = max(0.0, coming - tokens * below)  # a layer comes while the one before it computes
+    return plan.gradient_accumulation * (tokens * per_token + _PASS_S + shared * _SHARED_S + waiting)

@@ -50,28 +50,24 @@ def training_needs(
         num_offloaded: layers that rest in the host's memory; two of them are on the GPU at a time.
     """
     element = 4 if spec.dtype == "float32" else 2
-    stored = _stored_sizes(shapes, spec)
-    resting = resting_bytes(shapes, spec, num_offloaded)
-    weights = _weight_bytes(stored, shapes, spec)
-    if resting:
-        weights["weights"] -= sum(resting)
-        weights["layers in passage"] = sum(sorted(resting)[-2:])
+    unused, is_full = first_trained_layer(targets), checkpointing == "full"
     needs = {
-        **weights,
+        **_weight_bytes(_stored_sizes(shapes, spec), shapes, spec),
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
-        unused = first_trained_layer(targets)
         kept, inside = _fused_activations(config, element, tokens, checkpointing, num_recomputed, unused)
         logits = 2 * element * min(tokens, HEAD_ROWS) * config.get("vocab_size", 0)
-        return {**needs, "activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
-    is_full = checkpointing == "full"
-    return {
-        **needs,
-        "experts with their change": _formed_bytes(targets, element, is_full=is_full),
-        "activations": _activation_bytes(config, spec, element, tokens, first_trained_layer(targets), is_full=is_full),
-        "workspace": _WORKSPACE,
-    }
+        needs |= {"activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
+    else:
+        kept, inside = _stock_activations(config, spec, element, tokens, unused, is_full=is_full)
+        formed = _formed_bytes(targets, element, is_full=is_full)
+        needs |= {"experts with their change": formed, "activations": kept + inside, "workspace": _WORKSPACE}
+    if resting := resting_bytes(shapes, spec, num_offloaded):
+        needs["weights"] -= sum(resting)
+        # Two at a time, and gone when the layers above have filled the memory of activations.
+        needs["layers in passage"] = max(0, sum(sorted(resting)[-2:]) - kept)
+    return needs
 
 
 def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int = 0) -> int:
@@ -264,8 +260,13 @@ def _formed_bytes(targets: list[Target], element: int, *, is_full: bool) -> int:
     return 2 * largest if is_full else largest + sum(by_layer.values())
 
 
-def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int, unused: int, *, is_full: bool) -> int:
-    """Inputs of each layer and the inside of one (checkpointing), or the insides of all; the `unused` keep nothing."""
+def _stock_activations(
+    config: Config, spec: TrainSpec, element: int, tokens: int, unused: int, *, is_full: bool
+) -> tuple[int, int]:
+    """Return what a pass keeps, each layer's input or (without checkpointing) inside, and the inside of one layer.
+
+    The `unused` lowest layers keep nothing.
+    """
     num_layers, hidden = config.get("num_hidden_layers", 0), config.get("hidden_size", 0)
     heads = config.get("num_attention_heads", 0)
     head_dim = config.get("head_dim") or hidden // max(1, heads)
@@ -275,5 +276,5 @@ def _activation_bytes(config: Config, spec: TrainSpec, element: int, tokens: int
     inside = tokens * per_token * element
     if spec.attention == "eager":
         inside += heads * tokens * tokens * (element + 4)
-    inputs = (num_layers - unused) * tokens * hidden * element
-    return inputs + inside if is_full else max(1, num_layers - unused) * inside
+    trained = num_layers - unused
+    return trained * tokens * hidden * element if is_full else max(0, trained - 1) * inside, inside

@@ -81,7 +81,7 @@ class Passage:
         """Move the layers' matrices into one buffer of the host each, and hook the layers' forward passes."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
+        self._coming: dict[int, tuple[torch.Tensor, Any]] = {}  # Any: a CUDA event, None without CUDA
         self._places: list[list[_Place]] = []
         self._buffers: list[torch.Tensor] = []
         self.memory = "not pinned" if self._stream is None else "pinned"
@@ -115,7 +115,8 @@ class Passage:
 
         Not `pin_memory`, whose allocator rounds each size up to a power of two. Without it all is slower, not wrong.
         """
-        if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)):
+        cudart: Any = torch.cuda.cudart()  # Any: its stubs may be None
+        if int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)):
             self.memory = "some of it not pinned (the system refused), which is slower"
 
     def _bring(self, number: int) -> None:

@@ -91,7 +91,8 @@ def fit_of(recipe: Recipe, client: HfApi, gb: float, count: int = 1) -> subject.
 
 
 @pytest.mark.parametrize(
-    ("name", "gb"), [("qwen_qlora_16gb", 16), ("qwen14b_qlora_16gb", 16), ("qwen110b_qlora_80gb", 80)]
+    ("name", "gb"),
+    [("qwen_qlora_16gb", 16), ("qwen14b_qlora_16gb", 16), ("qwen110b_qlora_80gb", 80), ("qwen110b_qlora_24gb", 24)],
 )
 def test_a_recipe_fits_the_card_that_it_is_named_after(client: HfApi, name: str, gb: float):
     recipe = resolve(name)

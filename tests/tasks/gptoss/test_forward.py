@@ -54,7 +54,7 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flash": False}, {"num_recomputed": 1}, {"extend": False}],
+    [{}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
     ids=["all", "eager", "recompute", "plain"],
 )
 def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):

@@ -9,7 +9,7 @@ from flows.recipes import resolve
 from tasks.costs import peak_flops
 from tasks.specs import change
 from tasks.train.duration import step_seconds
-from tests.tasks.train.test_needs import BASELINE, plan_of, work_of
+from tests.tasks.train.test_needs import BASELINE, plan_as, plan_of, work_of
 
 MEASURED = json.loads(BASELINE.read_text())
 FUSED = [case for case in MEASURED["cases"] if case["changes"].get("kernels") != "stock"]
@@ -18,7 +18,7 @@ FUSED = [case for case in MEASURED["cases"] if case["changes"].get("kernels") !=
 @pytest.mark.parametrize("measured", FUSED, ids=lambda case: case["name"])
 def test_it_is_within_15_pct_of_the_measured_time(measured: dict):
     work = work_of(change(resolve("gptoss20b_lora_h100").train, measured["changes"]), measured["row_tokens"])
-    plan = plan_of(measured["rows_per_device"], measured["checkpointing"], measured["num_recomputed"])
+    plan = plan_as(measured)
     if "cuDNN" not in measured["attention"]:  # measured before whole rows went there
         work = replace(work, document_tokens=measured["row_tokens"] - 1)
     seconds = step_seconds(work, plan, peak_flops(MEASURED["machine"]))

@@ -16,8 +16,10 @@ from tasks.targets import find_targets
 from tasks.train import run as subject
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
+from tests.bench.bench_qlora_110b import SHAPE
 
-BASELINE = Path(__file__).resolve().parents[2] / "bench/baselines/train_gptoss20b_h200.json"
+BASELINES = Path(__file__).resolve().parents[2] / "bench/baselines"
+BASELINE, BASELINE_110B = BASELINES / "train_gptoss20b_h200.json", BASELINES / "train_qlora_110b_h200.json"
 GPTOSS20B = GptOssShape(
     num_layers=24,
     hidden_size=2880,
@@ -57,13 +59,41 @@ def plan_of(rows: int, checkpointing: str, num_recomputed: int = 0, num_offloade
     )
 
 
+def plan_as(measured: dict) -> StepPlan:
+    """The plan of a case of a baseline."""
+    names = ("checkpointing", "num_recomputed", "num_offloaded")
+    return plan_of(measured["rows_per_device"], **{name: measured[name] for name in names if name in measured})
+
+
 @pytest.mark.parametrize("measured", json.loads(BASELINE.read_text())["cases"], ids=lambda case: case["name"])
 def test_gptoss20b_is_estimated_within_15_pct_of_the_measured_peak(measured: dict):
     spec = change(resolve("gptoss20b_lora_h100").train, measured["changes"])
-    names = ("checkpointing", "num_recomputed", "num_offloaded")
-    plan = plan_of(measured["rows_per_device"], **{name: measured[name] for name in names if name in measured})
-    estimate = sum(work_of(spec, measured["row_tokens"]).needs(plan).values()) / 1e9
+    estimate = sum(work_of(spec, measured["row_tokens"]).needs(plan_as(measured)).values()) / 1e9
     assert estimate == pytest.approx(measured["peak_gpu_gb"], rel=0.15)
+
+
+@pytest.mark.parametrize("measured", json.loads(BASELINE_110B.read_text())["cases"], ids=lambda case: case["name"])
+def test_a_110b_base_in_nf4_is_estimated_within_10_pct_of_the_measured_peak(measured: dict):
+    spec, hidden, inner = resolve("qwen110b_qlora_80gb").train, SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    sizes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (1024, hidden),
+        "self_attn.v_proj": (1024, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes = {f"model.layers.{n}.{name}.weight": size for n in range(80) for name, size in sizes.items()}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (SHAPE["vocab_size"], hidden))
+    work = Workload(
+        shapes=shapes,
+        config={"model_type": "qwen2", **SHAPE},
+        spec=spec,
+        targets=find_targets(shapes, spec.lora),
+        row_tokens=measured["row_tokens"],
+    )
+    assert sum(work.needs(plan_as(measured)).values()) / 1e9 == pytest.approx(measured["peak_gpu_gb"], rel=0.1)
 
 
 def test_each_knob_moves_its_part():
