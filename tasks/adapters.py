@@ -56,7 +56,12 @@ def load_base(
     if torch.cuda.is_available() and not stays:
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     with _lay_aside(num_offloaded if quantization == "nf4" else 0):
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 an evaluation packs 4-bit weights anew, in a layout that has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @contextmanager

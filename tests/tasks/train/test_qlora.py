@@ -55,3 +55,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path):
     assert whole[-1] < whole[0]
     assert resumed == whole
     assert all(weight.dtype == torch.float32 and torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def test_an_evaluation_leaves_weights_that_train(tmp_path: Path):
+    """On CPUs with AVX512-BF16 bitsandbytes packs them in eval mode, and there is no gradient through that layout."""
+    from tasks.adapters import load_base
+
+    save_dense_model(tmp_path / "base")
+    model = load_base(tmp_path / "base", attention="eager", dtype="bfloat16", quantization="nf4")
+    embeds = model.get_input_embeddings()(torch.arange(8)[None]).detach()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=embeds)
+    embeds.requires_grad_()
+    model.train()(inputs_embeds=embeds).logits.float().square().sum().backward()
+    assert embeds.grad is not None and embeds.grad.abs().sum() > 0
+    packed = [
+        name for name, w in model.named_parameters() if getattr(w, "quant_state", None) and w.dtype != torch.uint8
+    ]
+    assert not packed
