@@ -21,7 +21,8 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from tasks import files
 from tasks.errors import TrainingError
-from tasks.models import dequantized
+from tasks.gptoss.packed import load_packed
+from tasks.models import dequantized, require_mxfp4
 from tasks.specs import LoraSpec
 from tasks.targets import layer_number
 
@@ -44,9 +45,12 @@ def load_base(
         quantization: none, nf4 or int8.
         on_host: stay there, to be shared out: as pages of its files where dtypes agree (ranks share them).
         num_offloaded: the lowest layers end there (tasks/train/offload.py): in nf4 each matrix as soon as the GPU has
-            made it small, so that the GPU never holds them all; else the whole base stays.
+            made it small, so that the GPU never holds them all; else the whole base stays, and MXFP4 of theirs packed.
     """
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if stored and num_offloaded and quantization == "none":
+        require_mxfp4(stored)
+        return load_packed(folder, num_offloaded, attention=attention, dtype=getattr(torch, dtype))
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if quantization != "none":
         kwargs["quantization_config"] = bits_and_bytes(quantization, dtype)

@@ -28,6 +28,7 @@ QUANTIZATION_CONFIG = {  # as in openai/gpt-oss-20b
 }
 _BIAS = 127
 _LARGEST, _LARGEST_EXPONENT = 6.0, 2
+_BITS = {torch.bfloat16: (torch.int16, 7), torch.float32: (torch.int32, 23)}  # integer as wide, bits of the mantissa
 
 
 def dequantize(blocks_EOGB: torch.Tensor, scales_EOG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -41,6 +42,29 @@ def dequantize(blocks_EOGB: torch.Tensor, scales_EOG: torch.Tensor, dtype: torch
     [1.0, 2.0, 1.0, 2.0]
     """
     return dequantize_rows(blocks_EOGB, scales_EOG).transpose(-1, -2).to(dtype)
+
+
+@torch.no_grad()
+def unpack(blocks_EOGB: torch.Tensor, scales_EOG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the parameter (E, I, O), contiguous: what `dequantize` says, expert by expert and without float32.
+
+    For a layer that is unpacked each time it passes.  Cost: beside the result 5 bytes a value of one expert.
+    """
+    if blocks_EOGB.shape[:-1] != scales_EOG.shape or dtype not in _BITS:
+        raise ShapeError(f"MXFP4 {tuple(blocks_EOGB.shape)}, {tuple(scales_EOG.shape)} can't be unpacked to {dtype}")
+    whole, shift = _BITS[dtype]
+    device = blocks_EOGB.device
+    nibbles = torch.arange(256, device=device)
+    table = torch.tensor(FP4_VALUES, dtype=dtype, device=device)
+    pairs = torch.stack([table[nibbles & 15], table[nibbles >> 4]], dim=-1)
+    num_experts, outputs, groups, _ = blocks_EOGB.shape
+    made = torch.empty(num_experts, groups * BLOCK_VALUES, outputs, dtype=dtype, device=device)
+    for expert in range(num_experts):
+        values = pairs[blocks_EOGB[expert].to(torch.int32)].flatten(-2)
+        # The exponent's field of a float with a bias of 127 is the scale itself; 2 ** -127 is below the normal ones.
+        powers = (scales_EOG[expert].to(whole) << shift).where(scales_EOG[expert] > 0, 1 << (shift - 1)).view(dtype)
+        made[expert].copy_(values.mul_(powers.unsqueeze(-1)).flatten(-2).T)
+    return made
 
 
 def dequantize_rows(blocks_NGB: torch.Tensor, scales_NG: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,6 @@ def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
     per_token = gemm / (_MATRICES * peak) + attention / (share * peak) + peft * _PEFT_S
     shared = work.spec.num_processes * work.needs(plan)["weights"] if work.spec.parallel == "fsdp2" else 0
     tokens = plan.rows_per_device * work.row_tokens
-    coming = sum(resting_bytes(work.shapes, work.spec, plan.num_offloaded)) * _COMING_S
+    coming = sum(resting_bytes(work.shapes, work.config, work.spec, plan.num_offloaded)) * _COMING_S
     waiting = max(0.0, coming - tokens * below)  # a layer comes while the one before it computes
     return plan.gradient_accumulation * (tokens * per_token + _PASS_S + shared * _SHARED_S + waiting)

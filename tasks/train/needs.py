@@ -63,42 +63,60 @@ def training_needs(
         kept, inside = _stock_activations(config, spec, element, tokens, unused, is_full=is_full)
         formed = _formed_bytes(targets, element, is_full=is_full)
         needs |= {"experts with their change": formed, "activations": kept + inside, "workspace": _WORKSPACE}
-    if resting := resting_bytes(shapes, spec, num_offloaded):
-        needs["weights"] -= sum(resting)
-        # Two at a time, and gone when the layers above have filled the memory of activations.
-        needs["layers in passage"] = max(0, sum(sorted(resting)[-2:]) - kept)
+    if resting := resting_bytes(shapes, config, spec, num_offloaded):
+        unpacked = _matrix_bytes(shapes, _stored_sizes(shapes, spec), num_offloaded)
+        needs["weights"] -= sum(unpacked)
+        # Two at a time, one of them unpacked, and gone when the layers above have filled the memory of activations.
+        passing = sum(sorted(resting)[-2:]) + (max(unpacked) if _rests_packed(config, spec) else 0)
+        needs["layers in passage"] = max(0, passing - kept)
     return needs
 
 
 def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int = 0) -> int:
     """Return what a base takes of the host's memory beside a GPU: of layers that rest there, and while it is loaded.
 
-    With FSDP2, or to let layers rest, each process makes its base there, but one in nf4 layer by layer. Weights that
-    are stored as they are used are pages of their files, which processes share and the kernel takes back; unpacked or
-    converted ones are a copy in each process.
+    With FSDP2, or to let layers rest, each process makes its base there, but one in nf4 layer by layer, and of one in
+    MXFP4 only the layers that do not rest. Weights that are stored as they are used are pages of their files, which
+    processes share and the kernel takes back; unpacked or converted ones are a copy in each process.
     """
-    resting = sum(resting_bytes(shapes, spec, num_offloaded))
+    resting = sum(resting_bytes(shapes, config, spec, num_offloaded))
+    whole = (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
+    if resting and _rests_packed(config, spec):
+        return resting + whole - sum(_matrix_bytes(shapes, _stored_sizes(shapes, spec), num_offloaded))
     stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
     is_made_there = spec.parallel == "fsdp2" or (resting and spec.quantization == "none")
     if not is_made_there or not is_copied:
         return resting
-    return max(resting, spec.num_processes * (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values())))
+    return max(resting, spec.num_processes * whole)
 
 
-def resting_bytes(shapes: Shapes, spec: TrainSpec, num_offloaded: int) -> list[int]:
+def resting_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int) -> list[int]:
     """Return what each of the lowest `num_offloaded` layers holds in the host's memory: its matrices and experts.
+
+    Experts that are stored in MXFP4 rest as they are stored.
 
     >>> from tasks.specs import LoraSpec
     >>> shapes = {"m.layers.0.q.weight": (8, 4), "m.layers.0.norm.weight": (8,), "m.layers.1.q.weight": (9, 4)}
-    >>> resting_bytes(shapes, TrainSpec(lora=LoraSpec(target_modules=("q",))), 1)
+    >>> resting_bytes(shapes, {}, TrainSpec(lora=LoraSpec(target_modules=("q",))), 1)
     [64]
     """
-    layers = dict.fromkeys(range(num_offloaded), 0)
-    for name, size in _stored_sizes(shapes, spec).items():
+    sizes = _stored_sizes(shapes, spec)
+    if _rests_packed(config, spec):
+        sizes |= {name: prod(shape) * 17 // 32 for name, shape in shapes.items() if is_expert(name, shape)}
+    return _matrix_bytes(shapes, sizes, num_offloaded)
+
+
+def _matrix_bytes(shapes: Shapes, sizes: Mapping[str, int], num_layers: int) -> list[int]:
+    layers = dict.fromkeys(range(num_layers), 0)
+    for name, size in sizes.items():
         if (layer := layer_number(name)) in layers and len(shapes[name]) > 1:
             layers[layer] += size
     return list(layers.values())
+
+
+def _rests_packed(config: Config, spec: TrainSpec) -> bool:
+    return spec.quantization == "none" and bool(config.get("quantization_config"))
 
 
 def require_offloadable(config: Config, spec: TrainSpec, targets: list[Target]) -> None:

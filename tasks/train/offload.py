@@ -3,7 +3,8 @@
     base -> let_rest(trainer, n) -> layers 0 .. n-1 in pinned memory; while one computes, the next one comes
 
 For layers below the lowest adapter only. The backward pass ends above them, so each comes once a pass and nothing of it
-is kept; what is learnt is to the bit what it would be with all of them on the GPU. accelerate's hooks do the same for
+is kept; what is learnt is to the bit what it would be with all of them on the GPU. Experts that are stored in MXFP4
+rest and travel packed (tasks/gptoss/packed.py) and are unpacked as they arrive. accelerate's hooks do the same for
 inference, without pinned memory and without bringing the next layer beforehand; FSDP2's can't take 4-bit weights.
 
 Cost: a pass takes at least as long as its bytes on the bus, about 50 GB/s on PCIe 5; more tokens in a pass hide it.
@@ -20,6 +21,8 @@ from torch import nn
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.errors import TrainingError
+from tasks.gptoss.mxfp4 import unpack
+from tasks.gptoss.packed import stand_in
 from tasks.recorder import say
 from tasks.train.sharding import find_layers
 
@@ -60,18 +63,40 @@ def find_resting(layer: nn.Module) -> list[nn.Parameter]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a weight lies in the buffer of its layer."""
+class _Part:
+    """A tensor in a buffer of bytes."""
 
-    weight: nn.Parameter
     start: int
     shape: torch.Size
     dtype: torch.dtype
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return the weight as it stands in a buffer of bytes."""
+        """Return the tensor as it stands there."""
         size = self.shape.numel() * self.dtype.itemsize
         return buffer[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a weight lies in the buffer of its layer: itself, or its blocks and scales when it is packed in MXFP4."""
+
+    weight: nn.Parameter
+    parts: tuple[_Part, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is unpacked as it comes."""
+        return len(self.parts) > 1
+
+    def arrive(self, buffer: torch.Tensor) -> None:
+        """Let the weight be what the buffer holds, on the buffer's device."""
+        views = [part.view(buffer) for part in self.parts]
+        self.weight.data = unpack(views[0], views[1], self.weight.dtype) if self.is_packed else views[0]
+
+    def rest(self, buffer: torch.Tensor) -> None:
+        """Let the weight lie in the host's buffer; a packed one is there in packed form only."""
+        weight = self.weight
+        weight.data = stand_in(weight.shape, weight.dtype) if self.is_packed else self.parts[0].view(buffer)
 
 
 class Passage:
@@ -96,15 +121,26 @@ class Passage:
         return sum(buffer.numel() for buffer in self._buffers)
 
     def _move_out(self, layer: nn.Module) -> None:
-        places, end = [], 0
-        for weight in find_resting(layer):
-            places.append(_Place(weight=weight, start=end, shape=weight.shape, dtype=weight.dtype))
-            end += -(-weight.nbytes // _ALIGNED) * _ALIGNED
+        packed = {
+            id(getattr(module, name)): parts
+            for module in layer.modules()
+            for name, parts in getattr(module, "packed", {}).items()
+        }
+        contents = [(weight, packed.get(id(weight), (weight.data,))) for weight in find_resting(layer)]
+        end, places = 0, []
+        for weight, tensors in contents:
+            parts = []
+            for tensor in tensors:
+                parts.append(_Part(end, tensor.shape, tensor.dtype))
+                end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+            places.append(_Place(weight=weight, parts=tuple(parts)))
         buffer = torch.empty(end, dtype=torch.uint8)
-        for place in places:
-            view = place.view(buffer)
-            view.copy_(place.weight.data)
-            place.weight.data = view
+        for place, (_, tensors) in zip(places, contents, strict=True):
+            for part, tensor in zip(place.parts, tensors, strict=True):
+                part.view(buffer).copy_(tensor)
+            place.rest(buffer)
+        for module in layer.modules():
+            vars(module).pop("packed", None)  # pages of the files
         if self._stream is not None:
             self._pin(buffer)
         self._places.append(places)
@@ -146,7 +182,7 @@ class Passage:
             if arrived is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrived)
             for place in self._places[number]:
-                place.weight.data = place.view(there)
+                place.arrive(there)
             self._bring(number + 1)
 
         return bring_in
@@ -154,6 +190,6 @@ class Passage:
     def _leave(self, number: int) -> Any:  # Any: torch's hook
         def let_go(*_: Any) -> None:  # Any: torch's hook signature
             for place in self._places[number]:
-                place.weight.data = place.view(self._buffers[number])
+                place.rest(self._buffers[number])
 
         return let_go

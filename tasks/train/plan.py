@@ -78,7 +78,7 @@ class Workload:
         num_layers = max(1, self.config.get("num_hidden_layers", 1))
         again = {"none": 0.0, "full": 1.0, "selective": 0.4 * plan.num_recomputed / num_layers}[plan.checkpointing]
         tokens = plan.rows_per_device * self.row_tokens
-        coming = sum(resting_bytes(self.shapes, self.spec, plan.num_offloaded))
+        coming = sum(resting_bytes(self.shapes, self.config, self.spec, plan.num_offloaded))
         coming_tokens = coming * _PASSAGE_FLOPS / (4 * num_layers * layer_weights(self.config)) if coming else 0.0
         return plan.gradient_accumulation * (tokens * (2 + again) / 2 + _PASS_TOKENS + coming_tokens)
 

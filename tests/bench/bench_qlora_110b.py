@@ -56,6 +56,14 @@ def write_base(folder: Path) -> None:
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Qwen2ForCausalLM(config).state_dict().items()}
+    write_files(folder, shapes, num_holes=LAYERS - ADAPTED)
+    write_tokenizer(folder)
+
+
+def write_files(folder: Path, shapes: dict[str, tuple[int, ...]], num_holes: int) -> None:
+    """Save one file a layer: random bfloat16 and, under names of MXFP4, bytes; the lowest `num_holes` end in a hole."""
+    import torch
+
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         parts.setdefault(name.partition(".layers.")[2].partition(".")[0] or "around", {})[name] = shape
@@ -63,12 +71,10 @@ def write_base(folder: Path) -> None:
     torch.manual_seed(0)
     for part, tensors in parts.items():
         path = folder / f"model-{part}.safetensors"
-        is_hole = part != "around" and int(part) < LAYERS - ADAPTED
-        _write_part(path, tensors, is_hole=is_hole)
+        _write_part(path, tensors, is_hole=part != "around" and int(part) < num_holes)
         places |= dict.fromkeys(tensors, path.name)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder)
 
 
 def _write_part(path: Path, tensors: dict[str, tuple[int, ...]], *, is_hole: bool) -> None:
@@ -77,8 +83,9 @@ def _write_part(path: Path, tensors: dict[str, tuple[int, ...]], *, is_hole: boo
     header: dict[str, Any] = {}
     end = 0
     for name, shape in tensors.items():
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        is_packed = name.endswith(("_blocks", "_scales"))
+        begin, end = end, end + (1 if is_packed else 2) * prod(shape)
+        header[name] = {"dtype": "U8" if is_packed else "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -87,9 +94,15 @@ def _write_part(path: Path, tensors: dict[str, tuple[int, ...]], *, is_hole: boo
             file.truncate(file.tell() + end)
             return
         for name, shape in tensors.items():
-            is_norm = name.endswith("norm.weight")
-            drawn = torch.ones(shape) if is_norm else torch.randn(shape, device="cuda") * 0.02
-            file.write(drawn.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+            if name.endswith("_blocks"):
+                drawn = torch.randint(256, shape, dtype=torch.uint8, device="cuda")
+            elif name.endswith("_scales"):
+                drawn = torch.full(shape, 120, dtype=torch.uint8)  # values of up to 6 * 2 ** -7
+            elif name.endswith("norm.weight"):
+                drawn = torch.ones(shape, dtype=torch.bfloat16)
+            else:
+                drawn = (torch.randn(shape, device="cuda") * 0.02).to(torch.bfloat16)
+            file.write(drawn.cpu().view(torch.uint8).numpy().tobytes())
 
 
 def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values

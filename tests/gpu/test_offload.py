@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.tiny_mxfp4 import pack_experts
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -57,6 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_base(folder / "dense", "dense")
     save_base(folder / "experts", "experts")
+    pack_experts(folder / "experts", folder / "mxfp4")
     write_rows(folder / "packed", ROW_TOKENS, 4 * STEPS, highest=1024)
     return folder
 
@@ -93,6 +96,7 @@ def train(inputs: Path, folder: Path, family: str, num_offloaded: int, **changes
         ("dense", {}, 2 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)),
         ("experts", {}, 2 * 8 * 3 * 512 * 1024),
         ("experts", {"kernels": "stock", "attention": "eager"}, 2 * 8 * 3 * 512 * 1024),
+        ("mxfp4", {}, 2 * 8 * 3 * 512 * 1024),
     ],
 )
 def test_to_the_bit_and_off_the_gpu(

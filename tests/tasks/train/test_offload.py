@@ -1,5 +1,8 @@
 """Layers that rest on the host: the same run to the bit, and what can't rest is refused before it starts."""
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,14 @@ from pydantic import ValidationError
 
 from flows.recipes import resolve
 from tasks.errors import SpecError
+from tasks.models import base_shapes
 from tasks.specs import LoraSpec, TrainSpec, change
 from tasks.train.needs import host_bytes, require_offloadable, resting_bytes
 from tasks.train.plan import plan_step, smaller_plan
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, losses
 from tests.tasks.train.test_needs import plan_of, work_of
+from tests.tiny_mxfp4 import pack_experts
 
 LAST = LoraSpec(
     rank=2,
@@ -42,6 +47,24 @@ def test_a_run_whose_lowest_layer_rests_is_the_same_to_the_bit(inputs: dict[str,
     assert "1 layers rest in the host's memory: " in (tmp_path / "resting/output.log").read_text()
     assert losses(tmp_path / "resting") == losses(tmp_path / "whole")
     assert adapter_digest(tmp_path / "resting") == adapter_digest(tmp_path / "whole")
+
+
+def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(inputs: dict[str, Any], tmp_path: Path):
+    """Of 4 experts of 3 x 32 x 32 a layer: 17 bytes for 32 weights instead of 128, and four matrices of attention."""
+    pack_experts(Path(inputs["base_folder"]), tmp_path / "base")
+    packed = {**inputs, "base_folder": str(tmp_path / "base")}
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3})
+    subject.run(packed, tmp_path / "whole", spec)
+    subject.run(packed, tmp_path / "resting", spec.model_copy(update={"offload_layers": 1}))
+    assert losses(tmp_path / "resting") == losses(tmp_path / "whole")
+    assert adapter_digest(tmp_path / "resting") == adapter_digest(tmp_path / "whole")
+    configs = [json.loads((tmp_path / run / "adapter/adapter_config.json").read_text()) for run in ("whole", "resting")]
+    assert configs[0]["base_model_name_or_path"] == configs[1]["base_model_name_or_path"] == str(tmp_path / "base")
+    said = re.search(r"rest in the host's memory: ([\d,]+) bytes", (tmp_path / "resting/output.log").read_text())
+    shapes = base_shapes(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    [expected] = resting_bytes(shapes, config, spec, 1)
+    assert said and int(said[1].replace(",", "")) == pytest.approx(expected, rel=0.05)  # aligned
 
 
 def test_a_layer_that_is_trained_is_never_let_rest(inputs: dict[str, Any], tmp_path: Path):
@@ -86,10 +109,14 @@ def test_what_rests_leaves_the_gpu_but_for_two_layers():
     work = work_of(fit_to(LAST_OF_24))
     whole, resting = work.needs(plan_of(1, "none")), work.needs(plan_of(1, "none", num_offloaded=20))
     assert resting["layers in passage"] + resting["activations"] == pytest.approx(2 * 1.646e9, rel=1e-3)
-    assert whole["weights"] - resting["weights"] == sum(resting_bytes(work.shapes, work.spec, 20))
+    assert whole["weights"] - resting["weights"] == sum(resting_bytes(work.shapes, work.config, work.spec, 20))
     assert host_bytes(work.shapes, work.config, work.spec, 20) == whole["weights"] - resting["weights"]
-    packed = {**work.config, "quantization_config": {"quant_method": "mxfp4"}}
-    assert host_bytes(work.shapes, packed, work.spec, 20) == 2 * 20_914_757_184  # all of it, while it is unpacked
+    small = replace(work, config={**work.config, "quantization_config": {"quant_method": "mxfp4"}})
+    packed = small.needs(plan_of(1, "none", num_offloaded=20))
+    experts, others = 20 * 32 * 3 * 2880 * 2880, 20 * (2 * 4096 * 2880 + 2 * 512 * 2880 + 32 * 2880 + 32 * 8640)
+    assert sum(resting_bytes(work.shapes, small.config, work.spec, 20)) == experts * 17 // 32 + 2 * others
+    assert packed["weights"] == resting["weights"]
+    assert host_bytes(work.shapes, small.config, work.spec, 20) == experts * 17 // 32 + 2 * others + packed["weights"]
 
 
 @pytest.mark.parametrize(("room_gb", "most"), [(84, 0), (40, 9), (24, 18), (16, 23)])
