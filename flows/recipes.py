@@ -41,6 +41,7 @@ RecipeName = Literal[
     "gptoss20b_lora_h100",
     "gptoss20b_experts_h100",
     "gptoss120b_lora_8x80gb",
+    "gptoss120b_lora_80gb",
     "qwen_qlora_16gb",
     "qwen14b_qlora_16gb",
     "qwen110b_qlora_80gb",
@@ -141,6 +142,24 @@ def gptoss120b_lora_8x80gb() -> Recipe:
                 "gradient_accumulation": 1,
                 "parallel": "fsdp2",
             },
+            "serve": {"served_model_name": "gpt-oss-120b"},
+        },
+    )
+
+
+def gptoss120b_lora_80gb() -> Recipe:
+    """gpt-oss-120b on one GPU: adapters on the experts of the last three layers, the others rest on the host in MXFP4.
+
+    38 GB of the GPU and 80 GB of the host's memory; merged into MXFP4 again, so that one 80 GB GPU can serve it. Never
+    run on the true weights.
+    """
+    last = tuple(f"{layer}.mlp.experts.{name}" for layer in (33, 34, 35) for name in ("gate_up_proj", "down_proj"))
+    return change(
+        gptoss20b_lora_h100(),
+        {
+            "base": {"model": "openai/gpt-oss-120b"},
+            "train": {"lora": {"target_parameters": last}, "offload_layers": 33},
+            "merge": {"experts": "mxfp4"},
             "serve": {"served_model_name": "gpt-oss-120b"},
         },
     )
@@ -404,6 +423,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gptoss20b_lora_h100": gptoss20b_lora_h100,
     "gptoss20b_experts_h100": gptoss20b_experts_h100,
     "gptoss120b_lora_8x80gb": gptoss120b_lora_8x80gb,
+    "gptoss120b_lora_80gb": gptoss120b_lora_80gb,
     "qwen_qlora_16gb": qwen_qlora_16gb,
     "qwen14b_qlora_16gb": qwen14b_qlora_16gb,
     "qwen110b_qlora_80gb": qwen110b_qlora_80gb,

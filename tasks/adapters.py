@@ -21,8 +21,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from tasks import files
 from tasks.errors import TrainingError
-from tasks.gptoss.packed import load_packed
-from tasks.models import dequantized, require_mxfp4
+from tasks.models import dequantized
 from tasks.specs import LoraSpec
 from tasks.targets import layer_number
 
@@ -45,12 +44,9 @@ def load_base(
         quantization: none, nf4 or int8.
         on_host: stay there, to be shared out: as pages of its files where dtypes agree (ranks share them).
         num_offloaded: the lowest layers end there (tasks/train/offload.py): in nf4 each matrix as soon as the GPU has
-            made it small, so that the GPU never holds them all; else the whole base stays, and MXFP4 of theirs packed.
+            made it small, so that the GPU never holds them all; else the whole base stays.
     """
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    if stored and num_offloaded and quantization == "none":
-        require_mxfp4(stored)
-        return load_packed(folder, num_offloaded, attention=attention, dtype=getattr(torch, dtype))
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if quantization != "none":
         kwargs["quantization_config"] = bits_and_bytes(quantization, dtype)
@@ -64,7 +60,7 @@ def load_base(
     for module in model.modules():
         # On CPUs with AVX512-BF16 an evaluation packs 4-bit weights anew, in a layout that has no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 

@@ -102,7 +102,9 @@ def say_fit(fit: Fit, name: str) -> str:
     memory = "GPU" if fit.gpus else "host"
     parts = [f"{memory:<10} {part} {_gb(size)}" for part, size in fit.needs.items() if size]
     weights = sum(map(prod, work.shapes.values()))
-    merged = (4 if fit.recipe.merge.dtype == "float32" else 2) * weights
+    each = 4 if fit.recipe.merge.dtype == "float32" else 2
+    packs = fit.recipe.merge.experts == "mxfp4"
+    merged = round(sum(prod(s) * (17 / 32 if packs and is_expert(n, s) else each) for n, s in work.shapes.items()))
     disk = [
         f"download {_gb(base.download_bytes)}" if base.download_bytes else "nothing to download",
         f"checkpoints {_gb(checkpoint_bytes(work.num_trainable, work.spec))}",
@@ -110,7 +112,11 @@ def say_fit(fit: Fit, name: str) -> str:
     ]
     resting = fit.plan.num_offloaded
     copies = host_bytes(work.shapes, work.config, work.spec, resting) if fit.gpus else 0
-    why = f"{resting} layers that rest there" if resting else f"loading the base, in {work.spec.num_processes} copies"
+    why = (
+        f"{resting} layers that rest there, loading included"
+        if resting
+        else f"loading the base, in {work.spec.num_processes} copies"
+    )
     lines = [
         f"{name} on {where}, {_gb(fit.room_bytes)} free",
         f"base       {base.origin}: {weights / 1e9:.1f} billion parameters as {_stored_as(base, work.spec)}",

@@ -17,18 +17,17 @@ from transformers import AutoConfig, GptOssForCausalLM, PreTrainedModel
 
 from tasks import files
 from tasks.gptoss.layout import EXPERT_PARAMETERS, quantized_stem
-from tasks.gptoss.mxfp4 import unpack
-from tasks.targets import layer_number, loaded_shapes
-
-Packed = dict[str, tuple[torch.Tensor, torch.Tensor]]  # parameter -> blocks (E, O, I/32, 16), scales (E, O, I/32)
+from tasks.gptoss.mxfp4 import BLOCK_VALUES, unpack
 
 
 def load_packed(folder: Path, num_packed: int, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a base on the host: the experts of its lowest `num_packed` layers stay packed, the others are unpacked.
 
     A packed parameter is a stand-in that takes no memory; its module's `packed` has what it stands for, as pages of the
-    files.  Raises: what safetensors raises for a file that is not whole.
+    files: name -> (blocks (E, O, I/32, 16), scales (E, O, I/32)).
+    Raises: what safetensors raises for a file that is not whole.
     """
+    resting = {f"model.layers.{layer}.mlp.experts.{name}" for layer in range(num_packed) for name in EXPERT_PARAMETERS}
     weights: dict[str, torch.Tensor] = {}
     packed: dict[str, dict[str, torch.Tensor]] = {}
     for shard in files.weight_files(folder):
@@ -42,9 +41,9 @@ def load_packed(folder: Path, num_packed: int, *, attention: str, dtype: torch.d
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, parts in packed.items():
         blocks, scales = parts["blocks"], parts["scales"]
-        if (layer_number(name) or 0) < num_packed:
-            shape = loaded_shapes({f"{name}_blocks": tuple(blocks.shape)})[name]
-            weights[name] = stand_in(torch.Size(shape), dtype)
+        if name in resting:
+            num_experts, outputs, groups, _ = blocks.shape
+            weights[name] = stand_in(torch.Size((num_experts, groups * BLOCK_VALUES, outputs)), dtype)
             kept[name] = blocks, scales
         else:
             weights[name] = unpack(blocks, scales, dtype)

@@ -10,7 +10,7 @@ Ring: pure.  Units: seconds, floating point operations.
 
 from tasks.costs import attention_flops, layer_weights
 from tasks.targets import first_trained_layer
-from tasks.train.needs import resting_bytes, uses_fused_kernels
+from tasks.train.needs import num_unpacked, resting_bytes, uses_fused_kernels
 from tasks.train.plan import StepPlan, Workload
 
 _MATRICES = 0.485  # share of the peak that grouped and dense GEMMs reach
@@ -18,6 +18,7 @@ _ATTENTION, _ATTENTION_WHOLE = 0.256, 0.36  # the same of flash attention, and o
 _PASS_S = 0.031  # to start a pass
 _SHARED_S = 4.4e-12  # to gather a byte of a base that is shared out (FSDP2), for both halves of a pass, on NVLink
 _COMING_S = 1.92e-11  # for a byte of a layer that rests on the host to come, on PCIe 5
+_UNPACK_S = 2.7e-11  # for a weight of such a layer to be unpacked from MXFP4
 _PEFT_S = 2.8e-12  # of PEFT's own layers, for each value that goes in or out: casts and launches, no arithmetic
 
 
@@ -51,5 +52,6 @@ def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
     shared = work.spec.num_processes * work.needs(plan)["weights"] if work.spec.parallel == "fsdp2" else 0
     tokens = plan.rows_per_device * work.row_tokens
     coming = sum(resting_bytes(work.shapes, work.config, work.spec, plan.num_offloaded)) * _COMING_S
-    waiting = max(0.0, coming - tokens * below)  # a layer comes while the one before it computes
-    return plan.gradient_accumulation * (tokens * per_token + _PASS_S + shared * _SHARED_S + waiting)
+    unpacking = num_unpacked(work.shapes, config, work.spec, plan.num_offloaded) * _UNPACK_S
+    waiting = max(0.0, coming - tokens * below - unpacking)  # a layer comes while the one before it computes
+    return plan.gradient_accumulation * (tokens * per_token + _PASS_S + shared * _SHARED_S + waiting + unpacking)

@@ -107,6 +107,14 @@ def resting_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded
     return _matrix_bytes(shapes, sizes, num_offloaded)
 
 
+def num_unpacked(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int) -> int:
+    """Return how many weights are unpacked in a pass: those of resting experts that are stored in MXFP4."""
+    if not _rests_packed(config, spec):
+        return 0
+    ones = {name: prod(shape) if is_expert(name, shape) else 0 for name, shape in shapes.items()}
+    return sum(_matrix_bytes(shapes, ones, num_offloaded))
+
+
 def _matrix_bytes(shapes: Shapes, sizes: Mapping[str, int], num_layers: int) -> list[int]:
     layers = dict.fromkeys(range(num_layers), 0)
     for name, size in sizes.items():

@@ -28,6 +28,8 @@ from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
 from tasks.gptoss.layout import MODEL_TYPE
+from tasks.gptoss.packed import load_packed
+from tasks.models import require_mxfp4
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
@@ -70,14 +72,20 @@ def load_base(folder: Path, spec: TrainSpec, num_offloaded: int = 0) -> PreTrain
     attention = choose_attention(AutoConfig.from_pretrained(folder).model_type, spec, on_gpu=on_gpu)
     if on_gpu and spec.parallel == "fsdp2":  # torchrun leaves one thread to each process: gpt-oss-20b for 13 minutes
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    model = adapters.load_base(
-        folder,
-        attention="eager" if attention == "flash" else attention,  # ours is put in its place by `speed_up`
-        dtype=spec.dtype,
-        quantization=spec.quantization,
-        on_host=spec.parallel == "fsdp2",
-        num_offloaded=num_offloaded,
-    )
+    loaded_with = "eager" if attention == "flash" else attention  # ours is put in its place by `speed_up`
+    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if num_offloaded and stored and spec.quantization == "none":
+        require_mxfp4(stored)
+        model = load_packed(folder, num_offloaded, attention=loaded_with, dtype=getattr(torch, spec.dtype))
+    else:
+        model = adapters.load_base(
+            folder,
+            attention=loaded_with,
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            on_host=spec.parallel == "fsdp2",
+            num_offloaded=num_offloaded,
+        )
     model.config.use_cache = False
     say(f"base: {model.num_parameters():,} parameters, attention {attention}")
     return model

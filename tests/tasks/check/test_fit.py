@@ -130,6 +130,16 @@ def test_gpt_oss_120b_is_told_for_what_it_is(client: HfApi):
         fit_of(change(recipe, {"train": {"quantization": "nf4"}}), client, 80)
 
 
+def test_gpt_oss_120b_fits_one_gpu_with_its_lower_layers_on_the_host(client: HfApi):
+    fit = fit_of(resolve("gptoss120b_lora_80gb"), client, 48)
+    said = subject.say_fit(fit, "gptoss120b_lora_80gb")
+    assert fit.fits and fit.plan.num_offloaded == 33
+    assert (
+        "33 layers resting on the host" in said
+        and "host       79.2 GB for 33 layers that rest there, loading included" in said
+    )
+
+
 def test_experts_that_lie_apart_in_the_files_are_not_made_small(hub: HubServer):
     """transformers stacks them as it loads, and bitsandbytes leaves what is no Linear: 30 B in nf4 are 58 GB."""
     shapes: Shapes = {f"{part}.weight": ("BF16", (151936, 2048)) for part in ("model.embed_tokens", "lm_head")}

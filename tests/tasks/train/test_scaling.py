@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from flows.recipes import resolve
+from tasks.costs import peak_flops
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import TrainSpec, change
 from tasks.targets import find_targets
+from tasks.train.duration import step_seconds
 from tasks.train.needs import host_bytes
 from tasks.train.plan import StepPlan, Workload, plan_step
-from tests.tasks.train.test_needs import ALL_EXPERTS, BASELINE, GPTOSS20B, work_of
+from tests.tasks.train.test_needs import ALL_EXPERTS, BASELINE, BASELINES, GPTOSS20B, plan_as, work_of
 
+BASELINE_120B = BASELINES / "train_lora_120b_h200.json"
 DOC = Path(__file__).resolve().parents[3] / "docs/scaling.md"
 GPTOSS120B = GPTOSS20B.model_copy(update={"num_layers": 36, "num_experts": 128})
 SHAPES = parameter_shapes(GPTOSS120B)
@@ -75,6 +78,19 @@ def test_what_the_document_says_of_the_host_and_of_one_copy_each():
         **{name: getattr(alone, name) for name in ("shapes", "config", "targets", "row_tokens")}, spec=nf4
     )
     assert f"{sum(smaller.needs(least).values()) / 1e9:.0f} GB with nf4" in text
+
+
+@pytest.mark.parametrize("case", json.loads(BASELINE_120B.read_text())["cases"], ids=lambda case: case["name"])
+def test_120b_on_one_gpu_is_estimated_as_it_was_measured(case: dict):
+    spec = resolve("gptoss120b_lora_80gb").train
+    stored = {**work_120b({}, 1).config, "quantization_config": {"quant_method": "mxfp4"}}
+    targets = find_targets(SHAPES, spec.lora)
+    work = Workload(shapes=SHAPES, config=stored, spec=spec, targets=targets, row_tokens=4096, document_tokens=4096)
+    plan = plan_as(case)
+    seconds = step_seconds(work, plan, peak_flops("NVIDIA H200"))
+    assert work.num_trainable == case["num_trainable"] and seconds
+    assert sum(work.needs(plan).values()) / 1e9 == pytest.approx(case["peak_gpu_gb"], rel=0.1)
+    assert case["rows_per_device"] * case["row_tokens"] / seconds == pytest.approx(case["tokens_per_s"], rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["all-experts-2-gpus", "all-experts-2-gpus-fsdp2"])
