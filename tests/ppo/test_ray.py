@@ -19,7 +19,8 @@ from tasks.ppo.attempts import choose_attempt, follow_where, is_there
 from tasks.ppo.cluster import ask_nodes, open_cluster, require_fit
 from tasks.ppo.run import run_job
 from tasks.procfs import list_pids
-from tasks.ray_jobs import Health, Job, Patience, RayJobs, follow
+from tasks.ray_follow import Health, Patience, follow
+from tasks.ray_jobs import Job, RayJobs
 from tasks.specs import BaseModelSpec, PpoRecipe, PpoSpec, RaySpec
 from tests.ppo.conftest import ROOT, TWO_NODES
 from tests.waiting import wait_for
