@@ -86,7 +86,7 @@ def run_trainer(
     result, launcher = folder / "result.json", terms.launch.launcher
     # A job in a queue would write into a folder that is whole, or beside us.
     if result.exists() or launcher != "slurm":
-        slurm_job.end_left(folder, terms.stop_grace_s)
+        slurm_job.end_left(folder, terms.stop_grace_s, surely=not result.exists())
     if result.exists() or launcher != "ray":
         ray_job.end_left(folder, terms.stop_grace_s, surely=not result.exists())
     if result.exists():
