@@ -18,16 +18,18 @@ from typing import Any, NoReturn, Protocol
 from tasks import errors, files
 from tasks.checkpoints import has_any, say_kept
 from tasks.job_report import JobReport
-from tasks.launch_script import NO_PROGRESS, NOT_SHARED, STARTS
+from tasks.launch_script import BEGINS, NO_PROGRESS, NOT_SHARED, STARTS
 from tasks.lifeline import HEARTBEAT, read_beats
 from tasks.liveness import HangError, Liveness
 from tasks.processes import last_lines
 from tasks.ranks import find_failed, lines_of, say_ranks
+from tasks.ray_driver import DRIVER
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job, Tail, read_beat, report_new
 
 _TICK_S = 1.0  # between two looks at the files
 _OUTPUT_BYTES = 1 << 20
+_NUM_LINES = 30
 _DECIDES = {"OutOfMemoryError", "CapacityError", "SpecError"}  # of whatever rank: what is done next depends on it
 logger = logging.getLogger(__name__)
 MetricsFn = Callable[[dict[str, Any]], None]  # Any: JSON values
@@ -66,6 +68,7 @@ def run_queued(job: Job, spec: LaunchSpec, queue: Queue, on_metrics: MetricsFn) 
 
     When this process is told to end or fails, the job is ended, with time for a last checkpoint. A cancellation
     from inside is no person's wish (as in `supervise`), and a cluster that is away may come back: the job goes on then.
+    One that goes on for `heartbeat_timeout_s` after its result was written is ended, and that is no failure.
     Raises: TimeoutError when it hangs, SpecError when it is refused or a node does not see its folder,
         TransientError when the cluster can't be asked.
     """
@@ -114,30 +117,34 @@ def raise_end(end: JobReport, job: Job, spec: LaunchSpec) -> NoReturn:
 
 
 def _raise_failure(said: str, job: Job) -> NoReturn:
-    """Raise the error of the rank that failed first: what it wrote down, or that it could not."""
+    """Raise the error of the rank that failed first: what it wrote down, or that it could not.
+
+    What the job's driver wrote down itself comes before what any rank says.
+    """
     text = _last_run(job.log)
-    failed = find_failed(text)
     told = {int(path.stem.partition("_")[2] or 0): files.read_json(path) for path in job.folder.glob("failure*.json")}
+    failed = None if told.get(0, {}).get("by") == DRIVER else find_failed(text)
     rank = failed.rank if failed else min(told, default=0)
     first = f"; {failed}" if failed else ""
-    decided = (number for number, one in sorted(told.items()) if one["error"] in _DECIDES)
+    decided = (number for number, one in sorted(told.items()) if one.get("by") == DRIVER or one["error"] in _DECIDES)
     rank = next(decided, rank)  # NCCL ends the others within seconds, with a signal that looks like a crash
     if rank in told:
         cls = getattr(errors, told[rank]["error"], errors.TrainingError)
         raise cls(f"{told[rank]['message']} ({said}{first}; output in {job.log})")
-    lines = lines_of(text, rank) or last_lines(job.log).splitlines()
+    lines = lines_of(text, rank) or text.strip().splitlines()[-_NUM_LINES:] or ["(no output)"]
     kept = say_kept(job.folder / "checkpoints")
     raise errors.TrainingError(f"{said}{first}: {kept}, the next try goes on. Its last lines:\n" + "\n".join(lines))
 
 
 def _last_run(log: Path) -> str:
-    """Return the output since the job was started, or requeued, last.  Cost: at most 1 MiB is read."""
-    return _read_end(log, _OUTPUT_BYTES).rpartition(STARTS)[2]
+    """Return the output since the job began, or was started or requeued, last.  Cost: at most 1 MiB is read."""
+    text = _read_end(log, _OUTPUT_BYTES)
+    return text[max(0, *(text.rfind(mark) for mark in (BEGINS, STARTS))) :]
 
 
 def _follow(job: Job, spec: LaunchSpec, queue: Queue, job_id: str, report: Callable[[], bool]) -> JobReport:
     seen = JobReport(job_id=job_id, system=queue.name, state="PENDING")
-    liveness, asked, since = None, -spec.poll_s, 0.0
+    liveness, asked, since, whole_since = None, -spec.poll_s, 0.0, 0.0
     said: tuple[object, ...] = ()
     while True:
         if time.monotonic() - asked >= spec.poll_s:
@@ -151,7 +158,16 @@ def _follow(job: Job, spec: LaunchSpec, queue: Queue, job_id: str, report: Calla
         if seen.is_over:
             return seen
         now = time.monotonic()
-        if seen.is_running and not (job.folder / "result.json").exists():  # else only the queue has not said so yet
+        if (job.folder / "result.json").exists():  # mostly the queue has only not said so yet
+            whole_since = whole_since or now
+            if now - whole_since > job.heartbeat_timeout_s:
+                logger.warning(
+                    "%s goes on %.0f s after its result was written: it is ended, the result is whole",
+                    *(seen.label, now - whole_since),
+                )
+                queue.end(job_id)
+                return seen
+        elif seen.is_running:
             if liveness is None:
                 liveness, since = _fresh(job, now), now
             if has_moved:

@@ -26,6 +26,7 @@ JOIN_PORT = 29400  # torchrun's own default
 NOT_SHARED, NO_PROGRESS = 66, 67  # exit status: a node does not see the folder; the time limit lets nothing be saved
 JOIN_OVER = "join.over"  # a join.sh that finds it ends: the run was cancelled
 STOP_ASKED = "stop.asked"  # a trainer that finds it ends after its step, with all the time that this takes
+BEGINS = "tatara: job "  # the first line of a job's in output.log; what comes after it is of no earlier job
 STARTS = "tatara: the trainer starts as "  # what comes after it in output.log is of this start
 _OF_SBATCH = {"ACCOUNT": "account", "PARTITION": "partition", "QOS": "qos", "TIMELIMIT": "time_limit"}
 _SAID_BY_NCCL = {  # a hang ends with an error and each rank's last collectives, in files that a person can read
@@ -69,6 +70,7 @@ def render_job(spec: LaunchSpec, work: Work) -> str:
         "port": str(spec.master_port) if spec.master_port else "$((20000 + SLURM_JOB_ID % 20000))",
         "not_shared": str(NOT_SHARED),
         "no_progress": str(NO_PROGRESS),
+        "begins": BEGINS,
         "starts": STARTS,
         "stop_asked": STOP_ASKED,
         "requeues": "true" if spec.requeue else "false",
@@ -106,7 +108,7 @@ def first_argv(spec: LaunchSpec, work: Work) -> list[str]:
 def render_node(spec: LaunchSpec, work: Work) -> str:
     """Return what each node of a Ray job runs; ray_driver.py says which node it is, and where the first one is."""
     dumps = 'export TORCH_FR_DUMP_TEMP_FILE="$TATARA_LOGS/nccl_rank_"'
-    return _node(spec, work, f"{dumps}\n{_start(spec, work, number='TATARA_NODE', name='TATARA_NODE')}")
+    return _node(spec, work, f"{dumps}\n{_start(spec, work, 'TATARA_NODE', 'TATARA_NODE', _OWN_ADDRESS)}")
 
 
 def submit_variables(variables: Mapping[str, str], spec: LaunchSpec) -> dict[str, str]:
@@ -179,13 +181,15 @@ def _node(spec: LaunchSpec, work: Work, start: str) -> str:
     return Template(_NODE).substitute(setup="\n".join(spec.setup), exports=_exports(spec, work), start=start)
 
 
-def _start(spec: LaunchSpec, work: Work, number: str = "SLURM_NODEID", name: str = "SLURMD_NODENAME") -> str:
+def _start(
+    spec: LaunchSpec, work: Work, number: str = "SLURM_NODEID", name: str = "SLURMD_NODENAME", more: str = ""
+) -> str:
     """Return what runs on each node; the node's number and name, and the rendezvous, are variables there."""
     words = [*spec.command_prefix, spec.python or work.python, "-m", "torch.distributed.run", *_shape(spec)]
     late = (
         '--rdzv-endpoint="$TATARA_HEAD" --rdzv-id="$TATARA_RUN" '
         f'--rdzv-conf="is_host=$(({number} == 0)),read_timeout=600" '
-        f'--log-dir="$TATARA_LOGS/${name}"'
+        f'--log-dir="$TATARA_LOGS/${name}"{more}'
     )
     return f"exec {shlex.join(words)} {late} {shlex.join(['-m', work.module, work.job_file])}"
 
@@ -210,11 +214,14 @@ def _shape(spec: LaunchSpec) -> list[str]:
 
 _FIRST_NODE = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
 
+_OWN_ADDRESS = ' --local-addr="$TATARA_ADDRESS"'  # else ranks meet by host names, which pods do not know of each other
+
 _LOOK = """[ -r "$1/job.json" ] && mkdir -p "$1/nodes" && echo "$SLURM_JOB_ID" > "$1/nodes/$SLURM_NODEID" && exit
 echo "tatara: node $SLURMD_NODENAME does not see $1" >&2; exit 66"""
 
 _JOB = """\
 # Made by Tatara. It may be submitted by hand too: it goes on from the newest whole checkpoint.
+echo "$begins$$SLURM_JOB_ID"
 $setup
 $exports
 folder=$folder

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 LOST_NODE, TOLD_TO_STOP = 69, 143
+DRIVER = "driver"  # in failure.json: no rank wrote it
 _TICK_S = 0.5
 _SAY_EVERY_S = 60.0
 _KILLED_S = 10.0  # from the signal to the end of what was killed
@@ -139,16 +140,16 @@ class Driver:
         self.ray: Any = None  # the module
         self.actors: list[Any] = []  # ray's handles
         self.codes: dict[int, int] = {}
+        self.lost: list[Exception] = []  # what ray said of actors that do not answer any more
         self.output = (self.folder / "output.log").open("ab")
 
     def say(self, text: str) -> None:
-        """Write lines."""
+        """Write lines, as UTF-8 whatever the head's locale is: Ray reads its log so."""
         if text:
-            whole = text if text.endswith("\n") else text + "\n"
-            self.output.write(whole.encode())
-            self.output.flush()
-            sys.stdout.write(whole)
-            sys.stdout.flush()
+            data = (text if text.endswith("\n") else text + "\n").encode(errors="replace")
+            for one in (self.output, sys.stdout.buffer):
+                one.write(data)
+                one.flush()
 
     def run(self) -> int:
         """Return the job's exit status."""
@@ -161,12 +162,14 @@ class Driver:
             self._reserve()
             if not self.is_told:
                 self._start(self._look())
-            return self._follow()
-        except ray.exceptions.RayActorError as error:
-            lost = str(error).strip().partition("\n")[0]
-            raise JobError("", f"a node of the job is lost: {lost}", LOST_NODE) from None
+            code = self._follow()
+        except ray.exceptions.RayError as error:
+            raise explain(error, self.plan["meanings"]) or error from None
         finally:
             self._end()
+        if code and self.lost:  # also where the ranks that are left noticed it first
+            raise explain(self.lost[0], self.plan["meanings"]) or self.lost[0]
+        return code
 
     def _obey(self, number: int, frame: Any) -> None:
         self.is_told = True
@@ -222,7 +225,8 @@ class Driver:
             "TATARA_LOGS": str(self.folder / "logs" / self.plan["job_id"]),
         }
         deadline = time.monotonic() + 2 * self.plan["grace_s"] + 60
-        for actor in self.actors:
+        for actor, node in zip(self.actors, nodes, strict=True):
+            variables["TATARA_ADDRESS"] = node["address"]  # its host name the others may not know, as with pods
             while not self.is_told and not self.ray.get(actor.start.remote(variables)):
                 if time.monotonic() > deadline:
                     raise JobError("TransientError", f"an earlier job's processes still run in {self.folder}")
@@ -236,18 +240,25 @@ class Driver:
             if self.is_told or any(self.codes.values()):
                 break
             time.sleep(_TICK_S)
-        failed = next((code for code in self.codes.values() if code), 0)
-        return failed or (TOLD_TO_STOP if self.is_told else 0)
+        return next((code for code in self.codes.values() if code), TOLD_TO_STOP if self.is_told else 0)
 
     def _poll(self) -> None:
-        for number, (text, code) in enumerate(self.ray.get([actor.poll.remote() for actor in self.actors])):
+        """Hand on what each launcher says. One whose actor is dead ended with its node, and hides no other's end."""
+        for number, answer in enumerate([actor.poll.remote() for actor in self.actors]):
+            try:
+                text, code = self.ray.get(answer)
+            except self.ray.exceptions.RayError as error:
+                if number not in self.codes:
+                    self.codes[number] = LOST_NODE
+                    self.lost.append(error)
+                continue
             self.say(text)
             if code is not None:
                 self.codes.setdefault(number, code)
 
     def _end(self) -> None:
         """End the launchers that still run, and hand on what they say: torchrun's list of who failed, with luck."""
-        with contextlib.suppress(self.ray.exceptions.RayActorError):
+        with contextlib.suppress(self.ray.exceptions.RayError):
             for number, patience_s in ((signal.SIGTERM, self.plan["grace_s"]), (signal.SIGKILL, _KILLED_S)):
                 deadline = time.monotonic() + patience_s
                 for actor in self.actors:
@@ -258,10 +269,18 @@ class Driver:
             self._poll()
 
 
+def explain(error: Exception, meanings: dict[str, list[str]]) -> JobError | None:
+    """Return what an error of Ray's means for the job; None for one that only its traceback tells."""
+    said = " ".join(" ".join(str(error).split("\n")[:3]).split())[:500]  # what follows are hints on Ray itself
+    found = next((meanings[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in meanings), None)
+    return JobError(found[0], f"{found[1]} ({said})", 1 if found[0] else LOST_NODE) if found else None
+
+
 def main(path: str) -> int:
     """Run the job; whatever ends it is in output.log."""
     plan = json.loads(Path(path).read_text())
     driver = Driver(plan)
+    driver.say(f"{plan['begins']}{plan['job_id']}")
     (driver.folder / "nodes").mkdir(exist_ok=True)
     (driver.folder / "nodes" / "driver").write_text(plan["job_id"] + "\n")  # from here on all is told in the folder
     try:
@@ -269,8 +288,8 @@ def main(path: str) -> int:
     except JobError as error:
         driver.say(f"tatara: {error}")
         if error.kind:
-            told = driver.folder / "failure.json"
-            told.write_text(json.dumps({"error": error.kind, "message": str(error)}))
+            told = {"error": error.kind, "message": str(error), "by": DRIVER}
+            (driver.folder / "failure.json").write_text(json.dumps(told))
         return error.status
     except Exception:  # noqa: BLE001 - ray's own, of whatever kind
         driver.say(traceback.format_exc())

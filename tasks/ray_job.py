@@ -19,17 +19,20 @@ import time
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tasks import errors, files
 from tasks.environment import holds_secret
 from tasks.followed_job import job_name
 from tasks.job_report import JobReport
-from tasks.launch_script import NOT_SHARED, STARTS, Work, render_node
+from tasks.launch_script import BEGINS, NOT_SHARED, STARTS, Work, render_node
 from tasks.lifeline import forget_beats
 from tasks.ray_cluster import find_dashboard, require_resources
 from tasks.ray_driver import LOST_NODE
-from tasks.ray_jobs import Health, JobState, Patience, RayJobs, choose_attempt, stop_job, submit
+from tasks.ray_errors import MEANINGS
+from tasks.ray_follow import Health, Patience, count_nodes, stop_job, submit, try_to_stop
 from tasks.ray_jobs import Job as RayJob
+from tasks.ray_jobs import JobState, RayJobs, choose_attempt
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job
 
@@ -61,7 +64,8 @@ class RayQueue:
         elif (
             known and (found := self._jobs.find(known["submission_id"])) and found.metadata.get(_MARK) != self._digest()
         ):
-            self.end(known["submission_id"])  # of other settings
+            _end_surely(self._jobs, folder, known["submission_id"], self._job.grace_s)  # of other settings
+        _note_end(folder, has_ended=False)  # a job of the same number may be submitted again
         number = choose_attempt(self._jobs, job_name(folder), _identity_file(folder))
         job_id = f"{job_name(folder)}-{number}"
         found = self._jobs.find(job_id)
@@ -83,23 +87,27 @@ class RayQueue:
             state = self._jobs.find(job_id)
             if time.monotonic() - self._counted > _HEALTH_S:
                 self._counted = time.monotonic()
-                self._health(self._jobs.nodes())
-        except (errors.UnavailableError, ValueError) as error:  # the second: a proxy's page in place of JSON
+                count_nodes(self._jobs, self._health)
+        except errors.TransientError as error:
             away_s = time.monotonic() - self._answered
             if away_s > _LOST_AFTER_S:
                 raise errors.TransientError(f"{self._jobs.url} did not answer for {away_s:.0f} s ({error})") from error
             logger.warning("%s: the job goes on, and is followed by its files", error)
             return None
         self._answered = time.monotonic()
+        if state is None or state.is_done:
+            _note_end(self._job.folder)
         return self._report(job_id, state)
 
     def end(self, job_id: str) -> None:
         """Stop the job. Ray sends SIGTERM to its driver, and waits as long as was said when it was submitted."""
-        _stop(self._jobs, job_id, self._job.grace_s)
+        logger.info("Ray job %s is told to stop, with %g s for a last checkpoint", job_id, self._job.grace_s)
+        if try_to_stop(self._jobs, job_id, _stop_wait_s(self._job.grace_s) + _KILL_AFTER_S):
+            _note_end(self._job.folder)
 
     def end_left(self) -> None:
         """Stop whatever job of this folder there is."""
-        end_left(self._job.folder, self._job.grace_s)
+        end_left(self._job.folder, self._job.grace_s, surely=False)
 
     def _digest(self) -> str:
         return sha256(f"{self._plan('')}\n{self._script}".encode()).hexdigest()[:16]
@@ -118,7 +126,9 @@ class RayQueue:
             "first_port": 20000 + int(sha256(folder.encode()).hexdigest(), 16) % 20000,
             "needs": list(self._needs),
             "binder": str(_BINDER),
+            "begins": BEGINS,
             "starts": STARTS,
+            "meanings": MEANINGS,
         }
 
     def _submit(self, job_id: str) -> None:
@@ -208,26 +218,52 @@ def split_variables(variables: Mapping[str, str]) -> tuple[dict[str, str], tuple
     return {name: value for name, value in variables.items() if name not in secret}, secret
 
 
-def end_left(folder: Path, grace_s: float) -> None:
-    """Stop the job that a killed parent left on its cluster, if one was ever submitted."""
-    if not (known := _known(folder)):
+def end_left(folder: Path, grace_s: float, *, surely: bool = True) -> None:
+    """Stop the job that a killed parent left on its cluster, if one was ever submitted.
+
+    Args:
+        folder: the job's.
+        grace_s: for a last checkpoint.
+        surely: something else is to run in the folder. Else a job that can't be stopped now is only told of.
+    Raises: TransientError when nobody can say, after a long while, that it has ended; AccessError.
+    """
+    known = _known(folder)
+    if not known or known.get("has_ended"):
         return
     jobs, job_id = RayJobs(known["url"], os.environ), known["submission_id"]
     try:
-        _stop(jobs, job_id, grace_s)
+        if surely:
+            _end_surely(jobs, folder, job_id, grace_s)
+        else:  # not written down: its submission may still be on its way
+            try_to_stop(jobs, job_id, _stop_wait_s(grace_s) + _KILL_AFTER_S)
     finally:
         jobs.close()
 
 
-def _stop(jobs: RayJobs, job_id: str, grace_s: float) -> None:
+def _end_surely(jobs: RayJobs, folder: Path, job_id: str, grace_s: float) -> None:
+    """Return when the job has ended: what is started next would write the same checkpoints. Raises as `end_left`."""
+    path, wait_s = _identity_file(folder), _stop_wait_s(grace_s) + _KILL_AFTER_S
+    way_out = (
+        f"two trainers would write the same checkpoints. If you know that the job is gone, remove {path} and run this "
+        "again"
+    )
+
+    def say(error: errors.TransientError) -> None:
+        logger.warning(
+            "Ray job %s may still run (%s): asking again for %g s, %s", job_id, error, _LOST_AFTER_S, way_out
+        )
+
     try:
-        found = jobs.find(job_id)
-    except errors.TataraError as error:
-        logger.error("Ray job %s may still run: `ray job stop --address %s %s` (%s)", job_id, jobs.url, job_id, error)
-        return
-    if found is not None and not found.is_done:
-        logger.info("Ray job %s is told to stop, with %g s for a last checkpoint", job_id, grace_s)
-        stop_job(jobs, job_id, _stop_wait_s(grace_s) + _KILL_AFTER_S)
+        has_ended = stop_job(jobs, job_id, wait_s, Patience(lost_after_s=_LOST_AFTER_S), say)
+    except errors.TransientError as error:
+        said = f"Ray job {job_id} may still run: {jobs.url} did not answer for {_LOST_AFTER_S:g} s ({error})"
+        raise errors.TransientError(f"{said}; {way_out}") from error
+    except errors.AccessError as error:
+        raise type(error)(f"Ray job {job_id} may still run ({error}); {way_out}") from error
+    if not has_ended:
+        said = f"Ray job {job_id} still runs {wait_s:g} s after it was told to stop"
+        raise errors.TransientError(f"{said} (`ray job stop --address {jobs.url} {job_id}`); {way_out}")
+    _note_end(folder)
 
 
 def _stop_wait_s(grace_s: float) -> int:
@@ -238,8 +274,15 @@ def _identity_file(folder: Path) -> Path:
     return folder / "ray_job.json"
 
 
-def _known(folder: Path) -> dict[str, str]:
+def _known(folder: Path) -> dict[str, Any]:  # Any: numbers, texts and a yes or no
     return files.read_json(_identity_file(folder)) if _identity_file(folder).exists() else {}
+
+
+def _note_end(folder: Path, *, has_ended: bool = True) -> None:
+    """Write down whether the known job has ended: its cluster need not be there any more then."""
+    known = _known(folder)
+    if known and bool(known.get("has_ended")) != has_ended:
+        files.write_json(_identity_file(folder), {**known, "has_ended": has_ended})
 
 
 def _shows(folder: Path, name: str, job_id: str) -> bool:

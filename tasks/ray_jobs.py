@@ -1,16 +1,15 @@
-"""Ray's Jobs REST API, as far as a job has to be submitted once, followed over lost connections, and stopped.
+"""Ray's Jobs REST API, as far as a job has to be submitted once, looked at and stopped.
 
-    RayJobs(url) -> ensure(Job) -> follow() -> JobState
+    RayJobs(url) -> ensure(Job) -> find() -> JobState          over lost connections: tasks.ray_follow
 
 Ray itself is not imported: it lives in an environment of its own. A submission id is derived from what is run, so that
 a submission whose answer was lost, and one after this process was killed, find the job that is there.
 
-Ring: edge (network).  Units: seconds; offsets are characters of a job's log.
+Ring: edge (network).  Units: seconds.
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,9 @@ import httpx
 
 from tasks import files
 from tasks.environment import read_secret
-from tasks.errors import (
-    MissingError,
-    RightsError,
-    ServiceError,
-    TataraError,
-    TokenError,
-    TransientError,
-    UnavailableError,
-)
+from tasks.errors import MissingError, RightsError, ServiceError, TokenError, UnavailableError
 
-_ANSWER_S = 30.0
-_LOG_CHARS_PER_S = 1 << 20  # the API tells a log only as a whole: a long one is asked for less often
-_LONGEST_WAIT_S = 30.0
+_ANSWER_S, _HURRIED_S = 30.0, 5.0
 DONE = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 logger = logging.getLogger(__name__)
 
@@ -75,15 +64,6 @@ class Node:
         return int(self.resources.get(resource, 0))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How a job is followed. `lost_after_s` is how long a dashboard may be away."""
-
-    poll_s: float = 2.0
-    health_s: float = 30.0
-    lost_after_s: float = 900.0
-
-
 class RayJobs:
     """A client of one cluster's dashboard. `variables` may hold RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH."""
 
@@ -96,6 +76,10 @@ class RayJobs:
         """Give the connections back."""
         self._client.close()
 
+    def hurry(self) -> None:
+        """Wait less for each answer from here on: a person has cancelled, and we are killed soon."""
+        self._client.timeout = httpx.Timeout(_HURRIED_S)
+
     def version(self) -> str:
         """Return Ray's version. Raises ServiceError when something else answers."""
         try:
@@ -105,7 +89,7 @@ class RayJobs:
 
     def nodes(self) -> list[Node]:
         """Return the living nodes, the head first."""
-        reply = self._ask("GET", "/api/v0/nodes", params={"limit": 10_000, "detail": "true"}).json()
+        reply = self._read("/api/v0/nodes", params={"limit": 10_000, "detail": "true"})
         found = [
             Node(
                 node_id=row["node_id"],
@@ -121,7 +105,7 @@ class RayJobs:
     def find(self, submission_id: str) -> JobState | None:
         """Return what the cluster knows of a job, None when it knows none."""
         try:
-            told = self._ask("GET", f"/api/jobs/{submission_id}").json()
+            told = self._read(f"/api/jobs/{submission_id}")
         except MissingError:
             return None
         return JobState(
@@ -153,8 +137,8 @@ class RayJobs:
         return found
 
     def logs(self, submission_id: str) -> str:
-        """Return all that a job has printed so far."""
-        return str(self._ask("GET", f"/api/jobs/{submission_id}/logs").json().get("logs") or "")
+        """Return all that a job has printed so far, of newer Rays its end (tasks.ray_log)."""
+        return str(self._read(f"/api/jobs/{submission_id}/logs").get("logs") or "")
 
     def stop(self, submission_id: str) -> None:
         """Tell a job to stop: SIGTERM, and after three seconds SIGKILL by Ray."""
@@ -163,6 +147,13 @@ class RayJobs:
     def delete(self, submission_id: str) -> None:
         """Forget a job that has ended."""
         self._ask("DELETE", f"/api/jobs/{submission_id}")
+
+    def _read(self, path: str, **more: Any) -> dict[str, Any]:  # Any: httpx's arguments; JSON values
+        reply = self._ask("GET", path, **more)
+        try:
+            return reply.json()
+        except ValueError:
+            raise UnavailableError(f"GET {self.url}{path}: a page in place of JSON, a proxy's?") from None
 
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:  # Any: httpx's arguments
         doing = f"{method} {self.url}{path}"
@@ -181,56 +172,10 @@ class RayJobs:
             )
         if status == 403:
             raise RightsError(f"{doing}: 403, the token in RAY_AUTH_TOKEN is not this cluster's")
-        if status in (408, 425, 429, 502, 503, 504) or (status >= 500 and method == "GET"):  # its agents come and go
+        may_repeat = method == "GET" or path.endswith("/stop")
+        if status in (408, 425, 429, 502, 503, 504) or (status >= 500 and may_repeat):  # its agents come and go
             raise UnavailableError(f"{doing}: {status}")
         raise ServiceError(f"{doing}: {status} {_last_line(reply.text)}")
-
-
-def follow(
-    jobs: RayJobs,
-    submission_id: str,
-    patience: Patience,
-    on_line: Callable[[str], None],
-    on_health: Callable[[list[Node]], None],
-) -> JobState:
-    """Tell a job's lines from its first one until it ends; return how.
-
-    A dashboard that is away is asked again, less and less often, and said once when it goes and when it is back.
-    Raises: TransientError when it is away for `lost_after_s`, or is back and knows no such job. The job is left alone.
-    """
-    told, lost_since, wait_s, looked = 0, 0.0, patience.poll_s, float("-inf")
-    while True:
-        try:
-            state = jobs.find(submission_id)  # before the log: what an ended job printed is all there
-            text = jobs.logs(submission_id) if state else ""
-            if time.monotonic() - looked > patience.health_s:
-                looked = time.monotonic()
-                on_health(jobs.nodes())
-        except (UnavailableError, ValueError) as error:  # the second: a proxy's page in place of JSON
-            now = time.monotonic()
-            lost_since = lost_since or now
-            if wait_s == patience.poll_s:
-                logger.warning(
-                    "the cluster does not answer (%s): job %s goes on there, asking again", error, submission_id
-                )
-            if now - lost_since > patience.lost_after_s:
-                raise TransientError(
-                    f"{jobs.url} did not answer for {now - lost_since:.0f} s ({error}); job {submission_id} was left "
-                    "alone: the next run follows it"
-                ) from error
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            time.sleep(wait_s)
-            continue
-        if lost_since:
-            logger.info("the cluster answers again after %.0f s", time.monotonic() - lost_since)
-            lost_since = 0.0
-        if state is None:
-            raise TransientError(f"{jobs.url} knows no job {submission_id} any more: the cluster was started anew")
-        told = _tell(text, told, on_line, is_whole=state.is_done)
-        if state.is_done:
-            return state
-        wait_s = patience.poll_s
-        time.sleep(max(wait_s, len(text) / _LOG_CHARS_PER_S))
 
 
 def choose_attempt(jobs: RayJobs, name: str, path: Path, **more: str) -> int:
@@ -252,68 +197,6 @@ def find_live(jobs: RayJobs, submission_id: str) -> JobState | None:
     """Return the state of a job that runs, waits, or has done what it was to do; None for every other."""
     state = jobs.find(submission_id)
     return state if state and (not state.is_done or state.status == "SUCCEEDED") else None
-
-
-def submit(jobs: RayJobs, job: Job, patience: Patience) -> None:
-    """Submit a job once, however often the answer is lost. Raises TransientError after `lost_after_s`."""
-    deadline = time.monotonic() + patience.lost_after_s
-    while True:
-        try:
-            state = jobs.ensure(job)
-            logger.info("job %s on %s: %s", job.submission_id, jobs.url, state.status)
-            return
-        except TransientError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(patience.poll_s)
-
-
-def stop_job(jobs: RayJobs, submission_id: str, patience_s: float) -> None:
-    """Stop a job and wait until it has; a cluster that does not answer is told of in the log."""
-    deadline = time.monotonic() + patience_s
-    try:
-        jobs.stop(submission_id)
-        while (state := jobs.find(submission_id)) and not state.is_done:
-            if time.monotonic() > deadline:
-                logger.warning("job %s still runs %g s after it was told to stop", submission_id, patience_s)
-                return
-            time.sleep(0.2)
-        logger.info("job %s was stopped", submission_id)
-    except TataraError as error:
-        logger.warning("job %s could not be stopped: %s", submission_id, error)
-
-
-class Health:
-    """Whether nodes of the cluster were lost: said at once, and once, with what it means."""
-
-    def __init__(self, meaning: str) -> None:
-        self._meaning = meaning
-        self.lost: dict[str, str] = {}
-        self._known: dict[str, str] = {}
-
-    def __call__(self, nodes: list[Node]) -> None:
-        """Take what lives now."""
-        alive = {node.node_id: node.address for node in nodes}
-        for node_id in self._known.keys() - alive.keys():
-            self.lost[node_id] = self._known[node_id]
-            logger.error(
-                "node %s (%s) of the cluster is lost, %d are left: %s",
-                *(self._known[node_id], node_id[:8], len(alive), self._meaning),
-            )
-        self._known = alive
-
-
-def last_lines(text: str, count: int = 30) -> str:
-    """Return the end of a log for an error message."""
-    return "\n".join(text.splitlines()[-count:]) or "(no output)"
-
-
-def _tell(text: str, told: int, on_line: Callable[[str], None], *, is_whole: bool) -> int:
-    """Hand on the whole lines behind offset `told`; return the offset behind them. A torn last line waits."""
-    end = len(text) if is_whole else text.rfind("\n") + 1
-    for line in text[told:end].splitlines():
-        on_line(line)
-    return max(told, end)
 
 
 def _read_token(variables: Mapping[str, str]) -> str:

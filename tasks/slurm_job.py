@@ -53,11 +53,18 @@ class SlurmQueue:
 
     def end_left(self) -> None:
         """End whatever job of this folder there is."""
-        end_left(self._job.folder, self._job.grace_s)
+        end_left(self._job.folder, self._job.grace_s, surely=False)
 
 
-def end_left(folder: Path, grace_s: float) -> None:
-    """End the job that a killed parent left in the queue, or a requeue put there, if one was ever submitted."""
+def end_left(folder: Path, grace_s: float, *, surely: bool = True) -> None:
+    """End the job that a killed parent left in the queue, or a requeue put there, if one was ever submitted.
+
+    Args:
+        folder: the job's.
+        grace_s: for a last checkpoint.
+        surely: something else is to run in the folder. Else a job that can't be ended now is only told of.
+    Raises: TransientError when SLURM can't be asked; with `surely` also when the job is not gone.
+    """
     lock = folder / "slurm_job.lock"
     if not lock.exists():
         return
@@ -69,7 +76,7 @@ def end_left(folder: Path, grace_s: float) -> None:
         return
     if found is not None and not found.is_over:
         logger.warning("SLURM job %s of an earlier try is ended", found.job_id)
-        _end(found.job_id, grace_s)
+        _end(found.job_id, grace_s, surely=surely)
 
 
 def _identity_file(job: Job) -> Path:
@@ -90,7 +97,7 @@ def _find(job: Job, digest: str) -> str:
         return ""
     if found.comment not in ("", digest):
         logger.warning("SLURM job %s was submitted with other settings: it is cancelled", found.job_id)
-        _end(found.job_id, job.grace_s)
+        _end(found.job_id, job.grace_s, surely=True)
         return ""
     logger.info("attached to SLURM job %s, which an earlier try submitted", found.job_id)
     files.write_json(_identity_file(job), {"job_id": found.job_id})  # its submitter may have been killed before
@@ -109,8 +116,11 @@ def _submit(job: Job, spec: LaunchSpec, script: str) -> str:
     return job_id
 
 
-def _end(job_id: str, grace_s: float) -> None:
-    """End a job: SIGTERM to its processes, time for a last checkpoint, scancel. Says so when SLURM does not take it."""
+def _end(job_id: str, grace_s: float, *, surely: bool = False) -> None:
+    """End a job: SIGTERM to its processes, time for a last checkpoint, scancel. Says so when SLURM does not take it.
+
+    Raises: TransientError then, with `surely`.
+    """
     try:
         if slurm.look(job_id).is_running:
             logger.info("SLURM job %s is told to stop, with %g s for a last checkpoint", job_id, grace_s)
@@ -118,8 +128,13 @@ def _end(job_id: str, grace_s: float) -> None:
             _wait_until_over(job_id, grace_s)
         slurm.cancel(job_id)
         if not _wait_until_over(job_id, _GONE_S):
-            logger.warning("SLURM job %s was cancelled and is not gone yet", job_id)
+            raise errors.TransientError("it was cancelled and is not gone yet")
     except (errors.TransientError, errors.ServiceError) as error:
+        if surely:
+            raise errors.TransientError(
+                f"SLURM job {job_id} may still run ({error}), and two trainers would write the same checkpoints: "
+                f"`scancel {job_id}`, and run this again when it is gone"
+            ) from error
         logger.error("SLURM job %s may still run: `scancel %s` (%s)", job_id, job_id, error)
 
 

@@ -7,6 +7,7 @@ Ring: edge. Imports no torch: this is the parent's side.
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ _GPU_DEFAULTS = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi numbers them, whose memory was looked at
 }
+_TORCHRUN_KILLS_S = 30  # its own patience with ranks that were told to stop
 _KILL_AFTER_S = 2.0  # the trainer kills itself when its grace is over; this is for one that can't any more
 
 
@@ -84,9 +86,9 @@ def run_trainer(
     result, launcher = folder / "result.json", terms.launch.launcher
     # A job in a queue would write into a folder that is whole, or beside us.
     if result.exists() or launcher != "slurm":
-        slurm_job.end_left(folder, terms.stop_grace_s)
+        slurm_job.end_left(folder, terms.stop_grace_s, surely=not result.exists())
     if result.exists() or launcher != "ray":
-        ray_job.end_left(folder, terms.stop_grace_s)
+        ray_job.end_left(folder, terms.stop_grace_s, surely=not result.exists())
     if result.exists():
         return files.read_json(result)
     files.write_json(folder / "job.json", job)
@@ -96,7 +98,7 @@ def run_trainer(
         folder=str(folder),
         root=str(_ROOT),
         python=sys.executable,
-        variables=_added_variables(),
+        variables=_added_variables(terms),
     )
     for path in folder.glob("failure*.json"):  # a rank's each
         path.unlink()
@@ -187,9 +189,11 @@ def _first_failure(folder: Path) -> dict[str, Any]:  # Any: JSON values
     return next(iter(causes or told), {})
 
 
-def _added_variables() -> dict[str, str]:
+def _added_variables(terms: Terms) -> dict[str, str]:
     """Return what a trainer's environment has beside what every process has."""
+    shutdown_s = max(_TORCHRUN_KILLS_S, math.ceil(terms.stop_grace_s + _KILL_AFTER_S) + 3)  # the ranks end before
     return {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_s),
         "PYTHONUNBUFFERED": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -205,7 +209,7 @@ def _environment(terms: Terms) -> dict[str, str]:
     One process sees one GPU: on a machine with several, transformers' Trainer would spread each batch over all of them
     (DataParallel), which no plan of ours reckons with.
     """
-    env = {**without_secrets(os.environ), **_added_variables()}
+    env = {**without_secrets(os.environ), **_added_variables(terms)}
     for name, value in _GPU_DEFAULTS.items():
         env.setdefault(name, value)
     if terms.num_processes == 1:

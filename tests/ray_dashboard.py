@@ -10,7 +10,7 @@ class Dashboard:
 
     def __init__(self, port):
         self.jobs, self.submissions, self.faults, self.asked, self.alive = {}, [], [], [], 2
-        self.token, self.gpus = "", 0
+        self.token, self.gpus, self.log_chars, self.is_stubborn = "", 0, 1 << 24, False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -90,11 +90,21 @@ class Dashboard:
         if name not in self.jobs:
             return 404, "Job does not exist"
         if path.endswith("/logs"):
-            return 200, {"logs": self.jobs[name]["logs"]}
+            return self.answer_log(self.jobs[name]["logs"])
         if path.endswith("/stop"):
-            self.jobs[name]["status"] = "STOPPED"
+            self.jobs[name]["status"] = "RUNNING" if self.is_stubborn else "STOPPED"
             return 200, {"stopped": True}
         if method == "DELETE":
             del self.jobs[name]
             return 200, {"deleted": True}
-        return 200, self.jobs[name]
+        return 200, {key: value for key, value in self.jobs[name].items() if key != "logs"}
+
+    def answer_log(self, said):
+        """Ray reads a log as UTF-8, and newer ones tell its end only."""
+        try:
+            text = said.decode() if isinstance(said, bytes) else said
+        except UnicodeDecodeError as error:
+            return 500, f"Traceback ...\nUnicodeDecodeError: {error}"
+        if len(text) > self.log_chars:
+            text = "[LOG TRUNCATED \u2014 the last bytes]\n" + text[-self.log_chars :].partition("\n")[2]
+        return 200, {"logs": text}

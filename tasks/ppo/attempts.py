@@ -8,19 +8,18 @@ Ring: edge.  Units: seconds.
 """
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks import files, ray_jobs
-from tasks.errors import CorruptError, UnavailableError
+from tasks.errors import CorruptError, TransientError
 from tasks.ppo.cluster import LOCAL, Cluster, local_jobs, stop_locally
+from tasks.ray_follow import Patience, ask_patiently
 from tasks.ray_jobs import RayJobs, find_live
 from tasks.specs import RaySpec
 
 ATTEMPT = "attempt.json"
-_LONGEST_WAIT_S = 30.0
 logger = logging.getLogger(__name__)
 
 
@@ -100,23 +99,20 @@ def named_address(ray: RaySpec, variables: Mapping[str, str]) -> str:
 
 
 def _ask_patiently(folder: Path, attempt: Attempt, ray: RaySpec, variables: Mapping[str, str]) -> Attempt | None:
-    deadline, wait_s = time.monotonic() + ray.lost_after_s, ray.poll_s
-    while True:
-        try:
-            return find_job(folder, variables)
-        except UnavailableError as error:
-            if time.monotonic() > deadline:
-                logger.warning(
-                    "%s did not answer for %g s: job %s counts as lost with it, and the next one goes on from its "
-                    "newest checkpoint",
-                    *(attempt.url, ray.lost_after_s, attempt.submission_id),
-                )
-                return None
-            if wait_s == ray.poll_s:
-                logger.warning(
-                    "job %s was submitted to %s, which does not answer (%s): asking again for %g s, since two jobs "
-                    "would write the same checkpoints. If that cluster is gone, remove %s and run this again",
-                    *(attempt.submission_id, attempt.url, error, ray.lost_after_s, folder / ATTEMPT),
-                )
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        time.sleep(min(wait_s, max(0.1, deadline - time.monotonic())))
+    def say(error: TransientError) -> None:
+        logger.warning(
+            "job %s was submitted to %s, which does not answer (%s): asking again for %g s, since two jobs "
+            "would write the same checkpoints. If that cluster is gone, remove %s and run this again",
+            *(attempt.submission_id, attempt.url, error, ray.lost_after_s, folder / ATTEMPT),
+        )
+
+    patience = Patience(poll_s=ray.poll_s, lost_after_s=ray.lost_after_s)
+    try:
+        return ask_patiently(lambda: find_job(folder, variables), patience, say)
+    except TransientError:
+        logger.warning(
+            "%s did not answer for %g s: job %s counts as lost with it, and the next one goes on from its newest "
+            "checkpoint",
+            *(attempt.url, ray.lost_after_s, attempt.submission_id),
+        )
+        return None

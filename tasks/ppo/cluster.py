@@ -29,8 +29,9 @@ from tasks.ppo.demand import NodeFacts, check_nodes, check_resources, read_facts
 from tasks.ppo.probe_text import MARK, read_probe
 from tasks.processes import Program, digest_argv, find_alive, last_lines, start_detached, stop
 from tasks.ray_cluster import find_dashboard
-from tasks.ray_jobs import Job, Patience, RayJobs, follow
-from tasks.ray_jobs import last_lines as last_words
+from tasks.ray_follow import Patience, follow
+from tasks.ray_follow import last_lines as last_words
+from tasks.ray_jobs import Job, RayJobs
 from tasks.specs import PpoSpec, RaySpec
 
 ROOT = Path(__file__).resolve().parents[2]

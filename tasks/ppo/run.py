@@ -34,7 +34,8 @@ from tasks.ppo.cluster import Cluster, open_cluster, require_fit
 from tasks.ppo.command import Inputs, count_steps, entrypoint, job_variables
 from tasks.ppo.console import make_record, read_step
 from tasks.ppo.metrics import StepLog
-from tasks.ray_jobs import Health, Job, JobState, Patience, RayJobs, follow, last_lines, stop_job, submit
+from tasks.ray_follow import Health, Patience, follow, last_lines, submit, try_to_stop
+from tasks.ray_jobs import Job, JobState, RayJobs
 from tasks.specs import PpoRecipe, PpoSpec, RaySpec
 
 VERSION = 1
@@ -174,12 +175,12 @@ def _run(jobs: RayJobs, job: Job, ray: RaySpec, log: Path, tell: Callable[[str],
     patience = Patience(poll_s=ray.poll_s, health_s=ray.health_s, lost_after_s=ray.lost_after_s)
     try:
         submit(jobs, job, patience)
-        state = follow(jobs, job.submission_id, patience, take, health)
+        state = follow(jobs, job.submission_id, patience, take, health, lines.read_kept)
     except (asyncio.CancelledError, TransientError):
         logger.warning("job %s goes on without us; the next run of this follows it", job.submission_id)
         raise
     except BaseException:
-        stop_job(jobs, job.submission_id, _STOP_S)
+        try_to_stop(jobs, job.submission_id, _STOP_S)
         raise
     finally:
         lines.close()
@@ -190,9 +191,14 @@ class _LogFile:
     """The log of one job on disk, by which a follower that was started again tells which lines were told before."""
 
     def __init__(self, path: Path) -> None:
-        self._told = len(path.read_text(errors="replace").splitlines()) if path.exists() else 0
+        self._path = path
+        self._told = len(self.read_kept())
         self._handle = path.open("a")
         self._seen = 0
+
+    def read_kept(self) -> list[str]:
+        """Return the lines that are there."""
+        return self._path.read_text(errors="replace").splitlines() if self._path.exists() else []
 
     def add(self, line: str) -> bool:
         """Append a line unless it is there; return whether it was new."""

@@ -19,7 +19,9 @@ from tasks.ppo.attempts import choose_attempt, follow_where, is_there
 from tasks.ppo.cluster import ask_nodes, open_cluster, require_fit
 from tasks.ppo.run import run_job
 from tasks.procfs import list_pids
-from tasks.ray_jobs import Health, Job, Patience, RayJobs, follow
+from tasks.ray_errors import MEANINGS
+from tasks.ray_follow import Health, Patience, follow
+from tasks.ray_jobs import Job, RayJobs
 from tasks.specs import BaseModelSpec, PpoRecipe, PpoSpec, RaySpec
 from tests.ppo.conftest import ROOT, TWO_NODES
 from tests.waiting import wait_for
@@ -62,6 +64,11 @@ def test_two_nodes_tell_what_they_have(cluster, tmp_path, caplog):
     assert (versions["verl"], versions["ray"]) == ("0.9.1", "2.60.0")
     assert "2 nodes" in caplog.text and "verl 0.9.1; all see the files" in caplog.text
     assert cluster.jobs.version() == "2.60.0"
+
+
+def test_the_errors_that_a_driver_explains_are_rays(cluster):
+    code = "import sys, ray.exceptions as e\nfor n in sys.argv[1:]: assert issubclass(getattr(e, n), e.RayError), n"
+    subprocess.run([cluster.python, "-c", code, *MEANINGS], check=True)
 
 
 def test_nobody_runs_code_on_it_without_its_token(cluster):

@@ -1,25 +1,23 @@
 """What is submitted to a Ray cluster, and how its end is told, against a stand-in; real jobs are in tests/ppo."""
 
 import json
-import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tasks import errors
+from tasks import errors, ray_follow
 from tasks import ray_job as subject
-from tasks.followed_job import raise_end
-from tasks.launch_script import JOIN_OVER, Work, first_argv, render_join, render_node
-from tasks.ray_driver import LOST_NODE, Node
+from tasks.followed_job import raise_end, run_queued
+from tasks.launch_script import BEGINS, JOIN_OVER, STARTS, Work, first_argv, render_join, render_node
+from tasks.ray_driver import DRIVER, LOST_NODE
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job
 from tasks.train.run import check_launch
+from tasks.trainer_job import Terms, run_trainer
 from tests.ports import free_port
 from tests.ray_dashboard import Dashboard
 from tests.tasks.train.runs import SPEC
-from tests.waiting import runs, wait_for
 
 
 @pytest.fixture
@@ -34,10 +32,19 @@ def launch(ray: Dashboard, **changes: object) -> LaunchSpec:
     return LaunchSpec.model_validate(values | changes)
 
 
-def queue(ray: Dashboard, folder: Path, variables: dict[str, str] | None = None, **changes: object) -> subject.RayQueue:
+def queue(
+    ray: Dashboard,
+    folder: Path,
+    variables: dict[str, str] | None = None,
+    *,
+    grace_s: float = 27.0,
+    heartbeat_timeout_s: float = 300.0,
+    **changes: object,
+) -> subject.RayQueue:
     shown, needs = subject.split_variables(variables or {})
     work = Work(name="n", module="tasks.train.worker", folder=str(folder), root="/", python="python", variables=shown)
-    job = Job(argv=[], env=dict(variables or {}), folder=folder, stall_timeout_s=9.0, grace_s=27.0)
+    times = {"stall_timeout_s": 9.0, "heartbeat_timeout_s": heartbeat_timeout_s, "grace_s": grace_s}
+    job = Job(argv=[], env=dict(variables or {}), folder=folder, **times)
     return subject.RayQueue(job, launch(ray, **changes), work, needs)
 
 
@@ -87,6 +94,77 @@ def test_a_job_that_moved_to_another_cluster_is_stopped_on_the_first(ray: Dashbo
         other.server.server_close()
 
 
+def test_no_trainer_starts_beside_a_job_that_may_still_run(
+    ray: Dashboard, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    job_id = queue(ray, folder).start()
+    monkeypatch.setattr(subject, "_LOST_AFTER_S", 0.2)
+    monkeypatch.setattr(ray_follow, "CANCEL", ray_follow.Patience(poll_s=0.01, lost_after_s=0.1))
+    ray.faults = ["cut"] * 100
+    other = Dashboard(free_port())
+    try:
+        for begin in (lambda: run_trainer("none", folder, {}, Terms(), print), queue(other, folder).start):
+            with pytest.raises(
+                errors.TransientError, match=rf"{job_id} may still run.*remove \S.*/ray_job\.json and run"
+            ):
+                begin()
+    finally:
+        other.server.shutdown()
+        other.server.server_close()
+    assert not (folder / "process.json").exists() and not other.submissions
+    assert "asking again for 0.2 s" in caplog.text
+    (folder / "result.json").write_text('{"num_steps": 3}')  # nobody would write beside it
+    assert run_trainer("none", folder, {}, Terms(), print) == {"num_steps": 3}
+    assert f"{job_id} may still run: `ray job stop" in caplog.text
+
+
+def test_a_dashboard_that_is_away_for_a_moment_is_waited_for(
+    ray: Dashboard, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = queue(ray, folder).start()
+    monkeypatch.setattr(subject, "_LOST_AFTER_S", 0.5)
+    ray.faults = ["cut"]
+    subject.end_left(folder, 0.0)
+    assert ray.jobs[job_id]["status"] == "STOPPED"
+
+
+def test_a_job_that_does_not_end_keeps_others_from_its_folder(
+    ray: Dashboard, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job_id = queue(ray, folder).start()
+    monkeypatch.setattr(subject, "_KILL_AFTER_S", 0.1)
+    ray.is_stubborn = True
+    with pytest.raises(errors.TransientError, match=rf"{job_id} still runs .*remove \S.*/ray_job\.json"):
+        subject.end_left(folder, 0.0)
+    with pytest.raises(errors.TransientError, match=rf"{job_id} still runs"):
+        queue(ray, folder, environment={"NCCL_DEBUG": "INFO"}, grace_s=0.0).start()
+    assert len(ray.submissions) == 1
+    ray.token = "another"
+    with pytest.raises(errors.TokenError, match=r"remove \S.*/ray_job\.json"):
+        subject.end_left(folder, 0.0)
+
+
+def test_a_cluster_whose_job_has_ended_need_not_be_there_any_more(
+    ray: Dashboard, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    waiting = queue(ray, folder)
+    job_id = waiting.start()
+    ray.jobs[job_id] |= {"status": "STOPPED"}
+    waiting.look(job_id)
+    ray.asked.clear()
+    subject.end_left(folder, 0.0)
+    assert not ray.asked
+    second = queue(ray, folder).start()
+    subject.end_left(folder, 0.0)  # this one runs
+    assert ray.jobs[second]["status"] == "STOPPED"
+    third = queue(ray, folder)
+    ray.jobs[job_id := third.start()] |= {"status": "SUCCEEDED"}
+    third.look(job_id)
+    assert queue(ray, folder).start() == job_id and len(ray.submissions) == 4  # its result was lost
+    subject.end_left(folder, 0.0)
+    assert ray.jobs[job_id]["status"] == "STOPPED"
+
+
 @pytest.mark.parametrize("fault", ["cut", "lost", 503])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_lost_answer_leaves_one_job(ray: Dashboard, folder: Path, fault: str | int, at: int):
@@ -125,12 +203,60 @@ def test_states(ray: Dashboard, folder: Path):
     assert seen and seen.is_lost
 
 
+def test_a_job_that_goes_on_after_its_result_is_ended_and_that_is_no_failure(
+    ray: Dashboard, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    """A rank that hangs in the last collective, or in an exit hook."""
+    (folder / "nodes").mkdir()
+    hangs = queue(ray, folder, heartbeat_timeout_s=0.5)
+    (folder / "result.json").write_text("{}")
+    end = run_queued(hangs._job, launch(ray), hangs, print)
+    assert ray.jobs[end.job_id]["status"] == "STOPPED" and not end.is_over
+    assert "after its result was written: it is ended, the result is whole" in caplog.text
+
+
 def test_what_the_driver_says_itself_is_believed(ray: Dashboard, folder: Path):
     """Also before a node has shown that it sees the folder."""
     (folder / "failure.json").write_text(json.dumps({"error": "CapacityError", "message": "the cluster did not give"}))
     report = subject.JobReport(job_id="j", system="Ray", state="FAILED", exit_code="1")
     with pytest.raises(errors.CapacityError, match="the cluster did not give"):
         raise_end(report, Job(argv=[], env={}, folder=folder, stall_timeout_s=9.0), launch(ray))
+
+
+TABLE = """\
+{}tatara-x-1 on a, b
+[rank1] ValueError: an old fault
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : a
+  rank      : 1 (local_rank: 0)
+  exitcode  : 1 (pid: 9)
+  error_file: <N/A>
+"""
+
+
+@pytest.mark.parametrize("kind", ["TransientError", "CapacityError"])
+def test_a_job_that_fails_before_its_start_is_not_told_as_the_one_before(ray: Dashboard, folder: Path, kind: str):
+    job = Job(argv=[], env={}, folder=folder, stall_timeout_s=9.0)
+    report = subject.JobReport(job_id="tatara-x-2", system="Ray", state="FAILED", exit_code="1")
+    log = TABLE.format(STARTS) + f"{BEGINS}tatara-x-2\nTraceback ...\nRuntimeError: Version mismatch\n"
+    job.log.write_text(log)
+    with pytest.raises(errors.TrainingError, match="Version mismatch") as caught:
+        raise_end(report, job, launch(ray))
+    assert "old fault" not in str(caught.value) and "rank 1" not in str(caught.value)
+    told = {"error": kind, "message": "earlier processes still run"}
+    (folder / "failure.json").write_text(json.dumps(told))
+    with pytest.raises(
+        errors.TataraError, match=r"^earlier processes still run \(Ray job tatara-x-2 .*code 1; output"
+    ) as caught:
+        raise_end(report, job, launch(ray))
+    assert type(caught.value).__name__ == kind
+    job.log.write_text(log + TABLE.format(STARTS))  # it did start: what the driver says counts more than ranks do
+    (folder / "failure.json").write_text(json.dumps(told | {"by": DRIVER}))
+    with pytest.raises(errors.TataraError, match=r"^earlier processes still run") as caught:
+        raise_end(report, job, launch(ray))
+    assert type(caught.value).__name__ == kind and "rank 1" not in str(caught.value)
 
 
 def test_a_python_that_is_not_there_and_a_head_that_sees_nothing_are_said(ray: Dashboard, folder: Path):
@@ -180,9 +306,12 @@ def test_what_a_node_runs_has_setup_variables_and_its_number(ray: Dashboard, tmp
     work = Work(name="n", module="m", folder=str(tmp_path), root="/", python=str(trainer))
     spec = launch(ray, environment={"NCCL_DEBUG": "INFO"})
     at = {"TATARA_NODE": "0", "TATARA_HEAD": "h:7", "TATARA_RUN": "r", "TATARA_LOGS": "/l", "PATH": "/usr/bin:/bin"}
+    at["TATARA_ADDRESS"] = "10.0.0.7"
     said = subprocess.run(["bash", "-c", render_node(spec, work)], env=at, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("hello\nINFO 1 -m torch.distributed.run --nnodes=2")
-    assert "--rdzv-endpoint=h:7 --rdzv-id=r --rdzv-conf=is_host=1,read_timeout=600 --log-dir=/l/0 -m m " in said.stdout
+    assert (
+        "--rdzv-id=r --rdzv-conf=is_host=1,read_timeout=600 --log-dir=/l/0 --local-addr=10.0.0.7 -m m " in said.stdout
+    )
     by_hand = spec.model_copy(update={"launcher": "torchrun", "address": "h"})
     said = subprocess.run(first_argv(by_hand, work), env=at, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("hello\nINFO 1 -m torch.distributed.run --nnodes=2") and "is_host=1" in said.stdout
@@ -197,14 +326,3 @@ def test_join_ends_when_the_run_was_cancelled(ray: Dashboard, tmp_path: Path):
     script = render_join(launch(ray, launcher="torchrun", address="h"), work)
     done = subprocess.run(["bash", "-c", script, "join", "1"], timeout=30, capture_output=True, text=True, check=False)
     assert "the run was cancelled" in done.stdout
-
-
-def test_a_frozen_rank_is_killed_with_its_launcher(tmp_path: Path):
-    """torchrun starts each rank in a session of its own, and a frozen one takes no SIGTERM."""
-    node = Node({"folder": str(tmp_path)}, 0)
-    node.child = subprocess.Popen(["bash", "-c", "setsid sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
-    rank = int(node.child.stdout.readline())
-    os.kill(rank, signal.SIGSTOP)
-    node.stop(signal.SIGKILL)
-    assert node.child.wait(10) == -signal.SIGKILL
-    wait_for(lambda: not runs(rank), 10)

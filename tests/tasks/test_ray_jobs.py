@@ -2,8 +2,10 @@
 
 import pytest
 
+from tasks import ray_follow
 from tasks.errors import RightsError, ServiceError, TokenError, TransientError, UnavailableError
-from tasks.ray_jobs import Job, Patience, RayJobs, follow
+from tasks.ray_follow import Patience, follow
+from tasks.ray_jobs import Job, RayJobs
 
 QUICK = Patience(poll_s=0.02, health_s=0.05, lost_after_s=5.0)
 
@@ -101,3 +103,85 @@ def test_something_else_on_that_port_is_said(ray, jobs):
     ray.answer = lambda *args: (200, {"hello": 1})
     with pytest.raises(ServiceError, match="is no dashboard of Ray"):
         jobs.version()
+
+
+@pytest.mark.parametrize("status", ["SUCCEEDED", "FAILED"])
+def test_a_log_that_ray_can_not_read_is_said_once_and_the_job_is_followed_by_its_state(ray, jobs, caplog, status):
+    jobs.ensure(JOB)
+    told, looks = [], []
+    ray.jobs["j-1"]["logs"] = "one\n"
+
+    def tell(line):
+        told.append(line)
+        ray.jobs["j-1"]["logs"] = b"one\nbad \xff byte\n"
+
+    def look(nodes):
+        looks.append(nodes)
+        if len(looks) == 10:
+            ray.jobs["j-1"]["status"] = status
+
+    brief = Patience(poll_s=0.02, health_s=0.01, lost_after_s=0.3)
+    state = follow(jobs, "j-1", brief, tell, look)
+    assert state.status == status and told == ["one"]
+    assert caplog.text.count("the log of job j-1 can't be read") == 1 and "does not answer" not in caplog.text
+
+
+def test_a_log_that_comes_back_is_told_from_where_it_was(ray, jobs):
+    jobs.ensure(JOB)
+    told, looks = [], []
+    ray.jobs["j-1"]["logs"] = b"one\n\xff"
+
+    def look(nodes):
+        looks.append(nodes)
+        if len(looks) == 5:
+            ray.jobs["j-1"] |= {"logs": "one\ntwo\n", "status": "SUCCEEDED"}
+
+    follow(jobs, "j-1", Patience(poll_s=0.02, health_s=0.01), told.append, look)
+    assert told == ["one", "two"]
+
+
+def test_nodes_that_can_not_be_counted_are_no_lost_cluster(ray, jobs, caplog):
+    jobs.ensure(JOB)
+    ray.jobs["j-1"] |= {"status": "SUCCEEDED", "logs": "one\n"}
+    ray.faults, told = [None, 500], []
+    assert follow(jobs, "j-1", QUICK, told.append, print).is_done
+    assert told == ["one"] and "does not answer" not in caplog.text
+
+
+def test_each_line_of_a_log_whose_beginning_is_told_no_more_is_told_once(ray, jobs):
+    """Newer Rays tell the last 16 MiB."""
+    jobs.ensure(JOB)
+    ray.log_chars, told = 1500, []
+
+    def print_more(nodes=()):
+        count = len(ray.jobs["j-1"]["logs"].splitlines())
+        ray.jobs["j-1"]["logs"] += "".join(f"step:{count + i} - x\n" for i in range(15))
+        if count > 190:
+            ray.jobs["j-1"]["status"] = "SUCCEEDED"
+
+    quick = Patience(poll_s=0.005, health_s=0.0)
+    follow(jobs, "j-1", quick, told.append, print_more)
+    assert told == [f"step:{number} - x" for number in range(len(told))] and len(told) > 190
+    ray.jobs["j-1"]["logs"] += "step:after - x\n"
+    again = []
+    follow(jobs, "j-1", quick, again.append, print, lambda: told)  # one that was started anew, with what is on its disk
+    assert again == [*told, "step:after - x"]
+    again.clear()
+    follow(jobs, "j-1", quick, again.append, print)
+    assert again[0].startswith("[LOG TRUNCATED") and again[-1] == "step:after - x" and len(again) < 150
+
+
+@pytest.mark.parametrize("faults", [[503], [None, 503], [None, 500], [None, "cut"], [None, None, 503]])
+def test_a_cancel_that_meets_a_busy_dashboard_stops_the_job(ray, jobs, faults):
+    jobs.ensure(JOB)
+    ray.faults = faults
+    assert ray_follow.try_to_stop(jobs, "j-1", 5.0)
+    assert ray.jobs["j-1"]["status"] == "STOPPED" and not ray.faults
+
+
+def test_a_cancel_that_nobody_answers_says_what_to_do(ray, jobs, caplog, monkeypatch):
+    jobs.ensure(JOB)
+    monkeypatch.setattr(ray_follow, "CANCEL", Patience(poll_s=0.01, lost_after_s=0.1))
+    ray.faults = ["cut"] * 100
+    assert not ray_follow.try_to_stop(jobs, "j-1", 5.0)
+    assert f"Ray job j-1 may still run: `ray job stop --address {ray.url} j-1`" in caplog.text

@@ -1,6 +1,7 @@
 """How the end of a SLURM job is told, and what is said without SLURM; real jobs are in train/test_slurm.py."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tasks.slurm_report import JobReport, read_accounting, read_job
 from tasks.specs import LaunchSpec
 from tasks.supervision import Job
 from tasks.train.run import check_launch
+from tasks.trainer_job import Terms, run_trainer
 from tests.tasks.train.runs import SPEC
 
 LAUNCH = LaunchSpec(launcher="slurm", nodes=2, time_limit="60")
@@ -128,6 +130,32 @@ def test_without_slurm_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(errors.MissingError, match=r"sbatch is not on this machine's PATH.*choose launcher='local'"):
         slurm.require_commands()
+
+
+def test_no_trainer_starts_beside_a_job_that_slurm_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """It tells of the job, and then its controller is away."""
+    tools, folder = tmp_path / "tools", tmp_path / "adapter"
+    for made in (tools, folder):
+        made.mkdir()
+    says = {
+        "squeue": "echo 7",
+        "scontrol": "echo JobId=7 JobName=x JobState=RUNNING NodeList=n1",
+        "scancel": "echo slurm_kill_job error: Unable to contact slurm controller >&2; exit 1",
+    }
+    for name, line in says.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    (folder / "slurm_job.lock").touch()
+    terms = Terms(stop_grace_s=0.1)
+    with pytest.raises(errors.TransientError, match=r"SLURM job 7 may still run .*`scancel 7`, and run this again"):
+        run_trainer("none", folder, {}, terms, print)
+    assert not (folder / "process.json").exists()
+    (folder / "result.json").write_text('{"num_steps": 3}')  # nobody would write beside it
+    assert run_trainer("none", folder, {}, terms, print) == {"num_steps": 3}
+    assert "SLURM job 7 may still run" in caplog.text
 
 
 def test_two_stores_have_two_jobs_and_a_moved_name_is_short(tmp_path: Path):

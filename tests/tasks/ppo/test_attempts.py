@@ -1,5 +1,6 @@
 """A job is found again where it was submitted, whatever a later run names; real Ray is in tests/ppo."""
 
+import asyncio
 import shlex
 import shutil
 import time
@@ -14,8 +15,10 @@ from tasks.check.ppo import check_ppo
 from tasks.errors import CapacityError, MissingError, UnavailableError
 from tasks.ppo import run
 from tasks.ppo.attempts import follow_where, read_attempt
+from tasks.ppo.cluster import Cluster as Opened
 from tasks.ppo.cluster import stop_locally
 from tasks.ppo.preflight import find_begun
+from tasks.ray_jobs import RayJobs
 from tests.ports import free_port
 from tests.ray_dashboard import Dashboard
 from tests.reinforced import NOBODY, make_inputs, make_reinforced, save_moved
@@ -164,3 +167,48 @@ def test_a_cluster_that_is_stopped_leaves_nothing_in_the_temporary_folder(tmp_pa
     stop_locally(tmp_path / "a")
     assert not mine.exists() and other.exists()
     shutil.rmtree(other)
+
+
+@pytest.fixture
+def opened(line, clusters):
+    """A cluster where a job of the run stays RUNNING."""
+    clusters[0].is_quick = False
+    jobs = RayJobs(clusters[0].url, {})
+    yield Opened(jobs=jobs, python="python", is_ours=False)
+    jobs.close()
+
+
+def test_a_cancel_while_the_dashboard_is_busy_stops_the_job(line, clusters, opened):
+    _, recipe, _, _, folder = line
+    ray = clusters[0]
+
+    def cancel(line, number):
+        ray.faults = [503, None, 503]
+        raise KeyboardInterrupt
+
+    name = leave_job(folder, ray)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_job(opened, "x", "never submitted", recipe, folder, cancel)
+    assert ray.jobs[name]["status"] == "STOPPED" and not ray.submissions
+
+
+def test_a_second_follower_of_a_log_that_ray_has_cut_logs_each_line_once(line, clusters, opened, caplog):
+    _, recipe, _, _, folder = line
+    ray = clusters[0]
+    job = ray.jobs[leave_job(folder, ray)]
+    lines = [f"step:{number} - critic/score/mean:0.5" for number in range(60)]
+    job["logs"] = "".join(f"{line}\n" for line in lines[:30])
+    ray.log_chars, told = 1200, []
+
+    def lose(line, number):
+        if line == lines[29]:
+            raise asyncio.CancelledError  # the job goes on
+
+    with caplog.at_level("INFO"), pytest.raises(asyncio.CancelledError):
+        run.run_job(opened, "x", "never submitted", recipe, folder, lose)
+    job |= {"logs": "".join(f"{line}\n" for line in lines), "status": "SUCCEEDED"}
+    assert len(job["logs"]) > ray.log_chars
+    with caplog.at_level("INFO"):
+        run.run_job(opened, "x", "never submitted", recipe, folder, lambda line, number: told.append(line))
+    assert told == lines and (folder / "job-1.log").read_text().splitlines() == lines
+    assert caplog.text.count("step:") == 60
