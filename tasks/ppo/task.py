@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import BaseCheckpoint, PreparedQuestions, ReinforcedModel
 from tasks.errors import is_worth_retrying
-from tasks.specs import PpoRecipe, QuestionsSpec
+from tasks.specs import BaseModelSpec, PpoRecipe, QuestionsSpec
 
 
 @task(
@@ -32,12 +32,12 @@ def prepare_questions(spec: QuestionsSpec, storage: str = "", hub_account: str =
 
 
 @task(task_run_name="find-reinforced-{name}", cache_policy=NO_CACHE)
-def find_reinforced(name: str, storage: str = "") -> ReinforcedModel:
-    """Find a model that PPO made by the first digits of its key, or the newest as `latest`."""
+def find_reinforced(name: str, base: BaseModelSpec, storage: str = "") -> ReinforcedModel:
+    """Find a model that PPO made by the first digits of its key, or the newest of this base as `latest`."""
     from blocks.opening import open_store
     from tasks.ppo.found import find_reinforced
 
-    return find_reinforced(name, open_store(storage))
+    return find_reinforced(name, base, open_store(storage))
 
 
 @task(
