@@ -439,13 +439,25 @@ class ArtifactStore:
         return found[0] if found else None
 
     def ancestor(self, artifact: Artifact, cls: type[A]) -> A:
-        """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count)."""
-        queue = [*artifact.parents]
+        """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count).
+
+        One of another kind that was cleared away hides only what lies behind it.  Raises: MissingError.
+        """
+        queue, gone = [*artifact.parents], None
         while queue:
-            parent = self.load(queue.pop(0))
+            ref = queue.pop(0)
+            try:
+                parent = self.load(ref)
+            except MissingError as error:
+                if issubclass(KINDS.get(ref.partition("/")[0], Artifact), cls):
+                    raise  # a farther one would be another
+                gone = gone or error
+                continue
             if isinstance(parent, cls):
                 return parent
             queue.extend(parent.parents)
+        if gone:
+            raise gone
         raise MissingError(f"{artifact.ref} has no {cls.kind} among its ancestors: it was made by another line")
 
 
