@@ -58,8 +58,10 @@ def reinforce_model(
     from tasks.ppo import run
     from tasks.ppo.report import model_markdown
     from tasks.prefect_ui import Progress, show_markdown
+    from tasks.serve import handover
 
     store, progress = open_store(storage), Progress("ppo-progress", "PPO steps")
-    model = run.reinforce_model(questions, base, recipe, store, progress, os.environ)
+    room = lambda: handover.free_gpu(store.root)  # noqa: E731
+    model = run.reinforce_model(questions, base, recipe, store, progress, os.environ, room)
     show_markdown("ppo", model_markdown(model), "What PPO made of the base")
     return model
