@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 from deployments.host import (  # noqa: E402 - after the path is right
     SetupError,
+    check_own_folder,
     check_python_and_disk,
     check_vllm_cpu_host,
     find_cpu_torch,
@@ -95,9 +96,8 @@ class Environment:
 def main(arguments: list[str]) -> int:
     """Make the named environments; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    names = arguments or ["main"]
     try:
-        for name in names:
+        for name in arguments or ["main"]:
             make_environment(describe_environment(name))
     except SetupError as error:
         _logger.error("error: %s", error)
@@ -123,6 +123,7 @@ def make_environment(environment: Environment) -> None:
     if is_whole(environment):
         return
     folder = environment.folder
+    check_own_folder(folder)
     check_python_and_disk(folder, environment.needed_bytes, on_gpu=environment.on_gpu)
     if environment.name == "vllm" and not environment.on_gpu:
         check_vllm_cpu_host()

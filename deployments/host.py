@@ -50,6 +50,15 @@ def check_python_and_disk(folder: Path, needed_bytes: int, *, on_gpu: bool = Fal
         )
 
 
+def check_own_folder(folder: Path) -> None:
+    """Raise SetupError for a symbolic link: through it another checkout's environment would be emptied."""
+    if folder.is_symlink():
+        raise SetupError(
+            f"{folder} is a symbolic link to {folder.readlink()}, whose target would be emptied and made again: "
+            "remove the link to get an environment of its own here, or run this in the checkout that owns it"
+        )
+
+
 def check_vllm_cpu_host() -> None:
     """Raise SetupError when vLLM's CPU build could not run here."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):

@@ -116,8 +116,12 @@ class Follower:
         """Return lines for a terminal."""
         new = [record for record in self.run.records() if record["step"] > self._step]
         said: list[str] = []
-        for row in self.rows.read() if self.rows else ():
-            self._completions.setdefault(row["step"], []).append(row)
+        rows = self.rows.read() if self.rows else []
+        if self.rows and self.rows.is_anew:  # a resume has cut them, and they are all here again
+            self._completions.clear()
+        for row in rows:
+            if int(row["step"]) > self._step:
+                self._completions.setdefault(row["step"], []).append(row)
         for record in new:
             self._step = record["step"]
             said.append(say_step(record, self.run.rewards))

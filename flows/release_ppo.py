@@ -34,14 +34,14 @@ def release_ppo(
 
     Args:
         recipe: PPO recipe; its publish, serve and verify knobs count.
-        model: key of a reinforced model (its first digits will do), or `latest`: the newest one.
+        model: key of a reinforced model (its first digits will do), or `latest` of the recipe's base.
         changes: fields of those knobs to change.
         storage: name of an Artifact Storage block; empty: TATARA_HOME.
         hub_account: name of a Hub Account block; empty: HF_TOKEN.
         serving_host: name of a Serving Host block; empty: the recipe's address.
     """
     spec = resolve_ppo(recipe, changes)
-    reinforced = find_reinforced(model, storage)
+    reinforced = find_reinforced(model, spec.base, storage)
     check_release(recipe, spec, storage, hub_account, serving_host, reinforced)
     published = publish_model(reinforced, spec.publish, storage, hub_account)
     served = serve_model(published, spec.serve, storage, serving_host)

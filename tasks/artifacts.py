@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files
-from tasks.errors import CorruptError, MissingError
+from tasks.errors import CorruptError, MissingError, SpecError
 from tasks.specs import Spec
 
 CHECKPOINTS = "checkpoints"  # removed once the artifact is whole: no part of it
@@ -36,6 +36,7 @@ _NOT_LISTED = {
     "heartbeat.json",
 }  # a trainer may still write them
 MANIFEST = "manifest.json"
+LATEST = "latest"  # the name of the newest artifact of a kind
 logger = logging.getLogger(__name__)
 
 
@@ -423,14 +424,40 @@ class ArtifactStore:
                 found.append((files.read_json(path)["created_at"], artifact))
         return [artifact for _, artifact in sorted(found, key=lambda pair: pair[0])]
 
+    def choose(self, cls: type[A], name: str, fits: Callable[[A], bool] = lambda _: True) -> A | None:
+        """Return the whole artifact whose key begins with `name`, or for `latest` the newest that fits; None without.
+
+        Raises: SpecError when several begin so.
+        """
+        every = self.committed(cls)
+        if name == LATEST:
+            return next(filter(fits, reversed(every)), None)
+        found = [artifact for artifact in every if name and artifact.key.startswith(name)]
+        if len(found) > 1:
+            fitting = ", ".join(artifact.short for artifact in found)
+            raise SpecError(f"{cls.kind} {name!r} may be {fitting}: give more digits of the key")
+        return found[0] if found else None
+
     def ancestor(self, artifact: Artifact, cls: type[A]) -> A:
-        """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count)."""
-        queue = [*artifact.parents]
+        """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count).
+
+        One of another kind that was cleared away hides only what lies behind it.  Raises: MissingError.
+        """
+        queue, gone = [*artifact.parents], None
         while queue:
-            parent = self.load(queue.pop(0))
+            ref = queue.pop(0)
+            try:
+                parent = self.load(ref)
+            except MissingError as error:
+                if issubclass(KINDS.get(ref.partition("/")[0], Artifact), cls):
+                    raise  # a farther one would be another
+                gone = gone or error
+                continue
             if isinstance(parent, cls):
                 return parent
             queue.extend(parent.parents)
+        if gone:
+            raise gone
         raise MissingError(f"{artifact.ref} has no {cls.kind} among its ancestors: it was made by another line")
 
 

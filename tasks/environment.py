@@ -20,6 +20,14 @@ _FOREIGN = re.compile(
     r"^(WANDB|WEAVE|PREFECT|REDIS|AWS|AZURE|GOOGLE|OPENAI|ANTHROPIC)_|^PYTHON(PATH|HOME)$|^VIRTUAL_ENV$"
 )
 _LOGIN = re.compile(r"://[^/\s@]+@|(^|[\s;&?])(password|passwd|pwd)\s*=", re.IGNORECASE)
+_PAIR = re.compile(r"""([\w.]+)['"]?\s*[:=]\s*([^,{}]*)""")  # of a mapping in an override
+_REFERENCE = re.compile(r"\$\{[^,{}]*\}")  # one with a comma may hold a default
+_NUMBERS = re.compile(r"[\s\d.,e+\-\[\]]*|true|false|null", re.IGNORECASE)
+_VOCABULARY = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|stop|image|video|audio)_tokens?", re.IGNORECASE)
+_COLUMN = re.compile(  # data.prompt_key, algorithm.gdpo_reward_keys
+    r"(data|distillation|reward|reward_model|algorithm)\.(?!.*(api|access|secret|private|auth)_?keys?$).*_keys?"
+)
+_NAMED = re.compile(r"""([\w-]+)['"]?\s*[=:]|--([\w-]+)""")  # in a shell line or an override
 _OPTION = re.compile(r"--(api[-_]k|hf[-_]t)[\w-]*", re.IGNORECASE)  # argparse also takes what an option begins with
 
 
@@ -38,18 +46,52 @@ def without_secrets(variables: Mapping[str, str], *, keep: tuple[str, ...] = ())
     def passes(name: str, value: str) -> bool:
         if any(name.startswith(kept) if kept.endswith("_") else name == kept for kept in keep):
             return True
-        return not _FOREIGN.search(name) and not holds_secret(name, value)
+        is_proxy = name.lower().endswith("_proxy")
+        return not _FOREIGN.search(name) and (is_proxy or not holds_secret(name, value))
 
     return {name: value for name, value in variables.items() if passes(name, value)}
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """Say whether a variable looks like a credential. A proxy's login is none: a download needs it.
+    """Say whether a variable looks like a credential; a proxy's login is one.
 
     >>> holds_secret("WANDB_API_KEY", "s"), holds_secret("DB", "pg://u:p@h"), holds_secret("WANDB_ENTITY", "team")
     (True, True, False)
+    >>> holds_secret("HTTPS_PROXY", "http://proxy:3128"), holds_secret("HTTPS_PROXY", "ada:s@proxy:3128")
+    (False, True)
     """
-    return bool(_SECRET.search(name)) or (not name.lower().endswith("_proxy") and bool(_LOGIN.search(value)))
+    is_proxy = name.lower().endswith("_proxy")
+    return bool(_SECRET.search(name)) or holds_login(value) or (is_proxy and "@" in value)
+
+
+def holds_login(text: str) -> bool:
+    """Say whether a text holds a URL with a user, or a password of a connection.
+
+    >>> holds_login("export ALL_PROXY=http://ada:s@proxy"), holds_login("pip install a @ https://h/a@1.whl")
+    (True, False)
+    """
+    return _LOGIN.search(text) is not None
+
+
+def secret_override(word: str) -> str:
+    """Return the name of what a hydra override would set to a credential, "" when it sets none.
+
+    In a trainer's config tokens are counted and keys name columns; what hydra itself takes from the environment is no
+    credential yet.
+
+    >>> secret_override("trainer.wandb_api_key=s"), secret_override("+a.runtime_env={env_vars:{HF_TOKEN:s}}")
+    ('trainer.wandb_api_key', 'HF_TOKEN')
+    >>> [secret_override(word) for word in ("a.max_token_len=8192", "a.api_key=${oc.env:KEY}", "data.prompt_key=q")]
+    ['', '', '']
+    """
+    name, _, value = word.lstrip("+~").partition("=")
+    for said, text in [(name, value), *_PAIR.findall(value)]:
+        last = said.rpartition(".")[2]
+        is_harmless = not text or _REFERENCE.fullmatch(text) or _VOCABULARY.fullmatch(last) or _COLUMN.fullmatch(said)
+        is_counted = "token" in last.lower() and _NUMBERS.fullmatch(text)
+        if is_secret_name(last) and not is_harmless and not is_counted:
+            return said
+    return name if holds_login(value) else ""
 
 
 def read_secret(variables: Mapping[str, str], *names: str) -> str:
@@ -104,4 +146,18 @@ def hide_secrets(words: Iterable[str]) -> list[str]:
             shown.append(f"{name}=***" if hides and equals else word)
         else:
             shown.append("***" if hides else word)
+    return shown
+
+
+def hide_values(lines: Iterable[str]) -> list[str]:
+    """Return shell lines or overrides as they may be shown: each that names a credential or holds a login ends there.
+
+    >>> hide_values(["module load hpcx", "export HF_TOKEN=s", "curl --api-key s", "a=http://ada:s@h", "a={pat: s}"])
+    ['module load hpcx', 'export HF_TOKEN=***', 'curl --api-key***', 'a=http***', 'a={pat:***']
+    """
+    shown: list[str] = []
+    for line in lines:
+        named = [found for found in _NAMED.finditer(line) if is_secret_name((found[1] or found[2]).replace("-", "_"))]
+        ends = [found.end() for found in named] + [found.start() for found in _LOGIN.finditer(line)]
+        shown.append(f"{line[: min(ends)]}***" if ends else line)
     return shown

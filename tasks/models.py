@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks import files
 from tasks.errors import SpecError
+from tasks.specs import BaseModelSpec
 from tasks.targets import Shapes, loaded_shapes
 
 
@@ -15,6 +16,18 @@ def base_shapes(model_folder: Path) -> Shapes:
     """Return parameter name -> shape as the loaded model will have it, from safetensors headers alone."""
     headers = (files.read_safetensors_header(shard)[0] for shard in files.weight_files(model_folder))
     return loaded_shapes({name: tuple(entry["shape"]) for header in headers for name, entry in header.items()})
+
+
+def is_origin_of(base: BaseModelSpec, origin: str) -> bool:
+    """Say whether an artifact's `origin` is the base that a recipe names, whatever its revision.
+
+    >>> is_origin_of(BaseModelSpec(model="openai/gpt-oss-20b"), "openai/gpt-oss-20b@6cee5e")
+    True
+    """
+    if base.pretrain_recipe:
+        return origin.startswith("pretrained ")
+    names = (base.model, str(Path(base.model).expanduser().resolve()))
+    return origin in names or origin.rpartition("@")[0] in names
 
 
 def require_mxfp4(stored: dict[str, Any]) -> None:  # Any: config.json's quantization_config

@@ -17,7 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from tasks.environment import hide_secrets, holds_secret, is_secret_name, is_secret_option
+from tasks.environment import (
+    hide_secrets,
+    hide_values,
+    holds_login,
+    holds_secret,
+    is_secret_name,
+    is_secret_option,
+    secret_override,
+)
 from tasks.errors import SpecError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -267,6 +275,10 @@ class LaunchSpec(Spec):
             if secret := next((name for name in named if is_secret_name(name)), ""):
                 raise ValueError(
                     f"it sets {secret}, which would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}"
+                )
+            if holds_login(line):
+                raise ValueError(
+                    f"it holds a URL with a login, which would stand in recipes and job scripts: {_SECRETS_ELSEWHERE}"
                 )
         return value
 
@@ -1101,12 +1113,17 @@ class PpoSpec(Spec):
     def _are_overrides(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for word in value:
             if not re.match(r"[+~]{0,2}[\w.@/]+(=|$)", word):
-                raise ValueError(f"{word!r} is no hydra override: expected key=value")
-            name, _, said = word.partition("=")
-            if ".env_vars." in name and holds_secret(name.rpartition(".")[2], said):
+                raise ValueError(f"{word.partition('=')[0]!r} is no hydra override: expected key=value")
+            if secret := secret_override(word):
                 raise ValueError(
-                    f"{name} looks like a credential, and Ray shows a job's command on its dashboard: set it in the "
+                    f"{secret} looks like a credential, and Ray shows a job's command on its dashboard: set it in the "
                     "environment of the cluster's nodes before `ray start`"
+                )
+            name, _, said = word.partition("=")
+            if "env_vars" in said or name.endswith("env_vars"):
+                raise ValueError(
+                    f"{name} sets variables of the job as a whole: name each (PpoSpec.environment, or "
+                    "runtime_env.env_vars.NAME=value), credentials in the environment of the cluster's nodes"
                 )
         return value
 
@@ -1277,7 +1294,7 @@ def _fault(spec: type[Spec], fault: Any) -> str:  # Any: pydantic's ErrorDetails
         return f"{spec.__name__} has no field {path}: fields here are {', '.join(_fields_at(spec, fault['loc'][:-1]))}"
     given = fault["input"]
     if isinstance(given, (list, tuple)):  # words of a command line may hold a key
-        given = hide_secrets(str(word) for word in given)
+        given = hide_values(hide_secrets(str(word) for word in given))
     if isinstance(given, dict):  # of variables may be one
         given = {name: "***" if holds_secret(str(name), str(said)) else said for name, said in given.items()}
     where = f"{spec.__name__}.{path} = {given!r}" if path else spec.__name__

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flows.recipes import PRETRAIN_RECIPES, resolve_every_pretrain
 from tasks.artifacts import (
+    LATEST,
     Artifact,
     ArtifactStore,
     BaseCheckpoint,
@@ -16,7 +17,7 @@ from tasks.artifacts import (
     PretrainedModel,
 )
 from tasks.errors import MissingError, SpecError
-from tasks.pretrain.found import LATEST, find_pretrained
+from tasks.pretrain.found import find_pretrained
 
 _KINDS: tuple[type[Artifact], ...] = (PretrainedModel, MergedModel, BaseCheckpoint)
 _MADE = (PretrainedModel, MergedModel)

@@ -5,6 +5,7 @@
 Ring: edge (disk, Hub).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,16 +14,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from tasks import files
-from tasks.artifacts import Artifact, ArtifactStore, BaseCheckpoint
+from tasks.artifacts import Artifact, ArtifactStore, BaseCheckpoint, FetchedDataset, PackedDataset, TrainedAdapter
 from tasks.corpus.run import pin_inputs, prepare_corpus
-from tasks.errors import MissingError
+from tasks.errors import MissingError, SpecError
 from tasks.fetch.run import check_model_folder, download_bytes, local_folder
 from tasks.gptoss.layout import MODEL_TYPE, config_values, parameter_shapes
 from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.hub import hub_errors, pin_commit
 from tasks.models import base_shapes
 from tasks.pretrain.run import pretrain_key, pretrained_origin
-from tasks.specs import BaseModelSpec, PretrainSpec, Spec
+from tasks.specs import BaseModelSpec, PretrainSpec, Recipe, Spec, validate
 from tasks.targets import Shapes, loaded_shapes
 
 _TOKENIZER_FILES = [
@@ -91,20 +92,47 @@ def find_origin(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfAp
     return str(local) if local else f"{spec.model}@{pin_commit(hub, spec.model, spec.revision, 'model')}"
 
 
-def find_made(store: ArtifactStore, cls: type[A], spec: Spec, origin: str) -> A | None:
+def find_made(
+    store: ArtifactStore, cls: type[A], spec: Spec, origin: str, fits: Callable[[A], bool] = lambda _: True
+) -> A | None:
     """Return the newest artifact that this spec made on the base called `origin`, None without one.
 
     What older runs left may have lost its parents: that is no fault of this run.
     """
     for found in reversed(store.committed(cls)):
-        if (store.manifest(cls, found.key) or {}).get("spec") != spec.model_dump(mode="json"):
+        if not _is_by(spec, found, store):
             continue
         try:
-            if store.ancestor(found, BaseCheckpoint).origin == origin:
+            if store.ancestor(found, BaseCheckpoint).origin == origin and fits(found):
                 return found
         except MissingError:
             continue
     return None
+
+
+def find_adapter(recipe: Recipe, origin: str, store: ArtifactStore) -> TrainedAdapter | None:
+    """Return the newest adapter that this recipe made on the base called `origin`, wherever it was trained.
+
+    Data that were cleared away since are taken for the recipe's: it is made of them again, under the same key.
+    """
+
+    def is_of_data(adapter: TrainedAdapter) -> bool:
+        try:
+            packed, dataset = store.ancestor(adapter, PackedDataset), store.ancestor(adapter, FetchedDataset)
+        except MissingError:
+            return True
+        return _is_by(recipe.pack, packed, store) and _is_by(recipe.fetch, dataset, store)
+
+    return find_made(store, TrainedAdapter, recipe.train, origin, is_of_data)
+
+
+def _is_by(spec: Spec, artifact: Artifact, store: ArtifactStore) -> bool:
+    """Say whether an artifact was made by knobs that decide the same."""
+    try:
+        kept = validate(type(spec), (store.manifest(type(artifact), artifact.key) or {}).get("spec", {}))
+    except SpecError:  # another version's
+        return False
+    return kept.key_values() == spec.key_values()
 
 
 def find_tokenizer(spec: BaseModelSpec, pretraining: PretrainSpec | None, store: ArtifactStore, hub: HfApi) -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedAdapter, TrainedModel
-from tasks.check.base import BaseFacts, find_made, look_at_base
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, MergedModel, TrainedModel
+from tasks.check.base import BaseFacts, find_adapter, find_made, look_at_base
 from tasks.corpus.run import pin_inputs, survey_corpus
 from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError, TataraError, TransientError
@@ -79,7 +79,7 @@ def check_recipe(
         lambda: _check_fit(recipe, facts),
         lambda: _check_rewards(rewarded, facts) if rewarded else "",
         lambda: _check_room(recipe, store, facts),
-        lambda: check_launch(recipe.train, store.root),
+        lambda: _check_launch(recipe, store, facts),
         lambda: _check_memory(recipe, store, facts),
         lambda: say_slow_dtype(recipe.train),
     ]
@@ -216,7 +216,7 @@ def _check_room(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) ->
     base, element = facts[0], 4 if recipe.merge.dtype == "float32" else 2
     is_here = any(found.origin == base.origin for found in store.committed(BaseCheckpoint))
     num_trainable = sum(target.num_trainable for target in _targets(recipe, base))
-    adapter = find_made(store, TrainedAdapter, recipe.train, base.origin)
+    adapter = find_adapter(recipe, base.origin, store)
     merged = find_made(store, MergedModel, recipe.merge, base.origin)
     is_merged = adapter is not None and merged is not None and merged.parents[0] == adapter.ref
     needs = {
@@ -234,13 +234,22 @@ def _download_bytes(recipe: Recipe, base: BaseFacts, store: ArtifactStore) -> in
     return max(0, base.download_bytes - downloaded_bytes(recipe.base, commit, store)) if base.download_bytes else 0
 
 
+def _check_launch(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) -> str:
+    """There must be machines for the training; not asked when the adapter is there already and goes on to publish."""
+    is_elsewhere = recipe.train.launch.launcher != "local"
+    if is_elsewhere and facts and (found := find_adapter(recipe, facts[0].origin, store)):
+        return f"launch: not needed, {found.kind}/{found.short} is whole"
+    return check_launch(recipe.train, store.root)
+
+
 def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) -> str:
     """The peak of a training step must fit the GPU; not asked when the adapter is there already."""
     if not facts:
         return ""
-    base, spec = facts[0], launched_spec(recipe.train)
-    if find_made(store, TrainedAdapter, recipe.train, base.origin):
+    base = facts[0]
+    if find_adapter(recipe, base.origin, store):
         return "memory: trained before"
+    spec = launched_spec(recipe.train)
     work = Workload(
         shapes=base.shapes,
         config=base.config,

@@ -42,6 +42,7 @@ VERSION = 1
 VERSIONS = "cluster_versions.json"  # of Python, Ray and verl where the job was submitted
 _STOP_S = 30.0
 ProgressFn = Callable[[dict[str, Any]], None]  # Any: a metrics record
+RoomFn = Callable[[], None]  # frees a GPU that is ours to free
 logger = logging.getLogger(__name__)
 
 
@@ -52,8 +53,11 @@ def reinforce_model(
     store: ArtifactStore,
     on_progress: ProgressFn,
     variables: Mapping[str, str],
+    make_room: RoomFn = lambda: None,
 ) -> ReinforcedModel:
     """Train a whole model with rewards; a second call returns the finished one, a killed one goes on.
+
+    `make_room` is called before a job begins on a cluster of this machine.
 
     Raises: SpecError, CapacityError (the cluster lacks something), TrainingError with the job's last lines,
         TransientError (the cluster is away; its job goes on and is followed by the next try).
@@ -75,6 +79,8 @@ def reinforce_model(
             if not is_there(cluster.jobs, folder):  # a job that runs has shown that it can, and holds what is asked for
                 paths = [inputs.train_file, inputs.test_file, inputs.model, str(folder)]
                 files.write_json(folder / VERSIONS, require_fit(cluster, recipe.ray, spec, paths))
+                if cluster.is_ours:  # another cluster's GPUs are not ours to free
+                    make_room()
             command = entrypoint(cluster.python, spec, inputs)
             teller = Teller(folder / "metrics.jsonl", num_steps, on_progress)
             run_job(cluster, claim.key, command, recipe, folder, teller)

@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.artifacts import BaseCheckpoint, PreparedQuestions, ReinforcedModel
 from tasks.errors import is_worth_retrying
-from tasks.specs import PpoRecipe, QuestionsSpec
+from tasks.specs import BaseModelSpec, PpoRecipe, QuestionsSpec
 
 
 @task(
@@ -32,12 +32,12 @@ def prepare_questions(spec: QuestionsSpec, storage: str = "", hub_account: str =
 
 
 @task(task_run_name="find-reinforced-{name}", cache_policy=NO_CACHE)
-def find_reinforced(name: str, storage: str = "") -> ReinforcedModel:
-    """Find a model that PPO made by the first digits of its key, or the newest as `latest`."""
+def find_reinforced(name: str, base: BaseModelSpec, storage: str = "") -> ReinforcedModel:
+    """Find a model that PPO made by the first digits of its key, or the newest of this base as `latest`."""
     from blocks.opening import open_store
     from tasks.ppo.found import find_reinforced
 
-    return find_reinforced(name, open_store(storage))
+    return find_reinforced(name, base, open_store(storage))
 
 
 @task(
@@ -58,8 +58,10 @@ def reinforce_model(
     from tasks.ppo import run
     from tasks.ppo.report import model_markdown
     from tasks.prefect_ui import Progress, show_markdown
+    from tasks.serve import handover
 
     store, progress = open_store(storage), Progress("ppo-progress", "PPO steps")
-    model = run.reinforce_model(questions, base, recipe, store, progress, os.environ)
+    room = lambda: handover.free_gpu(store.root)  # noqa: E731
+    model = run.reinforce_model(questions, base, recipe, store, progress, os.environ, room)
     show_markdown("ppo", model_markdown(model), "What PPO made of the base")
     return model

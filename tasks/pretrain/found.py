@@ -7,15 +7,12 @@ Ring: edge (disk).
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any  # of key_values(): JSON values
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, PretrainedModel
+from tasks.artifacts import LATEST, ArtifactStore, PretrainedModel
 from tasks.errors import CorruptError, MissingError, SpecError
 from tasks.specs import PretrainSpec, validate
-
-LATEST = "latest"
 
 
 def find_pretrained(name: str, recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> PretrainedModel:
@@ -28,33 +25,23 @@ def find_pretrained(name: str, recipe: str, specs: Mapping[str, PretrainSpec], s
         store: where the models and the runs are.
     Raises: MissingError that lists what there is, SpecError when several fit or it is another recipe's.
     """
-    every = store.committed(PretrainedModel)
-    found = (
-        _newest_of(recipe, specs, store) if name == LATEST else [m for m in every if name and m.key.startswith(name)]
-    )
-    if not found:
+    questions = _questions(recipe, specs, store)
+    found = store.choose(PretrainedModel, name, lambda model: _is_of(model, questions, store))
+    if found is None:
+        every = store.committed(PretrainedModel)
         there = ", ".join(f"{model.short} ({model.num_parameters:,} parameters)" for model in every) or "none"
         wanted = f"of the recipe {recipe}" if name == LATEST else repr(name)
         raise MissingError(
             f"no pretrained model {wanted} below {store.root}: there are {there}. Make one with "
             f"`prefect deployment run pretrain/...`, recipe {recipe}, or set TATARA_HOME"
         )
-    if len(found) > 1:
-        raise SpecError(f"{name!r} may be {', '.join(model.short for model in found)}: give more digits of the key")
-    owners = [each for each in specs if _is_of(found[0], _questions(each, specs, store), store)]
+    owners = [each for each in specs if _is_of(found, _questions(each, specs, store), store)]
     if owners and recipe not in owners:
         raise SpecError(
-            f"model {found[0].short} was made by the recipe {owners[0]}, not by {recipe}, whose knobs would serve and "
+            f"model {found.short} was made by the recipe {owners[0]}, not by {recipe}, whose knobs would serve and "
             f"verify it: set recipe to {owners[0]}"
         )
-    return found[0]
-
-
-def _newest_of(recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> list[PretrainedModel]:
-    """Return the newest model of a recipe, in a list that is empty without one."""
-    questions = _questions(recipe, specs, store)
-    made = (model for model in reversed(store.committed(PretrainedModel)) if _is_of(model, questions, store))
-    return list(islice(made, 1))
+    return found
 
 
 def _questions(recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactStore) -> list[dict[str, Any]]:

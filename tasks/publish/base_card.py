@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from tasks.artifacts import PretrainedModel
-from tasks.publish.card import CURVE, RECIPE, license_values, table
+from tasks.publish.card import CURVE, RECIPE, license_row, license_values, local_caveat, table
 from tasks.publish.facts import SourceCard
-from tasks.publish.names import block, code, hub_id, one_line
+from tasks.publish.names import block, code, hub_id, one_line, shown_spec, without_folder
 from tasks.specs import PublishSpec
 
 _SHAPE = {
@@ -81,9 +81,9 @@ def base_reproduction(lineage: BaseLineage) -> dict[str, Any]:  # Any: JSON valu
 
     Every knob is written out; of a Hub data set the commit that its branch meant.
     """
-    pin = (lineage.corpus.get("pins") or {}).get("corpus", "")
+    pin = _pin(lineage)
     pinned = {"corpus_revision": pin} if pin and hub_id(lineage.spec.get("corpus", "")) else {}
-    return {"recipe": "tiny", "changes": {**lineage.spec, **pinned}}
+    return {"recipe": "tiny", "changes": {**shown_spec(lineage.spec), **pinned}}
 
 
 def _front_matter(lineage: BaseLineage, spec: PublishSpec) -> str:
@@ -120,17 +120,21 @@ def _chat_caveat(lineage: BaseLineage) -> list[str]:
 
 def _sources(lineage: BaseLineage, spec: PublishSpec) -> list[tuple[str, str]]:
     said, corpus = lineage.spec, lineage.corpus
-    data_license = spec.data_license or lineage.corpus_card.license
-    pin = (corpus.get("pins") or {}).get("corpus", "")
+    pin = _pin(lineage)
     num_tokens = corpus.get("num_tokens") or lineage.about.get("num_corpus_tokens")
     documents = f", {corpus['num_documents']:,} documents" if corpus.get("num_documents") else ""
     at = f" at {code(pin)}" if pin else ""
     return [
-        ("corpus", f"{code(said.get('corpus', ''))}{at}{documents}"),
+        ("corpus", f"{code(without_folder(said.get('corpus', '')))}{at}{documents}"),
         ("tokens of the corpus", f"{num_tokens:,}" if num_tokens else "not known"),
-        ("licence of the corpus", code(data_license) if data_license else "not known"),
-        ("tokenizer", code(said.get("tokenizer", "gpt-oss"))),
+        license_row("corpus", spec.data_license or lineage.corpus_card.license),
+        ("tokenizer", code(without_folder(said.get("tokenizer", "gpt-oss")))),
     ]
+
+
+def _pin(lineage: BaseLineage) -> str:
+    """Return what the corpus' name meant: a commit, or the digest of files."""
+    return (lineage.corpus.get("pins") or {}).get("corpus", "")
 
 
 def _training(lineage: BaseLineage) -> list[tuple[str, str]]:
@@ -159,4 +163,4 @@ def _corpus_caveat(lineage: BaseLineage) -> list[str]:
     source = lineage.spec.get("corpus", "")
     if source in ("shipped", "short_english") or hub_id(source):
         return []
-    return [f"The corpus was a local file or folder, {code(source)}."]
+    return [local_caveat("corpus was", source, _pin(lineage), "corpus")]

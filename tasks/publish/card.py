@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from tasks.artifacts import BaseCheckpoint, TrainedModel
 from tasks.publish.facts import Lineage, SourceCard, command, reproduction
-from tasks.publish.names import block, code, hub_id, one_line
+from tasks.publish.names import block, code, hub_id, hub_origin, one_line, without_folder
 from tasks.specs import PublishSpec
 
 CURVE, REWARD_CURVE, RECIPE, ADAPTER_FOLDER = "loss_curve.png", "reward_curve.png", "recipe.json", "adapter"
@@ -46,6 +47,7 @@ def model_card(lineage: Lineage, spec: PublishSpec, repo_id: str) -> str:
         "## Make it again",
         f"`{RECIPE}` in this repository holds every knob. In a checkout of Tatara, after `tatara up`:",
         block(command(lineage), "bash"),
+        *base_caveat(lineage.base),
         *_data_caveat(lineage),
         block(json.dumps(reproduction(lineage), ensure_ascii=False, indent=2), "json"),
         "## Versions",
@@ -89,7 +91,7 @@ def license_values(base: SourceCard, spec: PublishSpec) -> dict[str, str]:
 
 
 def _result(lineage: Lineage) -> dict[str, Any]:  # Any: YAML values
-    source = one_line(lineage.dataset.source) or "data"
+    source = one_line(without_folder(lineage.dataset.source)) or "data"
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": f"{source} (validation rows)", "type": hub_id(lineage.dataset.source) or "local"},
@@ -134,16 +136,40 @@ def _usage(lineage: Lineage, spec: PublishSpec, repo_id: str) -> str:
 
 
 def _sources(lineage: Lineage, spec: PublishSpec) -> list[Row]:
-    dataset, base = lineage.dataset, lineage.base
-    data_license = spec.data_license or lineage.data_card.license
+    dataset = lineage.dataset
     rows = f"{dataset.num_train_rows:,} training and {dataset.num_validation_rows:,} validation rows"
     return [
-        ("base", f"{code(base.origin)}, {base.num_parameters:,} parameters"),
-        ("licence of the base", code(lineage.base_card.license) if lineage.base_card.license else "not known"),
-        ("data", f"{code(dataset.source)} at {code(dataset.revision)}, {rows}"),
-        ("licence of the data", code(data_license) if data_license else "not known"),
+        *base_rows(lineage.base, lineage.base_card),
+        ("data", f"{code(without_folder(dataset.source))} at {code(dataset.revision)}, {rows}"),
+        license_row("data", spec.data_license or lineage.data_card.license),
         ("tokens", f"{lineage.packed.num_train_tokens:,}, of which {lineage.packed.num_learnt_tokens:,} are learnt"),
     ]
+
+
+def base_rows(base: BaseCheckpoint, card: SourceCard) -> list[Row]:
+    """Return what a card tells of the base that a model was made of."""
+    return [
+        ("base", f"{code(without_folder(base.origin))}, {base.num_parameters:,} parameters"),
+        license_row("base", card.license),
+    ]
+
+
+def license_row(what: str, license: str) -> Row:
+    """Return what a card tells of a licence."""
+    return (f"licence of the {what}", code(license) if license else "not known")
+
+
+def base_caveat(base: BaseCheckpoint) -> list[str]:
+    """Return what is said of a base that was a folder."""
+    if isinstance(base, TrainedModel) or hub_origin(base.origin)[0]:
+        return []
+    return [local_caveat("base was", base.origin, base.model_digest, "base.model")]
+
+
+def local_caveat(what: str, name: str, digest: str, field: str) -> str:
+    """Return what is said of a file or folder of the machine that made the model; its digest is empty when lost."""
+    known = f" with the digest {code(digest)}" if digest else ""
+    return f"The {what} a local file or folder, {code(without_folder(name))}{known}: name yours in `changes.{field}`."
 
 
 def _training(lineage: Lineage) -> list[Row]:
@@ -191,7 +217,7 @@ def _merge(lineage: Lineage, spec: PublishSpec) -> list[str]:
 def _data_caveat(lineage: Lineage) -> list[str]:
     if lineage.dataset.source.startswith("shipped") or hub_id(lineage.dataset.source):
         return []
-    return [f"The data was a local file, {code(lineage.dataset.source)}; its sha256 stands above."]
+    return [local_caveat("data was", lineage.dataset.source, lineage.dataset.revision, "fetch.source")]
 
 
 def table(rows: list[Row]) -> str:

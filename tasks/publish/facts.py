@@ -14,7 +14,7 @@ from tasks.artifacts import (
     PretrainedModel,
     TrainedAdapter,
 )
-from tasks.publish.names import hub_id, hub_origin
+from tasks.publish.names import hub_id, hub_origin, shown_spec, without_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +72,24 @@ def _is_sft(spec: Any) -> bool:  # Any: JSON values
 def reproduction(lineage: Lineage) -> dict[str, Any]:  # Any: JSON values
     """Return the parameters of the flow that makes this model again: `finetune`, or `reinforce`.
 
-    Every knob up to the merge is written out, and moving names (a branch of the data, of the base) are replaced by
-    the commits that they meant; of the named recipe only what comes after counts.
+    Every knob up to the merge is written out but where it ran, and moving names (a branch of the data, of the base) are
+    replaced by the commits that they meant; of the named recipe only what comes after counts.
     """
-    specs = lineage.specs
-    changes: dict[str, Any] = {verb: dict(specs[verb]) for verb in ("fetch", "pack", "train", "merge") if verb in specs}
+    specs = {verb: shown_spec(spec) for verb, spec in lineage.specs.items()}
+    changes: dict[str, Any] = {verb: specs[verb] for verb in ("fetch", "pack", "train", "merge") if verb in specs}
     if lineage.is_reinforced:
         changes["reinforce"] = changes.pop("train")
-        changes |= {"warm_start": dict(specs["warm_start"])} if _is_sft(specs.get("warm_start")) else {}
+        changes |= {"warm_start": specs["warm_start"]} if _is_sft(specs.get("warm_start")) else {}
     if "fetch" in changes and hub_id(lineage.dataset.source):
         changes["fetch"]["revision"] = lineage.dataset.revision
     if lineage.is_made_here:
         changes["base"] = {"model": "pretrain:tiny"}
         tiny = "tiny_grpo" if lineage.is_reinforced else "tiny"
         return {"recipe": tiny, "changes": changes, "base_changes": specs.get("base", {})}
-    changes["base"] = {"model": lineage.base_id or lineage.base.origin, "revision": lineage.base_commit or "main"}
+    changes["base"] = {
+        "model": without_folder(lineage.base_id or lineage.base.origin),
+        "revision": lineage.base_commit or "main",
+    }
     if lineage.is_reinforced:
         return {"recipe": "gptoss20b_grpo_h100", "changes": changes}
     is_quantized = specs.get("train", {}).get("quantization", "none") != "none"

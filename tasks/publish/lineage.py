@@ -93,19 +93,26 @@ def _reinforced_lineage(
     model: ReinforcedModel, store: ArtifactStore, hub: HfApi, *, goes_to_hub: bool
 ) -> ReinforcedLineage:
     manifest = _manifest(store, model)
-    base, questions = store.ancestor(model, BaseCheckpoint), store.ancestor(model, PreparedQuestions)
+    base, questions = store.ancestor(model, BaseCheckpoint), _questions(model, store)
     trained_with = manifest.get("about", {}).get("versions", {})
     return ReinforcedLineage(
         model=model,
         base=base,
         questions=questions,
         spec=manifest.get("spec", {}),
-        questions_spec=_manifest(store, questions).get("spec", {}),
+        questions_spec=_manifest(store, questions).get("spec", {}) if questions else {},
         records=read_metrics(model.path / "metrics.jsonl"),
         base_card=_base_card(base, _manifest(store, base).get("spec", {}), hub, goes_to_hub=goes_to_hub),
-        data_card=_questions_card(questions, hub, goes_to_hub=goes_to_hub),
+        data_card=_questions_card(questions, hub, goes_to_hub=goes_to_hub) if questions else SourceCard(),
         versions={"tatara": _versions().get("tatara", ""), **trained_with},
     )
+
+
+def _questions(model: ReinforcedModel, store: ArtifactStore) -> PreparedQuestions | None:
+    try:
+        return store.ancestor(model, PreparedQuestions)
+    except MissingError:  # cleared away
+        return None
 
 
 def _questions_card(questions: PreparedQuestions, hub: HfApi, *, goes_to_hub: bool) -> SourceCard:

@@ -1,9 +1,18 @@
 """Write names that others chose (data sets, folders, modules) so that they break neither Markdown nor a table.
 
+A published name tells nothing of the machine: of a path only its last part, of a run nothing of where it ran.
+
 Ring: pure.
 """
 
 import re
+from pathlib import PurePath
+from typing import Any
+
+from tasks.environment import holds_secret, secret_override
+
+_NAMED = frozenset({"source", "validation_source", "test_source", "corpus", "tokenizer", "critic_model"})
+_OF_THE_PLACE = ("NCCL_", "GLOO_", "UCX_", "RAY_")  # variables that name networks and hosts, as proxies do
 
 
 def hub_id(name: str) -> str:
@@ -24,6 +33,43 @@ def hub_origin(origin: str) -> tuple[str, str]:
     """
     name, _, commit = origin.rpartition("@")
     return (name, commit) if hub_id(name) else ("", "")
+
+
+def without_folder(name: str) -> str:
+    """Return a name as strangers may read it: of a file or folder of this machine only its last part.
+
+    >>> without_folder("/home/ada/rows.csv"), without_folder("~/corpus/"), without_folder("openai/gpt-oss-20b@6cee5e")
+    ('rows.csv', 'corpus', 'openai/gpt-oss-20b@6cee5e')
+    """
+    return name if hub_id(name) or hub_origin(name)[0] else PurePath(name).name or name
+
+
+def shown_spec(spec: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
+    """Return knobs as strangers may read them: not where they ran, no folder of this machine, no credential.
+
+    Specs refuse credentials; those of older versions took a proxy's login.
+
+    >>> shown_spec({"source": "/home/ada/rows.csv", "launch": {"account": "a"}, "overrides": ["path=/home/r.py"]})
+    {'source': 'rows.csv', 'overrides': ['path=r.py']}
+    >>> shown_spec({"environment": {"NVTE_FUSED_ATTN": "0", "HTTPS_PROXY": "http://proxy:3128"}})
+    {'environment': {'NVTE_FUSED_ATTN': '0'}}
+    """
+    shown = {name: value for name, value in spec.items() if name != "launch"}
+    shown |= {name: without_folder(shown[name]) for name in _NAMED & shown.keys()}
+    if "environment" in shown:
+        shown["environment"] = {name: said for name, said in shown["environment"].items() if _is_told(name, said)}
+    if "overrides" in shown:
+        shown["overrides"] = [_shown_override(word) for word in shown["overrides"] if not secret_override(word)]
+    return shown
+
+
+def _is_told(name: str, value: str) -> bool:
+    return not (name.startswith(_OF_THE_PLACE) or name.lower().endswith("_proxy") or holds_secret(name, value))
+
+
+def _shown_override(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name + equals + (without_folder(value) if value.startswith(("/", "~/")) else value)
 
 
 def one_line(text: str) -> str:

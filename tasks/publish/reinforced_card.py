@@ -13,22 +13,34 @@ import yaml
 
 from tasks.artifacts import BaseCheckpoint, PreparedQuestions, ReinforcedModel
 from tasks.publish.base_card import usage
-from tasks.publish.card import RECIPE, REWARD_CURVE, license_values, table
+from tasks.publish.card import (
+    RECIPE,
+    REWARD_CURVE,
+    Row,
+    base_caveat,
+    base_rows,
+    license_row,
+    license_values,
+    local_caveat,
+    table,
+)
 from tasks.publish.facts import SourceCard
-from tasks.publish.names import block, code, hub_id, hub_origin, one_line
+from tasks.publish.names import block, code, hub_id, hub_origin, one_line, shown_spec, without_folder
 from tasks.specs import PublishSpec
 
 RECIPE_NAME = "llama1b_ppo_h100"  # of which only the cluster's address and what comes after the model are left as is
-Row = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReinforcedLineage:
-    """What is known of a model that was trained with rewards. `versions` are those of the cluster that trained it."""
+    """What is known of a model that was trained with rewards. `versions` are those of the cluster that trained it.
+
+    `questions` are None when their artifact was cleared away.
+    """
 
     model: ReinforcedModel
     base: BaseCheckpoint
-    questions: PreparedQuestions
+    questions: PreparedQuestions | None
     spec: dict[str, Any]  # PpoSpec (Any: JSON values)
     questions_spec: dict[str, Any]  # QuestionsSpec (Any: as above)
     records: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # metrics.jsonl
@@ -45,7 +57,7 @@ class ReinforcedLineage:
 def reinforced_card(lineage: ReinforcedLineage, spec: PublishSpec, repo_id: str) -> str:
     """Return README.md with the Hub's front matter."""
     base_id, _ = hub_origin(lineage.base.origin)
-    base = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else code(lineage.base.origin)
+    base = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else code(without_folder(lineage.base.origin))
     parts = [
         f"---\n{_front_matter(lineage, spec, base_id)}---\n",
         f"# {one_line(repo_id.rpartition('/')[2])}",
@@ -61,6 +73,7 @@ def reinforced_card(lineage: ReinforcedLineage, spec: PublishSpec, repo_id: str)
         f"`{RECIPE}` in this repository holds every knob but the cluster's address, which is `RAY_ADDRESS` or "
         "`changes.ray.address`. In a checkout of Tatara, after `tatara up`:",
         block('prefect deployment run reinforce-ppo/gsm8k --watch --params "$(cat recipe.json)"', "bash"),
+        *base_caveat(lineage.base),
         *_data_caveat(lineage),
         block(json.dumps(reinforced_reproduction(lineage), ensure_ascii=False, indent=2), "json"),
         "## Versions",
@@ -75,12 +88,12 @@ def reinforced_reproduction(lineage: ReinforcedLineage) -> dict[str, Any]:  # An
     Moving names (a branch of the questions, of the base) are replaced by the commits that they meant.
     """
     base_id, commit = hub_origin(lineage.base.origin)
-    questions, is_hub = lineage.questions, hub_id(lineage.questions.source)
-    pinned = {"revision": questions.revision} if is_hub else {}
+    questions = lineage.questions
+    pinned = {"revision": questions.revision} if questions and hub_id(questions.source) else {}
     changes = {
-        "base": {"model": base_id or lineage.base.origin, "revision": commit or "main"},
-        "questions": {**lineage.questions_spec, **pinned},
-        "ppo": lineage.spec,
+        "base": {"model": base_id or without_folder(lineage.base.origin), "revision": commit or "main"},
+        **({"questions": {**shown_spec(lineage.questions_spec), **pinned}} if questions else {}),
+        "ppo": shown_spec(lineage.spec),
     }
     return {"recipe": RECIPE_NAME, "changes": changes}
 
@@ -94,29 +107,33 @@ def _front_matter(lineage: ReinforcedLineage, spec: PublishSpec, base_id: str) -
     }
     if base_id:
         values |= {"base_model": base_id, "base_model_relation": "finetune"}
-    if hub_id(lineage.questions.source):
+    if lineage.questions and hub_id(lineage.questions.source):
         values["datasets"] = [lineage.questions.source]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _sources(lineage: ReinforcedLineage, spec: PublishSpec) -> list[Row]:
-    base, questions = lineage.base, lineage.questions
-    data_license = spec.data_license or lineage.data_card.license
-    rows = f"{questions.num_train_rows:,} training and {questions.num_test_rows:,} test questions"
+    scored = lineage.questions_spec.get("data_source", "")
     return [
-        ("base", f"{code(base.origin)}, {base.num_parameters:,} parameters"),
+        *base_rows(lineage.base, lineage.base_card),
         ("digest of the base", code(lineage.model.base_digest)),
-        ("licence of the base", code(lineage.base_card.license) if lineage.base_card.license else "not known"),
-        ("questions", f"{code(questions.source)} at {code(questions.revision)}, {rows}"),
-        ("licence of the questions", code(data_license) if data_license else "not known"),
-        ("reward", f"verl's for {code(lineage.questions_spec.get('data_source', ''))}"),
+        ("questions", _questions(lineage.questions)),
+        license_row("questions", spec.data_license or lineage.data_card.license),
+        ("reward", f"verl's for {code(scored)}" if scored else "not known"),
     ]
+
+
+def _questions(questions: PreparedQuestions | None) -> str:
+    if questions is None:
+        return "not known"
+    rows = f"{questions.num_train_rows:,} training and {questions.num_test_rows:,} test questions"
+    return f"{code(without_folder(questions.source))} at {code(questions.revision)}, {rows}"
 
 
 def _training(lineage: ReinforcedLineage) -> list[Row]:
     model, said = lineage.model, lineage.spec
     batch = f"{said.get('train_batch_size')} questions, updates of {said.get('ppo_mini_batch_size')}"
-    critic = code(said["critic_model"]) if said.get("critic_model") else "the base"
+    critic = code(without_folder(said["critic_model"])) if said.get("critic_model") else "the base"
     rates = f"actor {said.get('actor_learning_rate', 0):g}, critic {said.get('critic_learning_rate', 0):g}"
     kl = f"{said.get('kl_coef', 0):g} times the KL to the base taken off the reward"
     lengths = f"{said.get('max_prompt_length')} of a question, {said.get('max_response_length')} of a response"
@@ -147,7 +164,9 @@ def _scores(model: ReinforcedModel) -> str:
 
 
 def _data_caveat(lineage: ReinforcedLineage) -> list[str]:
-    source = lineage.questions.source
-    if source == "shipped" or hub_id(source):
+    questions = lineage.questions
+    if questions is None:
+        return ["Its questions are not known any more: name them in `changes.questions`, else they are the recipe's."]
+    if questions.source == "shipped" or hub_id(questions.source):
         return []
-    return [f"The questions were a local file, {code(source)}; its sha256 stands above."]
+    return [local_caveat("questions were", questions.source, questions.revision, "questions.source")]

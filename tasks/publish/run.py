@@ -30,7 +30,7 @@ from tasks.publish.staging import link_all, stage, stage_whole
 from tasks.publish.upload import Job, Uploaded, upload
 from tasks.specs import PublishSpec
 
-VERSION = 2
+VERSION = 3  # 3: card and recipe tell nothing of the machine
 LOCAL_REPO = "local/{name}"
 Source = MergedModel | TrainedAdapter | TrainedModel
 logger = logging.getLogger(__name__)

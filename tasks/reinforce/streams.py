@@ -12,12 +12,13 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tasks import files
 
 Row = Mapping[str, Any]  # Any: numbers and texts
 _ANY_LENGTH = 2**31 - 1
+_COMPARED_BYTES = 4096
 
 
 class CsvStream:
@@ -52,26 +53,44 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 class NewRows:
-    """What was appended to a stream since the last look, and the newest rows of all: a long run's file is read once."""
+    """What was appended to a stream since the last look, and the newest rows of all: a long run's file is read once.
+
+    `is_anew` says whether the last look began at the file's start: at first, and after a resume has cut the file.
+    """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.path, self.newest = path, deque[dict[str, str]](maxlen=keep)
-        self._offset, self._columns = 0, ()
+        self.is_anew = True
+        self._file, self._offset, self._before, self._columns = (0, 0), 0, b"", ()
 
     def read(self) -> list[dict[str, str]]:
         """Return the whole rows that are new; all of them after a resume has cut the file."""
         if not self.path.exists():
             return []
-        if self.path.stat().st_size < self._offset:
-            self._offset, self._columns = 0, ()
-            self.newest.clear()
         with self.path.open("rb") as handle:
+            self.is_anew = not self._goes_on(handle)
+            if self.is_anew:
+                self._offset, self._before, self._columns = 0, b"", ()
+                self.newest.clear()
             handle.seek(self._offset)
-            rows, taken = parse_rows(handle.read(), self._columns)
+            data = handle.read()
+        rows, taken = parse_rows(data, self._columns)
         if rows:  # a header alone is read again
             self._offset, self._columns = self._offset + taken, tuple(rows[0])
+            self._before = data[:taken][-_COMPARED_BYTES:]
         self.newest.extend(rows)
         return rows
+
+    def _goes_on(self, handle: BinaryIO) -> bool:
+        """Say whether this is the file of the last look, with the same bytes where that ended.
+
+        Its size says little: a resumed run may have written more than it cut. Nor does its number alone: that of a
+        file which is gone is given again, and a page may be looked at hours apart.
+        """
+        stat = os.fstat(handle.fileno())
+        before, self._file = self._file, (stat.st_dev, stat.st_ino)
+        handle.seek(self._offset - len(self._before))
+        return before == self._file and handle.read(len(self._before)) == self._before
 
 
 def parse_rows(data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str, str]], int]:
@@ -89,20 +108,23 @@ def parse_rows(data: bytes, columns: Sequence[str] = ()) -> tuple[list[dict[str,
         fields = _fields(data[start:taken].decode(errors="replace"))
         start = taken
         if not names:
-            names = fields
+            names = fields if "step" in fields else []
         elif len(fields) == len(names) and fields[names.index("step")].isdecimal():
             rows.append(dict(zip(names, fields, strict=True)))
     return rows, start
 
 
 def _fields(record: str) -> list[str]:
-    """Return the fields of one record, of any length; other readers of this process keep their limit."""
+    """Return the fields of one record, of any length; none of what is no single record.
+
+    Other readers of this process keep their limit.
+    """
     limit = csv.field_size_limit(_ANY_LENGTH)
     try:
-        [fields] = list(csv.reader(io.StringIO(record, newline="")))
+        records = list(csv.reader(io.StringIO(record, newline="")))
     finally:
         csv.field_size_limit(limit)
-    return fields
+    return records[0] if len(records) == 1 else []
 
 
 def _encode(rows: Sequence[Sequence[Any]]) -> bytes:  # Any: numbers and texts

@@ -17,6 +17,7 @@ from typing import Any
 from tasks import files, machine, ray_job, slurm
 from tasks.artifacts import (
     CHECKPOINTS,
+    LATEST,
     ArtifactStore,
     BaseCheckpoint,
     PackedDataset,
@@ -26,7 +27,7 @@ from tasks.artifacts import (
 from tasks.costs import peak_flops
 from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
 from tasks.launch_script import require_plain
-from tasks.models import base_shapes
+from tasks.models import base_shapes, is_origin_of
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.targets import Target, find_targets
 from tasks.train.duration import step_seconds
@@ -144,28 +145,19 @@ def find_adapter(name: str, base: BaseModelSpec, store: ArtifactStore) -> Traine
 
     Raises: MissingError listing what exists, SpecError when several fit.
     """
-    adapters = store.committed(TrainedAdapter)
-    if name == "latest":
-        adapters = [adapter for adapter in adapters if is_made_from(base, adapter, store)]
-    fitting = adapters[-1:] if name == "latest" else [a for a in adapters if a.key.startswith(name)]
-    known = ", ".join(adapter.short for adapter in adapters) or "none"
-    if not fitting or not name:
-        of_base = f" of {base.model}" if name == "latest" else ""
+    found = store.choose(TrainedAdapter, name, lambda adapter: _is_made_from(base, adapter, store))
+    if found is None:
+        known = ", ".join(adapter.short for adapter in store.committed(TrainedAdapter)) or "none"
+        of_base = f" of {base.model}" if name == LATEST else ""
         raise MissingError(f"there is no adapter {name!r}{of_base} below {store.root}; there are: {known}")
-    if len(fitting) > 1:
-        raise SpecError(f"adapter {name!r} fits {len(fitting)} of: {known}; give more digits")
-    return fitting[0]
+    return found
 
 
-def is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactStore) -> bool:
-    """Say whether an adapter's base is the one that a recipe names, whatever its revision."""
+def _is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactStore) -> bool:
     try:
-        origin = store.ancestor(adapter, BaseCheckpoint).origin
+        return is_origin_of(base, store.ancestor(adapter, BaseCheckpoint).origin)
     except MissingError:  # its base was removed
         return False
-    if base.pretrain_recipe:
-        return origin.startswith("pretrained ")
-    return origin.partition("@")[0] in (base.model, str(Path(base.model).expanduser().resolve()))
 
 
 def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:

@@ -48,6 +48,17 @@ def test_torn_stamp_or_missing_interpreter_is_not_whole(environment: subject.Env
     assert not subject.is_whole(environment)
 
 
+def test_another_checkouts_environment_is_not_made_again_through_a_link(environment: subject.Environment):
+    subject.write_stamp(environment, 1.0)
+    link = environment.folder.with_name("linked")
+    link.symlink_to(environment.folder)
+    with pytest.raises(
+        SetupError, match=r"linked is a symbolic link to .*venv, whose target would be emptied and made again"
+    ):
+        subject.make_environment(replace(environment, folder=link))
+    assert subject.is_whole(environment) and not (link.parent / ".tatara").exists()
+
+
 def test_missing_lock_and_unknown_name_are_named(environment: subject.Environment):
     environment.lock.unlink()
     with pytest.raises(SetupError, match=r"main\.txt is missing: restore it"):

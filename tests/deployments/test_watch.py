@@ -15,7 +15,7 @@ from tasks.artifacts import ArtifactStore
 from tasks.errors import MissingError, SpecError
 from tasks.metrics import append_metrics
 from tasks.reinforce.columns import generations_columns
-from tasks.reinforce.streams import CsvStream, NewRows
+from tasks.reinforce.streams import CsvStream, NewRows, read_rows
 from tests.ports import free_port
 from tests.tasks.reinforce.runs import SPEC
 from tests.waiting import wait_for
@@ -78,6 +78,42 @@ def test_a_stream_that_a_resume_cut_is_read_anew(folder: Path):
     CsvStream(path, generations_columns(SPEC)).cut(1)
     assert [row["step"] for row in rows.read()] == ["1", "1"] == [row["step"] for row in rows.newest]
 
+    assert rows.is_anew
+
+
+@pytest.mark.parametrize("is_same_file", [False, True])  # the second: a new file got the number of one that is gone
+def test_a_resume_that_outgrew_what_it_cut_is_read_anew(tmp_path: Path, is_same_file: bool):
+    stream = CsvStream(tmp_path / "generations.csv", ("step", "completion"))
+    stream.cut(0)
+    stream.append([{"step": step, "completion": f"short {step}"} for step in range(1, 6)])
+    rows = NewRows(stream.path, keep=40)
+    assert len(rows.read()) == 5 and rows.is_anew
+    stream.append([{"step": 6, "completion": "kept"}])
+    assert [row["step"] for row in rows.read()] == ["6"] and not rows.is_anew
+    if is_same_file:
+        stream.path.write_text("step,completion\r\n" + "".join(f"{step},kept {step}\r\n" for step in range(1, 4)))
+    else:
+        stream.cut(3)
+    for step in range(4, 12):
+        stream.append([{"step": step, "completion": f'a longer answer, "quoted"\nand with a second line {step}'}])
+    assert [row["step"] for row in rows.read()] == [str(step) for step in range(1, 12)]
+    assert rows.is_anew and list(rows.newest) == read_rows(stream.path)
+
+
+def test_a_resume_shows_no_completion_of_what_was_cut(folder: Path):
+    """Step 3's completions came before its record; the run was killed between both, and step 3 done again."""
+    followed = Follower(open_run(folder))
+    followed.lines()
+    add_step(folder, 3)
+    records = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"".join(records.splitlines(keepends=True)[:2]))
+    assert followed.lines() == []
+    stream = CsvStream(folder / "generations.csv", generations_columns(SPEC))
+    stream.cut(2)
+    stream.append([{"step": 3, "question": "1+1?", "completion": "done again", "answer": "2", "reward": 9.0}])
+    (folder / "metrics.jsonl").write_bytes(records)
+    assert [line.strip() for line in followed.lines()[1:]] == ["+9.00  1+1? -> done again"] * 2
+
 
 def test_the_page_is_whole_by_itself_and_shows_text_as_text(folder: Path, capsys: pytest.CaptureFixture[str]):
     target = folder.parent / "page.html"
@@ -112,6 +148,10 @@ def test_the_page_is_served_on_loopback(folder: Path):
         add_step(folder, 3)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics.json", timeout=5) as reply:
             assert [record["step"] for record in json.load(reply)] == [1, 2, 3]
+        CsvStream(folder / "generations.csv", generations_columns(SPEC)).cut(1)  # a resume, which then outgrows it
+        for step in range(2, 12):
+            add_step(folder, step)
+        assert is_there() and is_there() and "step 11 of 9" in said[-1]
     finally:
         process.terminate()
         process.wait(30)

@@ -287,6 +287,16 @@ def test_ancestors_are_found_through_several_parents(store: ArtifactStore):
         store.ancestor(adapter, FetchedDataset)
 
 
+def test_a_parent_that_was_cleared_away_hides_no_other(store: ArtifactStore):
+    dataset = _commit(store)
+    packed = _packed("01" * 32, Path("/x"), ("questions/" + "ef" * 32, dataset.ref))
+    assert store.ancestor(packed, FetchedDataset) == dataset
+    with pytest.raises(MissingError, match="artifact questions/efef"):
+        store.ancestor(packed, subject.PreparedQuestions)
+    with pytest.raises(MissingError, match="artifact questions/efef"):  # it may have had one
+        store.ancestor(packed, subject.BaseCheckpoint)
+
+
 def test_subclass_counts_as_ancestor(store: ArtifactStore):
     numbers = {"num_parameters": 1, "num_steps": 1, "first_loss": 2.0, "last_loss": 1.0}
     with store.claim(subject.PretrainedModel, KEY) as claim:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -16,9 +17,12 @@ from huggingface_hub.utils import close_session
 
 from flows.recipes import pretrain_compact_1b4, pretrain_tiny
 from tasks import errors
-from tasks.artifacts import ArtifactStore
+from tasks.artifacts import ArtifactStore, TrainedAdapter, make_key
 from tasks.check import run as subject
+from tasks.fetch.run import fetch_base, fetch_dataset
+from tasks.pack.run import pack_dataset
 from tasks.specs import BaseModelSpec, FetchSpec, LoraSpec, Recipe, ServeSpec, TrainSpec, change
+from tasks.train.run import VERSION
 from tests.ports import free_port
 from tests.tiny import save_model, write_chats
 
@@ -377,6 +381,40 @@ def test_data_set_that_the_hub_does_not_have_is_named(recipe: Recipe, store: Art
     )
     with pytest.raises(errors.MissingError, match="dataset owner/data@main: 404, it does not exist"):
         subject.check_recipe(far, None, store, client)
+
+
+def test_an_adapter_that_is_whole_needs_no_cluster_any_more(recipe: Recipe, store: ArtifactStore):
+    """Trained on a cluster that is gone, it still goes on to merge and publish."""
+    launch = {"launcher": "ray", "nodes": 2, "ray_address": f"http://127.0.0.1:{free_port()}"}
+    recipe = change(recipe, {"train": {"launch": launch, "gradient_accumulation": 2}})
+    base = fetch_base(recipe.base, store, HUB)
+    packed = pack_dataset(fetch_dataset(recipe.fetch, store, HUB), base, recipe.pack, store)
+    with pytest.raises(errors.UnavailableError, match="127"):
+        subject.check_recipe(recipe, None, store, HUB)
+    with store.claim(TrainedAdapter, make_key("train", VERSION, recipe.train, {}, (packed, base))) as claim:
+        losses = dict.fromkeys(("first_loss", "last_loss", "validation_loss_before", "validation_loss_after"), 2.0)
+        adapter = TrainedAdapter(
+            key=claim.key,
+            folder=str(claim.folder),
+            parents=(packed.ref, base.ref),
+            adapter_folder=str(claim.folder / "adapter"),
+            adapter_digest="d" * 64,
+            base_folder=base.model_folder,
+            base_digest=base.model_digest,
+            num_steps=1,
+            num_trainable=64,
+            **losses,
+        )
+        claim.commit(adapter, spec=recipe.train)
+    said = subject.check_recipe(recipe, None, store, HUB)
+    assert f"launch: not needed, adapter/{adapter.short} is whole" in said and "memory: trained before" in said
+    here = change(recipe, {"train": {"launch": {"launcher": "slurm"}}})  # where it runs decides nothing
+    assert subject.check_recipe(here, None, store, HUB) == said
+    other = change(recipe, {"fetch": {"validation_pct": 30}})  # other data: another adapter, to be trained
+    with pytest.raises(errors.UnavailableError, match="127"):
+        subject.check_recipe(other, None, store, HUB)
+    shutil.rmtree(packed.path)
+    assert subject.check_recipe(recipe, None, store, HUB) == said
 
 
 def test_recipe_is_kept_as_it_was_resolved(recipe: Recipe, tmp_path: Path):

@@ -297,6 +297,6 @@ def test_latest_is_the_newest_adapter_of_the_recipes_base(tmp_path: Path):
     store = ArtifactStore(tmp_path / "home")
     adapter = make_adapter(store, tmp_path)
     assert find_adapter("latest", BaseModelSpec(model=str(tmp_path / "base")), store) == adapter
-    with pytest.raises(MissingError, match=r"no adapter 'latest' of openai/gpt-oss-20b below .*; there are: none"):
+    with pytest.raises(MissingError, match=rf"no adapter 'latest' of openai/gpt-oss-20b below .*are: {adapter.short}"):
         find_adapter("latest", BaseModelSpec(model="openai/gpt-oss-20b"), store)
     assert find_adapter(adapter.short, BaseModelSpec(model="openai/gpt-oss-20b"), store) == adapter

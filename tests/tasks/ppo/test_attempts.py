@@ -1,6 +1,7 @@
 """A job is found again where it was submitted, whatever a later run names; real Ray is in tests/ppo."""
 
 import asyncio
+import json
 import shlex
 import shutil
 import time
@@ -18,10 +19,23 @@ from tasks.ppo.attempts import follow_where, read_attempt
 from tasks.ppo.cluster import Cluster as Opened
 from tasks.ppo.cluster import stop_locally
 from tasks.ppo.preflight import find_begun
+from tasks.ppo.probe_text import MARK
+from tasks.processes import Program, start_detached
 from tasks.ray_jobs import RayJobs
 from tests.ports import free_port
 from tests.ray_dashboard import Dashboard
 from tests.reinforced import NOBODY, make_inputs, make_reinforced, save_moved
+
+STEP = "step:1 - critic/score/mean:0.5\n"
+FACTS = {
+    "address": "10.0.0.1",
+    "resources": {"CPU": 2.0, "GPU": 1.0},
+    "python": "3.11.2",
+    "ray": "2.60.0",
+    "verl": "0.9.1",
+    "unseen": [],
+    "lacking": [],
+}
 
 
 class Cluster(Dashboard):
@@ -38,7 +52,8 @@ class Cluster(Dashboard):
             words = shlex.split(job["entrypoint"])
             if "verl.model_merger" in words:
                 save_moved(self.base, Path(words[words.index("--target_dir") + 1]), 1)
-            self.jobs[job["submission_id"]] |= {"status": "SUCCEEDED", "logs": "step:1 - critic/score/mean:0.5\n"}
+            told = f"{MARK}{json.dumps([FACTS])}\n" if job["submission_id"].startswith("tatara-probe") else STEP
+            self.jobs[job["submission_id"]] |= {"status": "SUCCEEDED", "logs": told}
         return said
 
     def close(self):
@@ -97,6 +112,38 @@ def test_a_running_job_is_followed_without_a_look_at_nodes_that_it_fills(line, c
         run.reinforce_model(questions, base, recipe, store, lambda record: None, variables)
     leave_job(folder, old, "SUCCEEDED")
     assert run.reinforce_model(questions, base, recipe, store, lambda record: None, variables).num_steps == 1
+
+
+def serve_here(folder, cluster):
+    """Write the stand-in down as the cluster that was started here for this run; a process stands for Ray's."""
+    sleep = ("sleep", "600")
+    log = folder / "output.log"
+    start_detached(Program(argv=sleep, variables={}, identity_file=folder / "process.json", log=log, digest=""))
+    files.write_json(folder / "cluster.json", {"ports": {"dashboard": int(cluster.url.rpartition(":")[2])}})
+    files.write_text(folder / "cluster.token", "t")
+
+
+@pytest.mark.parametrize(
+    ("where", "is_begun", "expected"), [("here", False, 1), ("here", True, 0), ("elsewhere", False, 0)]
+)
+def test_our_vllm_makes_room_for_a_job_that_begins_on_this_machine(line, clusters, where, is_begun, expected):
+    store, recipe, questions, base, folder = line
+    cluster, rooms = clusters[0], []
+    cluster.gpus = 1
+    address = "local" if where == "here" else cluster.url
+    if where == "here":
+        serve_here(folder, cluster)
+    if is_begun:
+        leave_job(folder, cluster, "SUCCEEDED")
+        files.write_json(folder / "attempt.json", {**files.read_json(folder / "attempt.json"), "url": "local"})
+    recipe = recipe.model_copy(update={"ray": recipe.ray.model_copy(update={"address": address, "local_nodes": 2})})
+
+    def make_room():
+        rooms.append([job["submission_id"][:12] for job in cluster.submissions])
+
+    for _ in range(2):  # the second finds the model and needs nothing
+        run.reinforce_model(questions, base, recipe, store, lambda record: None, {}, make_room)
+    assert rooms == [["tatara-probe"]] * expected  # after the checks, before the trainer
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])

@@ -54,6 +54,55 @@ def test_no_credential_can_be_put_into_a_job():
     with pytest.raises(SpecError) as said:
         resolve_ppo("tiny_ppo", {"ppo": {"environment": {"HF_TOKEN": "very-secret"}}})
     assert "very-secret" not in str(said.value), caught
+    for proxy in ("http://ada:very-secret@proxy:3128", "ada:very-secret@proxy:3128"):
+        with pytest.raises(SpecError, match="https_proxy looks like a credential") as said:
+            resolve_ppo("tiny_ppo", {"ppo": {"environment": {"https_proxy": proxy}}})
+        assert "very-secret" not in str(said.value)
+    assert PpoSpec(environment={"HTTPS_PROXY": "http://proxy:3128"}).environment
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "trainer.wandb_api_key=very-secret",
+        "trainer.wandb_key=very-secret",
+        "+data.api_key=very-secret",
+        "+actor_rollout_ref.hf_token=very-secret",
+        "+actor_rollout_ref.download={hub: {hf_token: very-secret}}",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.HF_TOKEN=very-secret",
+        "+ray_kwargs.ray_init.runtime_env={env_vars:{HF_TOKEN:very-secret}}",
+        "+ray_kwargs.ray_init.runtime_env.env_vars={'HF_TOKEN':'very-secret'}",
+        "+trainer.wandb_proxy=http://ada:very-secret@proxy:3128",
+        "trainer.api_key=${oc.env:API_KEY,very-secret}",
+    ],
+)
+def test_no_credential_can_be_put_into_an_override(word: str):
+    with pytest.raises(SpecError, match="looks like a credential") as said:
+        resolve_ppo("tiny_ppo", {"ppo": {"overrides": [word]}})
+    assert "very-secret" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data.prompt_key=question",
+        "+algorithm.gdpo_reward_keys=[accuracy,format]",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384",
+        "actor_rollout_ref.rollout.max_num_batched_tokens=8192",
+        "critic.forward_max_token_len_per_gpu=${.ppo_max_token_len_per_gpu}",
+        "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+        "trainer.wandb_api_key=${oc.env:WANDB_API_KEY}",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_DEBUG=INFO",
+        "~reward.api_key",
+    ],
+)
+def test_what_verl_counts_and_names_is_no_credential(word: str):
+    assert PpoSpec(overrides=(word,)).overrides == (word,)
+
+
+def test_variables_of_a_job_are_not_set_as_a_whole():
+    with pytest.raises(ValueError, match="sets variables of the job as a whole: name each"):
+        PpoSpec(overrides=("+ray_kwargs.ray_init.runtime_env={env_vars:${mine}}",))
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://h:10001", "http://u:p@h:8265", "http://h:8265/api"])

@@ -20,6 +20,7 @@ from tasks.artifacts import ArtifactStore, FetchedDataset, MergedModel, Pretrain
 from tasks.publish.card import model_card
 from tasks.publish.facts import Lineage, SourceCard, command, reproduction
 from tasks.publish.lineage import lineage_of
+from tasks.publish.names import without_folder
 from tasks.publish.run import publish_model
 from tasks.specs import PublishSpec
 from tests.hub_server import WRITE, HubServer, _faults_of_card
@@ -148,6 +149,34 @@ def test_a_moving_branch_of_the_data_is_pinned(lineage: Lineage):
     assert reproduction(replace(lineage, dataset=dataset, specs=specs))["changes"]["fetch"]["revision"] == "e" * 40
 
 
+def test_where_it_ran_and_whose_folders_it_read_is_not_told(lineage: Lineage):
+    """As a store holds it that was written before Specs refused a proxy's login."""
+    launch = {"launcher": "ray", "ray_address": "http://head.private:8265", "nodes": 2, "account": "private"}
+    launch |= {"environment": {"https_proxy": "http://ada:private@proxy:3128"}, "setup": ["cd /home/private"]}
+    fetch = {"source": "/home/private/rows.csv", "validation_source": "/home/private/held_out.csv"}
+    specs = {**lineage.specs, "train": {**lineage.specs["train"], "launch": launch}, "warm_start": {"launch": launch}}
+    specs |= {"fetch": {**lineage.specs["fetch"], **fetch}}
+    here = replace(
+        lineage,
+        specs=specs,
+        dataset=lineage.dataset.model_copy(update={"source": fetch["source"]}),
+        base=lineage.base.model_copy(update={"origin": "/home/private/bases/mine"}),
+    )
+    card, made = model_card(here, SPEC, "ada/tuned"), reproduction(here)
+    assert "private" not in card + json.dumps(made)
+    assert made["changes"]["fetch"]["source"] == "rows.csv" and made["changes"]["base"]["model"] == "mine"
+    assert ["data", f"rows.csv at {lineage.dataset.revision}, 8 training and 2 validation rows"] in tables(card)[0]
+    assert f"a local file or folder, `rows.csv` with the digest `{lineage.dataset.revision}`: name yours in" in card
+    assert f"The base was a local file or folder, `mine` with the digest `{lineage.base.model_digest}`" in card
+    rewarded = {**specs, "train": {**specs["train"], "rewards": [{"name": "exact", "weight": 1.0}]}}
+    assert "private" not in json.dumps(reproduction(replace(here, specs=rewarded)))
+    assert resolve(made["recipe"], made["changes"]).train.launch.launcher == "local"
+    pretrained = {"base": {"corpus": "/home/private/corpus", "tokenizer": "/home/private/words", "seed": 1}}
+    base = PretrainedModel(**lineage.base.model_dump(), num_steps=1, first_loss=2.0, last_loss=1.0)
+    of_own = reproduction(replace(here, base=base, specs={**specs, **pretrained}))
+    assert of_own["base_changes"] == {"corpus": "corpus", "tokenizer": "words", "seed": 1}
+
+
 NASTY = [
     "a|b",
     "a\n---\nb",
@@ -186,7 +215,7 @@ def test_no_name_breaks_the_table_or_the_front_matter(
     found, expected = tables(card), tables(plain)
     assert [len(rows) for rows in found] == [len(e) + (i == 2) for i, e in enumerate(expected)]
     assert {len(row) for rows in found for row in rows if row} == {2}
-    told = " ".join(source.replace("\\|", "|").split())
+    told = " ".join(without_folder(source).replace("\\|", "|").split())
     if told.isprintable() and "\\" not in told:
         assert told in found[0][3][1]
     front_matter = front(card)

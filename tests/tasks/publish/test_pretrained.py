@@ -1,5 +1,6 @@
 """A pretrained model is published like any other: its files, a card that tells of its training, digests that hold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from huggingface_hub import HfApi
 from tasks import files
 from tasks.artifacts import ArtifactStore, PretrainedModel
 from tasks.errors import CorruptError, SpecError
+from tasks.publish.base_card import BaseLineage, base_card, base_reproduction
+from tasks.publish.lineage import whole_lineage_of
 from tasks.publish.run import publish_model
 from tasks.serve.weights import require_merged_files
 from tasks.specs import PublishSpec
@@ -50,6 +53,18 @@ def test_files_card_and_recipe_are_there(store: ArtifactStore, model: Pretrained
         assert said in card, said
     recipe = files.read_json(folder / "recipe.json")
     assert recipe["changes"]["shape"]["vocab_size"] == 512 and recipe["changes"]["seed"] == 1
+
+
+def test_whose_folders_it_read_is_not_told(store: ArtifactStore, model: PretrainedModel):
+    found = whole_lineage_of(model, store, NOBODY, goes_to_hub=False)
+    assert isinstance(found, BaseLineage)
+    spec = {**found.spec, "corpus": "/home/private/books", "tokenizer": "/home/private/words"}
+    here = replace(found, spec=spec)
+    card, made = base_card(here, PublishSpec(), "ada/small"), base_reproduction(here)["changes"]
+    assert "private" not in card and (made["corpus"], made["tokenizer"]) == ("books", "words")
+    assert "The corpus was a local file or folder, `books` with the digest `dddd" in card
+    lost = base_card(replace(here, corpus={}), PublishSpec(), "ada/small")
+    assert "a local file or folder, `books`: name yours in `changes.corpus`" in lost
 
 
 def test_its_files_are_compared_before_they_are_served(store: ArtifactStore, model: PretrainedModel, tmp_path: Path):

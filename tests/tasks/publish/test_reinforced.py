@@ -1,5 +1,8 @@
 """A model that was trained with rewards is published like any other: files, a card of its own, digests that hold."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,10 @@ from huggingface_hub import HfApi
 
 from flows.recipes import resolve_ppo
 from tasks import files
-from tasks.artifacts import ArtifactStore, ReinforcedModel
+from tasks.artifacts import ArtifactStore, PreparedQuestions, ReinforcedModel
 from tasks.errors import CorruptError, SpecError
+from tasks.publish.lineage import whole_lineage_of
+from tasks.publish.reinforced_card import ReinforcedLineage, reinforced_card, reinforced_reproduction
 from tasks.publish.run import publish_model
 from tasks.serve.weights import require_merged_files
 from tasks.specs import PublishSpec
@@ -41,7 +46,7 @@ def test_it_arrives_on_the_hub_with_a_card_of_its_training(
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["tatara", "ppo", "verl"] and "base_model" not in front  # the base is a folder
     for said in (
-        f"`{model.base_folder}`, {model.num_parameters:,} parameters",
+        f"`base`, {model.num_parameters:,} parameters",
         f"| digest of the base | `{model.base_digest}` |",
         "| questions | `shipped` at `",
         "| licence of the questions | `apache-2.0` |",
@@ -63,7 +68,43 @@ def test_the_recipe_beside_it_makes_it_again(store: ArtifactStore, model: Reinfo
     published = publish_model(model, PublishSpec(repo_id="ada/again"), store, NOBODY)
     kept = files.read_json(Path(published.model_folder) / "recipe.json")
     again = resolve_ppo(kept["recipe"], kept["changes"])
-    assert (again.ppo, again.questions, again.base) == (recipe.ppo, recipe.questions, recipe.base)
+    assert (again.ppo, again.questions) == (recipe.ppo, recipe.questions)
+    assert again.base.model == "base" and recipe.base.model == str(store.root.parent / "base")
+
+
+def test_where_it_ran_and_whose_folders_it_read_is_not_told(store: ArtifactStore, model: ReinforcedModel):
+    """As a store holds it that was written before Specs refused a proxy's login."""
+    found = whole_lineage_of(model, store, NOBODY, goes_to_hub=False)
+    assert isinstance(found, ReinforcedLineage) and found.questions
+    place = {"HTTPS_PROXY": "http://ada:private@proxy:3128", "NCCL_SOCKET_IFNAME": "private0", "NVTE_FUSED_ATTN": "0"}
+    words = ["+reward.custom_reward_function.path=/home/private/reward.py", "trainer.wandb_api_key=private", "a.b=1"]
+    source = "/home/private/questions.csv"
+    here = replace(
+        found,
+        base=found.base.model_copy(update={"origin": "/home/private/mine"}),
+        spec={**found.spec, "environment": place, "overrides": words, "critic_model": "/home/private/critic"},
+        questions=found.questions.model_copy(update={"source": source}),
+        questions_spec={**found.questions_spec, "source": source, "test_source": "/home/private/test.csv"},
+    )
+    card, made = reinforced_card(here, PublishSpec(), "ada/ppo"), reinforced_reproduction(here)["changes"]
+    assert "private" not in card + json.dumps(made)
+    assert made["ppo"]["environment"] == {"NVTE_FUSED_ATTN": "0"} and made["ppo"]["critic_model"] == "critic"
+    assert made["ppo"]["overrides"] == ["+reward.custom_reward_function.path=reward.py", "a.b=1"]
+    assert made["questions"]["source"] == "questions.csv" and made["base"]["model"] == "mine"
+    assert f"`questions.csv` with the digest `{found.questions.revision}`" in card
+
+
+def test_it_is_published_without_questions_that_were_cleared_away(tmp_path: Path):
+    store = ArtifactStore(tmp_path / "store")
+    _, model = make_reinforced(store, tmp_path / "base", resolve_ppo("tiny_ppo"), num_steps=0)
+    shutil.rmtree(store.ancestor(model, PreparedQuestions).path)
+    published = publish_model(model, PublishSpec(repo_id="ada/lost"), store, NOBODY)
+    card = (Path(published.model_folder) / "README.md").read_text()
+    for said in ("| questions | not known |", "| licence of the questions | not known |", "| reward | not known |"):
+        assert said in card, said
+    assert "Its questions are not known any more: name them in `changes.questions`" in card
+    kept = files.read_json(Path(published.model_folder) / "recipe.json")
+    assert "questions" not in kept["changes"] and resolve_ppo(kept["recipe"], kept["changes"]).base.model == "base"
 
 
 def test_its_files_are_compared_before_they_are_served(store: ArtifactStore, model: ReinforcedModel):

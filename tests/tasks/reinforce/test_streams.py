@@ -50,6 +50,12 @@ def test_a_piece_without_its_header_is_read_with_its_columns():
     assert parse_rows(data, ["step", "text"]) == ([{"step": "3", "text": 'a "b"'}], 13)
 
 
+def test_what_is_no_record_is_left_out():
+    data = b"step,text\r\n1,a\r\nlone\rreturn\r\n\r\n2,b\r\n"
+    assert [row["step"] for row in parse_rows(data)[0]] == ["1", "2"]
+    assert parse_rows(b"no,header\r\n1,a\r\n")[0] == []
+
+
 def test_a_completion_of_any_length_is_read(tmp_path: Path):
     stream = CsvStream(tmp_path / "generations.csv", ("step", "completion"))
     stream.cut(0)
