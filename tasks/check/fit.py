@@ -21,16 +21,10 @@ from tasks.machine import Gpu, available_memory_bytes
 from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
 from tasks.targets import find_targets, first_trained_layer
-from tasks.train.needs import (
-    choose_attention,
-    host_bytes,
-    is_expert,
-    require_aligned,
-    require_offloadable,
-    require_quantizable,
-)
+from tasks.train.needs import choose_attention, host_bytes, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
 from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
+from tasks.train.weights import is_expert, require_offloadable
 
 _LEAST_ROW_TOKENS = 256
 

@@ -10,8 +10,9 @@ Ring: pure.  Units: seconds, floating point operations.
 
 from tasks.costs import attention_flops, layer_weights
 from tasks.targets import first_trained_layer
-from tasks.train.needs import num_unpacked, resting_bytes, uses_fused_kernels
+from tasks.train.needs import uses_fused_kernels
 from tasks.train.plan import StepPlan, Workload
+from tasks.train.weights import num_unpacked, resting_bytes
 
 _MATRICES = 0.485  # share of the peak that grouped and dense GEMMs reach
 _ATTENTION, _ATTENTION_WHOLE = 0.256, 0.36  # the same of flash attention, and of cuDNN's where a row is one document

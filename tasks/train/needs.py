@@ -8,23 +8,19 @@ H200. It refuses what can't fit and lets plan.py choose what does.
 Ring: pure.  Units: bytes.  Shapes: L layers, T tokens of a forward pass, H hidden, F inner, K experts per token.
 """
 
-import re
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from tasks.costs import HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
 from tasks.targets import Shapes, Target, first_trained_layer, layer_number
+from tasks.train.weights import Config, matrix_bytes, resting_bytes, rests_packed, stored_sizes
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
-_STORED = {"nf4": 0.52, "int8": 1.0}  # bytes of a quantised weight, scales included
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-Config = Mapping[str, Any]  # Any: config.json
 
 
 def training_needs(
@@ -52,7 +48,7 @@ def training_needs(
     element = 4 if spec.dtype == "float32" else 2
     unused, is_full = first_trained_layer(targets), checkpointing == "full"
     needs = {
-        **_weight_bytes(_stored_sizes(shapes, spec), shapes, spec),
+        **_weight_bytes(stored_sizes(shapes, spec), shapes, spec),
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
@@ -64,10 +60,10 @@ def training_needs(
         formed = _formed_bytes(targets, element, is_full=is_full)
         needs |= {"experts with their change": formed, "activations": kept + inside, "workspace": _WORKSPACE}
     if resting := resting_bytes(shapes, config, spec, num_offloaded):
-        unpacked = _matrix_bytes(shapes, _stored_sizes(shapes, spec), num_offloaded)
+        unpacked = matrix_bytes(shapes, stored_sizes(shapes, spec), num_offloaded)
         needs["weights"] -= sum(unpacked)
         # Two at a time, one of them unpacked, and gone when the layers above have filled the memory of activations.
-        passing = sum(sorted(resting)[-2:]) + (max(unpacked) if _rests_packed(config, spec) else 0)
+        passing = sum(sorted(resting)[-2:]) + (max(unpacked) if rests_packed(config, spec) else 0)
         needs["layers in passage"] = max(0, passing - kept)
     return needs
 
@@ -81,62 +77,14 @@ def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: i
     """
     resting = sum(resting_bytes(shapes, config, spec, num_offloaded))
     whole = (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
-    if resting and _rests_packed(config, spec):
-        return resting + whole - sum(_matrix_bytes(shapes, _stored_sizes(shapes, spec), num_offloaded))
+    if resting and rests_packed(config, spec):
+        return resting + whole - sum(matrix_bytes(shapes, stored_sizes(shapes, spec), num_offloaded))
     stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
     is_made_there = spec.parallel == "fsdp2" or (resting and spec.quantization == "none")
     if not is_made_there or not is_copied:
         return resting
     return max(resting, spec.num_processes * whole)
-
-
-def resting_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int) -> list[int]:
-    """Return what each of the lowest `num_offloaded` layers holds in the host's memory: its matrices and experts.
-
-    Experts that are stored in MXFP4 rest as they are stored.
-
-    >>> from tasks.specs import LoraSpec
-    >>> shapes = {"m.layers.0.q.weight": (8, 4), "m.layers.0.norm.weight": (8,), "m.layers.1.q.weight": (9, 4)}
-    >>> resting_bytes(shapes, {}, TrainSpec(lora=LoraSpec(target_modules=("q",))), 1)
-    [64]
-    """
-    sizes = _stored_sizes(shapes, spec)
-    if _rests_packed(config, spec):
-        sizes |= {name: prod(shape) * 17 // 32 for name, shape in shapes.items() if is_expert(name, shape)}
-    return _matrix_bytes(shapes, sizes, num_offloaded)
-
-
-def num_unpacked(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: int) -> int:
-    """Return how many weights are unpacked in a pass: those of resting experts that are stored in MXFP4."""
-    if not _rests_packed(config, spec):
-        return 0
-    ones = {name: prod(shape) if is_expert(name, shape) else 0 for name, shape in shapes.items()}
-    return sum(_matrix_bytes(shapes, ones, num_offloaded))
-
-
-def _matrix_bytes(shapes: Shapes, sizes: Mapping[str, int], num_layers: int) -> list[int]:
-    layers = dict.fromkeys(range(num_layers), 0)
-    for name, size in sizes.items():
-        if (layer := layer_number(name)) in layers and len(shapes[name]) > 1:
-            layers[layer] += size
-    return list(layers.values())
-
-
-def _rests_packed(config: Config, spec: TrainSpec) -> bool:
-    return spec.quantization == "none" and bool(config.get("quantization_config"))
-
-
-def require_offloadable(config: Config, spec: TrainSpec, targets: list[Target]) -> None:
-    """Raise SpecError when layers that should rest on the host hold an adapter, or have one below them."""
-    lowest = first_trained_layer(targets)
-    if spec.offload_layers > lowest or (spec.offload_layers and not lowest):
-        num_layers = config.get("num_hidden_layers", 0)
-        raise SpecError(
-            f"TrainSpec.offload_layers = {spec.offload_layers} but the lowest adapter sits in layer {lowest} of "
-            f"{num_layers}: only layers below it can rest on the host. Put the adapter on the last layers "
-            f"(LoraSpec.target_modules such as '{max(0, num_layers - 1)}.self_attn.q_proj'), or set it to {lowest}"
-        )
 
 
 def require_aligned(config: Config, spec: TrainSpec) -> None:
@@ -227,28 +175,6 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
     widest = max((size for name, size in stored.items() if len(shapes[name]) == 3), default=0)
     gathered = around + 3 * max(layers.values(), default=0) + widest
     return {"weights": -(-whole // spec.num_processes), "gathered layers": gathered}
-
-
-def _stored_sizes(shapes: Shapes, spec: TrainSpec) -> dict[str, int]:
-    element = 4 if spec.dtype == "float32" else 2
-    return {name: round(prod(size) * _stored_bytes(name, size, spec, element)) for name, size in shapes.items()}
-
-
-def _stored_bytes(name: str, size: tuple[int, ...], spec: TrainSpec, element: int) -> float:
-    """Of a quantised base the Linear weights are stored in less; embeddings, head, norms and experts stay."""
-    is_linear = len(size) == 2 and ".layers." in name and name.endswith(".weight") and not is_expert(name, size)
-    return _STORED[spec.quantization] if is_linear and spec.quantization != "none" else element
-
-
-def is_expert(name: str, size: tuple[int, ...]) -> bool:
-    """Say whether a stored tensor is of 3-D experts: of all of them, or of one that transformers stacks as it loads.
-
-    >>> is_expert("model.layers.0.mlp.experts.7.up_proj.weight", (768, 2048))
-    True
-    >>> is_expert("model.layers.0.mlp.shared_experts.up_proj.weight", (768, 2048))
-    False
-    """
-    return len(size) == 3 or bool(_ONE_EXPERT.search(name))
 
 
 def _fused_activations(

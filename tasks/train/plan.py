@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from tasks.costs import layer_weights, say_needs
 from tasks.specs import TrainSpec
 from tasks.targets import Shapes, Target, first_trained_layer
-from tasks.train.needs import Config, resting_bytes, training_needs, uses_fused_kernels
+from tasks.train.needs import training_needs, uses_fused_kernels
+from tasks.train.weights import Config, resting_bytes
 
 _RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows
 _PASSAGE_FLOPS = 8000  # arithmetic of a GPU while a byte comes from the host: 350e12 a second beside 45 GB (H200)

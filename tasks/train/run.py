@@ -32,9 +32,10 @@ from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.targets import Target, find_targets
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token
-from tasks.train.needs import host_bytes, require_aligned, require_offloadable
+from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
+from tasks.train.weights import require_offloadable
 from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
 VERSION = 3  # 3: validation losses are means over tokens

@@ -21,7 +21,7 @@ TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
     (r"tasks/(?P<verb>train|reinforce|ppo|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui"),
-    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|pretrain|reinforce|train)\.run|tasks\.ppo\.(preflight|prepare)|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
+    (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|pretrain|reinforce|train)\.run|tasks\.ppo\.(preflight|prepare)|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|weights)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
     (r"tasks/evaluate/prompts\.py", rf"tasks\.evaluate\.\w+|tasks\.pack\.render|{SHARED}"),  # asks as training rendered
     (r"tasks/gptoss/\w+\.py", r"tasks\.(artifacts|costs|specs|errors|files)|tasks\.gptoss\.\w+"),
     (r"tasks/(?P<verb>\w+)/\w+\.py", rf"tasks\.{{verb}}\.\w+|{SHARED}|tasks\.gptoss\.\w+"),

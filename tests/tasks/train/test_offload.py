@@ -13,8 +13,9 @@ from flows.recipes import resolve
 from tasks.errors import SpecError
 from tasks.models import base_shapes
 from tasks.specs import LoraSpec, TrainSpec, change
-from tasks.train.needs import host_bytes, require_offloadable, resting_bytes
+from tasks.train.needs import host_bytes
 from tasks.train.plan import plan_step, smaller_plan
+from tasks.train.weights import require_offloadable, resting_bytes
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, losses
 from tests.tasks.train.test_needs import plan_of, work_of
