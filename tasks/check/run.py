@@ -43,6 +43,7 @@ from tasks.train.run import (
     say_slow_dtype,
     training_gpus,
 )
+from tasks.train.weights import require_offloadable
 
 _MIN_FREE_BYTES = 2 << 30
 Released = Recipe | BaseRelease | PpoRecipe  # whatever holds publish, serve and verify
@@ -249,12 +250,14 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
     base = facts[0]
     if find_adapter(recipe, base.origin, store):
         return "memory: trained before"
-    spec = launched_spec(recipe.train)
+    spec, targets = launched_spec(recipe.train), _targets(recipe, base)
+    if targets:
+        require_offloadable(base.config, spec, targets)
     work = Workload(
         shapes=base.shapes,
         config=base.config,
         spec=spec,
-        targets=_targets(recipe, base),
+        targets=targets,
         row_tokens=recipe.pack.row_tokens,
     )
     ours_leaves = holds_gpu(store.root)

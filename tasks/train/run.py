@@ -190,8 +190,7 @@ def _run_planned(
     Returns: the trainer's result, and every plan in words.
     """
     folder = Path(job["folder"])
-    # Those of earlier tries too: what ran out of memory once is not tried again, but where the base is shared.
-    kept = folder / ("plans.json" if work.spec.parallel == "ddp" else "plans_fsdp2.json")
+    kept = _plans_file(folder, work.spec)
     plans = _read_plans(kept)
     if not plans or plans[-1].num_rows != work.num_rows:  # the second: on another number of processes than before
         plans = [plan_step(work, gpu_room(work.spec))]
@@ -210,6 +209,20 @@ def _run_planned(
             files.write_json(kept, [asdict(plan) for plan in plans])
         else:
             return result, [_say_step(work, plan) for plan in plans]
+
+
+def _plans_file(folder: Path, spec: TrainSpec) -> Path:
+    """Return where the plans of a run's tries are: what ran out of memory once is not tried again.
+
+    Where the base is shared out, or rests on the host, another plan fits.
+
+    >>> spec = TrainSpec(lora=LoraSpec(target_modules=("q_proj",)), offload_layers=-1)
+    >>> _plans_file(Path("/run"), spec).name
+    'plans_offload_-1.json'
+    """
+    if spec.offload_layers:
+        return folder / f"plans_offload_{spec.offload_layers}.json"
+    return folder / ("plans.json" if spec.parallel == "ddp" else "plans_fsdp2.json")
 
 
 def _read_plans(path: Path) -> list[StepPlan]:

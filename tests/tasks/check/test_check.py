@@ -169,6 +169,11 @@ QUESTION_ONLY = json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "
         ),
         (lambda f: {"train": {"attention": "sdpa"}}, errors.SpecError, r"'sdpa' drops the sinks of gpt-oss: use"),
         (lambda f: {"train": {"lora": {"target_modules": ("router",)}}}, errors.SpecError, r"'router' hits nothing"),
+        (
+            lambda f: {"train": {"offload_layers": 1}},
+            errors.SpecError,
+            r"offload_layers = 1 but the lowest adapter sits in layer 0 of \d+: only layers below it can rest",
+        ),
         (_torn_base, errors.CorruptError, r"model\.safetensors has \d+ bytes but its header describes \d+: download"),
     ],
 )  # fmt: skip
