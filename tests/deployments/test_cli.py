@@ -1,6 +1,8 @@
 """`tatara`: exit statuses, one line for an error, and what needs no server."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from deployments import cli as subject
 from flows.recipes import RECIPES, resolve
 from tasks.specs import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -29,6 +33,16 @@ def test_wrong_usage_is_2(words: list[str], capsys: pytest.CaptureFixture[str]):
         subject.main(words)
     assert caught.value.code == 2
     assert "usage: tatara" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """`tatara services status | grep -q ready`, as scripts ask."""
+    argv = [sys.executable, "-m", "deployments.cli", "recipe", "tiny"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as child:
+        assert child.stdout and child.stderr
+        child.stdout.close()
+        said = child.stderr.read()
+    assert (child.returncode, said) == (141, b"")
 
 
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
