@@ -211,7 +211,8 @@ def test_whoever_finds_it_full_goes_to_vllm(tmp_path, upstream, model, wait_unti
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: complete(gateway, max_tokens=300), range(4)))
         routes = sorted((headers["x-tatara-route"], headers["x-tatara-reason"]) for _, headers, _ in answers)
-        assert routes == [("lite", "short-prompt"), *[("vllm", "lite-busy")] * 3]
+        served = routes.count(("lite", "short-prompt"))  # a short answer may be over before the last request comes
+        assert 1 <= served < 4 and routes.count(("vllm", "lite-busy")) == 4 - served
         assert {answer["model"] for _, _, answer in answers} == {"small", "any"}
     finally:
         gateway.stop()
