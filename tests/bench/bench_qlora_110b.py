@@ -10,18 +10,17 @@ with 80 GB, 30 GB of disk, 70 GB of free host memory, bitsandbytes, and what ben
 
 import json
 import os
-import statistics
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 from math import prod
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from tests.bench.worker_case import in_child, report_cases, run_worker  # noqa: E402
+
 STEPS, ROW_TOKENS, LAYERS, ADAPTED = 6, 1024, 80, 8
 SHAPE = {
     "num_hidden_layers": LAYERS,
@@ -108,8 +107,6 @@ def _write_part(path: Path, tensors: dict[str, tuple[int, ...]], *, is_hole: boo
 def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
     """Run the worker on one case; return what it measured."""
     rows, num_offloaded = CASES[name]
-    run = work / name
-    run.mkdir()
     modules = [
         f"{layer}.self_attn.{part}" for layer in range(LAYERS - ADAPTED, LAYERS) for part in ("q_proj", "v_proj")
     ]
@@ -121,32 +118,8 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
         "gradient_accumulation": 4,
         "quantization": "nf4",
     }
-    plan = {
-        "rows_per_device": rows,
-        "gradient_accumulation": 4 // rows,
-        "checkpointing": "full",
-        "num_offloaded": num_offloaded,
-    }
-    job = {"folder": str(run), "spec": spec, "plan": plan, "row_tokens": ROW_TOKENS}
-    job |= {"base_folder": str(work / "base"), "packed_folder": str(work / "packed")}
-    (run / "job.json").write_text(json.dumps(job))
-    start = time.perf_counter()
-    argv = [sys.executable, "-m", "tasks.train.worker", str(run / "job.json")]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"name": name, "error": (done.stdout[-1500:] + done.stderr)[-3500:]}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    said = [line for line in done.stdout.splitlines() if "rest in the host" in line]
-    return {
-        "name": name,
-        **plan,
-        "row_tokens": ROW_TOKENS,
-        "tokens_per_s": round(statistics.median(record["tokens_per_s"] for record in records[2:])),
-        "peak_gpu_gb": round(max(record["peak_gpu_bytes"] for record in records) / 1e9, 2),
-        "losses": [round(record["loss"], 5) for record in records],
-        "said": said,
-        "worker_s": round(time.perf_counter() - start, 1),
-    }
+    plan = {"rows_per_device": rows, "gradient_accumulation": 4 // rows, "checkpointing": "full"}
+    return run_worker(work / name, work, spec, plan | {"num_offloaded": num_offloaded}, ROW_TOKENS)
 
 
 def main() -> None:
@@ -154,29 +127,12 @@ def main() -> None:
     if not Path("/dev/nvidia0").exists():
         sys.stdout.write('{"name": "train-qlora-110b", "skipped": "no CUDA device"}\n')
         return
-    import torch
-
     from tests.bench.bench_train_20b import write_rows
 
     work = Path(tempfile.mkdtemp(prefix="bench-110b-", dir=os.environ.get("BENCH_DIR")))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_qlora_110b import write_base; "
-    code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    in_child("bench_qlora_110b", work / "base")
     write_rows(work / "packed", ROW_TOKENS, 4 * STEPS, highest=150_000)
-    names = sys.argv[1:] or list(CASES)
-    report: dict[str, Any] = {
-        "name": "train-qlora-110b",
-        "command": " ".join(["python tests/bench/bench_qlora_110b.py", *names]),
-        "machine": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "cases": [],
-    }
-    for name in names:
-        report["cases"].append(run_case(name, work))
-        sys.stdout.write(json.dumps(report["cases"][-1]) + "\n")
-        sys.stdout.flush()
-        if "OUT" in os.environ:  # after each case: a run that is cut off keeps the others
-            (Path(os.environ["OUT"]) / "qlora_110b.json").write_text(json.dumps(report, indent=1) + "\n")
+    report_cases("qlora_110b", sys.argv[1:] or list(CASES), lambda name: run_case(name, work))
 
 
 if __name__ == "__main__":

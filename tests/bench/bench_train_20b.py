@@ -78,25 +78,33 @@ CASES = {
 }
 
 
+def gptoss_config(num_layers: int = 24, **changes: Any) -> Any:  # Any: transformers is imported where it is used
+    """Return gpt-oss-20b's shapes, or with more layers and experts those of gpt-oss-120b."""
+    from transformers import GptOssConfig
+
+    shape = {
+        "num_hidden_layers": num_layers,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "head_dim": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "sliding_window": 128,
+        "pad_token_id": 1,
+        "eos_token_id": 0,
+    }
+    return GptOssConfig(**{**shape, **changes})
+
+
 def build(num_layers: int = 24) -> Any:  # Any: torch is imported where a GPU is
     """Return a gpt-oss of random bf16 weights in the true shapes, on the GPU."""
     import torch
-    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers import GptOssForCausalLM
 
-    config = GptOssConfig(
-        num_hidden_layers=num_layers,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        vocab_size=201088,
-        hidden_size=2880,
-        intermediate_size=2880,
-        head_dim=64,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        sliding_window=128,
-        pad_token_id=1,
-        eos_token_id=0,
-    )
+    config = gptoss_config(num_layers)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):

@@ -14,6 +14,7 @@ from tasks import launch_script as subject
 from tasks.errors import SpecError
 from tasks.launch_script import Work
 from tasks.specs import LaunchSpec, TrainSpec
+from tests.commands import write_commands
 from tests.tasks.train.launched import LORA_ONLY
 
 GOLDEN = Path(__file__).with_name("data") / "job.sbatch"
@@ -56,16 +57,13 @@ def test_the_seeds_job_is_this_script():
 def run_script(script: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Run a script with stand-ins for SLURM's commands and for Python; return words and variables of each start."""
     tools = folder.parent / "tools"
-    tools.mkdir(exist_ok=True)
     stand_ins = {
         "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
         "scontrol": "echo n1",
         "trainer": 'printf \'%s\\0\' "$@" > "$TOLD.argv"; env -0 > "$TOLD.env"; touch result.json',
         "prefix": 'exec "$@"',
     }
-    for name, line in stand_ins.items():
-        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tools / name).chmod(0o755)
+    write_commands(tools, stand_ins)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "TOLD": str(tools / "told"), **slurm}
     done = subprocess.run(["bash", "-c", script, "job", "1"], env=env, capture_output=True, cwd=folder, check=False)

@@ -15,6 +15,7 @@ from tasks.specs import LaunchSpec
 from tasks.supervision import Job
 from tasks.train.run import check_launch
 from tasks.trainer_job import Terms, run_trainer
+from tests.commands import write_commands
 from tests.tasks.train.runs import SPEC
 
 LAUNCH = LaunchSpec(launcher="slurm", nodes=2, time_limit="60")
@@ -137,16 +138,13 @@ def test_no_trainer_starts_beside_a_job_that_slurm_does_not_end(
 ):
     """It tells of the job, and then its controller is away."""
     tools, folder = tmp_path / "tools", tmp_path / "adapter"
-    for made in (tools, folder):
-        made.mkdir()
+    folder.mkdir()
     says = {
         "squeue": "echo 7",
         "scontrol": "echo JobId=7 JobName=x JobState=RUNNING NodeList=n1",
         "scancel": "echo slurm_kill_job error: Unable to contact slurm controller >&2; exit 1",
     }
-    for name, line in says.items():
-        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tools / name).chmod(0o755)
+    write_commands(tools, says)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     (folder / "slurm_job.lock").touch()
     terms = Terms(stop_grace_s=0.1)
