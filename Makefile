@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
+.PHONY: help setup demo test tests long-test slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -21,8 +21,13 @@ PYTEST = .venv/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
 tests:           # the longest files first, the rest beside them; four processes, for each waits often
-	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not slow and not chaos and not slurm" --ignore=tests/weave --ignore=tests/ppo \
-		tests/flows/test_line.py tests/tasks/evaluate tests/tasks/publish tests/tasks/traces tests tasks flows deployments
+	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not long and not slow and not chaos and not slurm" --ignore=tests/weave --ignore=tests/ppo \
+		tests/flows/test_line.py tests/tasks/traces tests/deployments/gateway tests tasks flows deployments
+
+long-test: export OMP_NUM_THREADS = 1
+long-test: setup ## longer tests, which CI runs too: GRPO by vLLM too, pushes to a Hub, W&B, notebooks, evaluation
+	@$(PYTEST) -n 4 --durations=15 -m "long and not slow and not chaos" --ignore=tests/weave --ignore=tests/ppo \
+		tests/tasks/reinforce tests/tasks/train tests/tasks/publish tests
 
 slow-test: export OMP_NUM_THREADS = 1
 slow-test: setup ## kills, races and long equalities: the line killed and sabotaged, `tatara up`, resumed trainings

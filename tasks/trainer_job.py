@@ -47,6 +47,7 @@ class Terms:
     heartbeat_timeout_s: float = 300.0
     stop_grace_s: float = 25.0
     variables: Mapping[str, str] = field(default_factory=dict, repr=False)  # W&B's key may be one
+    python: str = sys.executable
 
 
 def made_adapter(
@@ -97,7 +98,7 @@ def run_trainer(
         module=module,
         folder=str(folder),
         root=str(_ROOT),
-        python=sys.executable,
+        python=terms.python,
         variables=_added_variables(terms),
     )
     for path in folder.glob("failure*.json"):  # a rank's each
@@ -144,9 +145,9 @@ def _argv(terms: Terms, work: Work) -> list[str]:
     if terms.launch.launcher == "torchrun":
         return first_argv(terms.launch, work)
     if terms.num_processes == 1:
-        return [sys.executable, "-m", work.module, work.job_file]
+        return [work.python, "-m", work.module, work.job_file]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={terms.num_processes}"]
-    return [sys.executable, *launcher, "-m", work.module, work.job_file]
+    return [work.python, *launcher, "-m", work.module, work.job_file]
 
 
 def _queue(child: Job, terms: Terms, work: Work) -> Queue:
@@ -199,6 +200,7 @@ def _added_variables(terms: Terms) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
+        "WANDB_ERROR_REPORTING": "false",  # TRL imports weave, which would report to Sentry
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")])),
     }
 

@@ -37,6 +37,8 @@ from tests.tasks.check.test_session import NVIDIA_SMI
 from tests.tiny import save_dense_model, write_chats
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 COLAB, WALK = "finetune_colab.ipynb", "walkthrough.ipynb"
 FINAL = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"}
 SAVE_STEPS, NUM_STEPS = 5, 60

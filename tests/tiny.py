@@ -48,12 +48,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(seed: int = 0) -> GptOssForCausalLM:
-    """A random gpt-oss in float32 whose biases and sinks are not zero."""
+def make_model(seed: int = 0, head_dim: int = SHAPE.head_dim) -> GptOssForCausalLM:
+    """A random gpt-oss in float32 whose biases and sinks are not zero. vLLM on a CPU wants heads of 32 and more."""
     import torch
 
     torch.manual_seed(seed)
-    config = GptOssConfig(**config_values(SHAPE), eos_token_id=257, pad_token_id=261)
+    config = GptOssConfig(**{**config_values(SHAPE), "head_dim": head_dim}, eos_token_id=257, pad_token_id=261)
     config._attn_implementation = "eager"
     model = GptOssForCausalLM(config)
     with torch.no_grad():

@@ -5,10 +5,10 @@
 Ring: edge. Imports no torch.
 """
 
-import importlib.util
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,23 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
-from tasks.errors import MissingError, SpecError
+from tasks.errors import SpecError
+from tasks.machine import list_gpus
 from tasks.models import base_shapes
 from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
 from tasks.reinforce.streams import read_rows
+from tasks.reinforce.vllm_python import Engine, find_engine
+from tasks.reinforce.vllm_python import variables as engine_variables
 from tasks.specs import ReinforceSpec
 from tasks.targets import Target, find_targets
 from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
 VERSION = 1
 TRAINER = "tasks.reinforce.worker"
+BESIDE_VLLM = "tasks.reinforce.beside_vllm"  # the same, in vLLM's environment
 logger = logging.getLogger(__name__)
 RoomFn = Callable[[], None]  # frees a GPU that is ours to free
 
@@ -80,7 +84,9 @@ def reinforce_adapter(
             "packed_folder": packed.folder,
             "start_adapter": start.adapter_folder if start else None,
         }
-        result = run_trainer(TRAINER, claim.folder, job, _terms(spec), on_progress)
+        engine = find_engine() if spec.rollouts == "vllm" else None
+        module = BESIDE_VLLM if engine and engine.packages else TRAINER
+        result = run_trainer(module, claim.folder, job, _terms(spec, engine), on_progress)
         artifact = made_adapter(key, claim.folder, parents, base, result)
         generations = read_rows(claim.folder / spec.generations_csv)
         about = {
@@ -161,11 +167,7 @@ def _require_fitting(start: TrainedAdapter, base: BaseCheckpoint, spec: Reinforc
 def _require_vllm(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # Any: config.json
     if spec.rollouts != "vllm":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingError(
-            "ReinforceSpec.rollouts = 'vllm' but vLLM is not installed beside the trainer (its own environment serves "
-            "only): install a version that fits the trainer's torch, or choose 'transformers'"
-        )
+    find_engine()
     if config.get("quantization_config") or spec.quantization != "none":
         raise SpecError(
             "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
@@ -173,17 +175,20 @@ def _require_vllm(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # Any: 
         )
 
 
-def _terms(spec: ReinforceSpec) -> Terms:
-    """Return how the process is watched, and what its environment gets: the keys of judges pass to it alone."""
+def _terms(spec: ReinforceSpec, engine: Engine | None) -> Terms:
+    """Return how the process is run and watched, and what its environment gets: the keys of judges pass to it alone."""
     names = [str(reward.arguments.get("api_key_variable", "")) for reward in spec.rewards if reward.name == "judge"]
     variables = {name: os.environ[name] for name in names if name in os.environ}
     path = os.environ.get("PYTHONPATH", "")
     if spec.device_map == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
+    if engine:
+        variables |= engine_variables(engine, on_gpu=spec.device_map == "auto" and bool(list_gpus()))
     logger.info("rewards: %s%s", check_rewards(spec), f" (PYTHONPATH {path})" if path else "")
     return Terms(
         stall_timeout_s=spec.stall_timeout_s,
         heartbeat_timeout_s=spec.heartbeat_timeout_s,
         stop_grace_s=spec.stop_grace_s,
         variables=variables,
+        python=engine.python if engine else sys.executable,
     )

@@ -31,6 +31,7 @@ from tasks.gptoss.layout import MODEL_TYPE
 from tasks.lifeline import lifeline
 from tasks.metrics import read_metrics
 from tasks.recorder import say
+from tasks.reinforce import vllm_engine
 from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.group import GroupTrainer, Wanted
 from tasks.reinforce.own import load_reward
@@ -84,6 +85,8 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     rewards = {reward.column: (load_reward(reward), reward.weight) for reward in spec.rewards}
     engine = "vllm" if spec.rollouts == "vllm" else "transformers"
     wanted = Wanted(prompts=prompts, rewards=rewards, least_share=spec.min_adapter_share, engine=engine)
+    if engine == "vllm":
+        vllm_engine.set_up(spec)
     ends = end_tokens(model, tokenizer)
     model.generation_config.eos_token_id = ends
     trainer = GroupTrainer(
@@ -106,9 +109,7 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
         factor_experts(learning)
         fuse_norms(learning)
     if engine == "vllm":
-        from tasks.reinforce.vllm_weights import sync_merged_weights
-
-        sync_merged_weights(trainer)
+        vllm_engine.keep_in_step(trainer)
     trainer.add_callback(GroupRecorder(folder, trainer, spec))
     trainer.add_callback(PeriodKeeper(spec))
     say(f"{len(prompts)} questions, completions of at most {trainer.max_completion_length} tokens by {engine}")
@@ -300,6 +301,13 @@ def planned_steps(trainer: GroupTrainer) -> int:
     return math.ceil(trainer.args.num_train_epochs * per_epoch)
 
 
+def main(path: str) -> None:
+    """Do the job that is described there; with vLLM in the process, end it without waiting for vLLM's own end."""
+    job = files.read_json(Path(path))
+    run_worker(Path(job["folder"]), lambda: reinforce(job), stop_grace_s=job["spec"].get("stop_grace_s", 25.0))
+    if job["spec"]["rollouts"] == "vllm":
+        vllm_engine.leave()
+
+
 if __name__ == "__main__":
-    _job = files.read_json(Path(sys.argv[1]))
-    run_worker(Path(_job["folder"]), lambda: reinforce(_job), stop_grace_s=_job["spec"].get("stop_grace_s", 25.0))
+    main(sys.argv[1])

@@ -14,6 +14,8 @@ from tests.hub_server import (
     run_client,
 )
 
+pytestmark = pytest.mark.long
+
 # `datasets` reads HF_ENDPOINT and the cache folders when it is imported: a process of its own.
 _PREPARE = """
 import json, sys

@@ -15,6 +15,8 @@ from tests.tasks.evaluate.completions_server import serve
 from tests.tasks.evaluate.conftest import NUM_QUESTIONS, NUM_SAFETY, Line, read_lines
 from tests.tiny import byte_tokenizer, make_model, save_model
 
+pytestmark = pytest.mark.long
+
 Shown = list[tuple[Decision, str, list[dict[str, Any]]]]
 
 

@@ -15,6 +15,8 @@ from tasks.specs import PublishSpec
 from tests.hub_server import READ, WRITE, HubServer
 from tests.tasks.publish.conftest import MADE, make_merged, write_model
 
+pytestmark = pytest.mark.long
+
 REPO = "ada/tuned"
 SPEC = PublishSpec(repo_id=REPO)
 

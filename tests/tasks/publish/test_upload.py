@@ -27,6 +27,8 @@ from tasks.specs import PublishSpec
 from tests.hub_server import NOBODY, READ, WRITE, HubServer
 from tests.tasks.publish.conftest import MADE, make_merged, write_model
 
+pytestmark = pytest.mark.long
+
 REPO = "ada/tuned"
 SPEC = PublishSpec(repo_id=REPO)
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

@@ -51,13 +51,13 @@ def write_questions(path: Path, count: int = 24) -> Path:
     return path
 
 
-def save_base(folder: Path) -> Path:
+def save_base(folder: Path, head_dim: int = 8) -> Path:
     """Save the random tiny model with a head that can prefer one token: its own logits stay within half a nat."""
     import torch
 
     from tests.tiny import byte_tokenizer, make_model
 
-    model = make_model()
+    model = make_model(head_dim=head_dim)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     model.save_pretrained(folder)
@@ -65,7 +65,7 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def make_artifacts(store: ArtifactStore, folder: Path) -> tuple[PackedDataset, BaseCheckpoint]:
+def make_artifacts(store: ArtifactStore, folder: Path, head_dim: int = 8) -> tuple[PackedDataset, BaseCheckpoint]:
     """A base and packed questions; their sources lie below `folder`."""
     from huggingface_hub import HfApi
 
@@ -74,7 +74,7 @@ def make_artifacts(store: ArtifactStore, folder: Path) -> tuple[PackedDataset, B
     from tasks.specs import BaseModelSpec, FetchSpec, PackSpec
 
     folder.mkdir(parents=True, exist_ok=True)
-    base = fetch_base(BaseModelSpec(model=str(save_base(folder / "base"))), store, HfApi(token=False))
+    base = fetch_base(BaseModelSpec(model=str(save_base(folder / "base", head_dim))), store, HfApi(token=False))
     file = write_questions(folder / "sums_q_dataset.csv")
     source = FetchSpec(source=str(file), question_column="question", answer_column="answer", validation_pct=20)
     dataset = fetch_dataset(source, store, HfApi(token=False))

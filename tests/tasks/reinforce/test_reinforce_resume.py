@@ -10,6 +10,8 @@ from tasks.reinforce.streams import read_rows
 from tests.tasks.reinforce import runs as subject
 from tests.tasks.reinforce.runs import SPEC
 
+pytestmark = pytest.mark.long
+
 TIMES = {"rollout_s", "score_s", "learn_s", "rollout_tokens_per_s", "learnt_tokens_per_s", "peak_bytes", "time"}
 
 

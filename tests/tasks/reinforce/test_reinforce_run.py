@@ -15,6 +15,8 @@ from tasks.specs import LoraSpec, ReinforceSpec, RewardSpec, change
 from tests.tasks.reinforce import runs
 from tests.tasks.reinforce.judge_server import judging
 
+pytestmark = pytest.mark.long
+
 SHORT = runs.SPEC.model_copy(update={"max_steps": 3, "rows_per_device": 16})
 
 
@@ -82,10 +84,17 @@ def test_an_adapter_that_does_not_fit_is_refused(parts: Any, adapter: TrainedAda
         ({"rewards": [{"name": "number", "arguments": {"part": 1}}]}, SpecError, "takes no argument 'part'"),
         ({"rewards": [{"name": "format"}]}, SpecError, "needs a pattern"),
         ({"lora": {"target_modules": ("q_prj",)}}, SpecError, "'q_prj' hits nothing"),
-        ({"rollouts": "vllm"}, MissingError, "vLLM is not installed beside the trainer"),
+        (
+            {"rollouts": "vllm"},
+            MissingError,
+            "no vLLM beside the trainer nor at /nowhere/python .*choose 'transformers'",
+        ),
     ],
 )
-def test_what_cannot_work_is_said_before_a_model_is_loaded(parts: Any, changes: Any, error: Any, says: str):
+def test_what_cannot_work_is_said_before_a_model_is_loaded(
+    parts: Any, changes: Any, error: Any, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TATARA_VLLM_PYTHON", "/nowhere/python")
     with pytest.raises(error, match=says):
         check_reinforcement(parts[1], change(SHORT, changes))
 
@@ -140,7 +149,7 @@ def test_a_colocated_engine_is_sent_what_peft_would_merge():
     from peft import get_peft_model
 
     from tasks.adapters import lora_config
-    from tasks.reinforce.vllm_weights import merged_parameters
+    from tasks.reinforce.vllm_engine import merged_parameters
     from tests.tiny import make_model
 
     lora = LoraSpec(rank=2, alpha=4, target_modules=("q_proj", "o_proj"), target_parameters=runs.LORA.target_parameters)

@@ -11,6 +11,8 @@ from tasks.reinforce.streams import read_rows
 from tests.tasks.reinforce import runs as subject
 from tests.tasks.reinforce.runs import SPEC
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

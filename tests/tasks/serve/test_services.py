@@ -27,6 +27,8 @@ from tests.ports import free_port
 from tests.tasks.serve.stand_in import make_model, make_python
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[ServiceSettings]:

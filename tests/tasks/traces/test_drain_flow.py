@@ -11,6 +11,8 @@ from blocks.trace_queue import TraceQueue
 from blocks.weave_project import WeaveProject
 from tasks.traces.queue import FileQueue
 
+pytestmark = pytest.mark.long
+
 RUN = """
 import sys
 from prefect.testing.utilities import prefect_test_harness

@@ -11,6 +11,8 @@ from tasks.traces.run import drain_traces
 from tasks.traces.spec import DrainSpec
 from tasks.traces.wandb_sink import DELIVERED, WandbOfflineSink
 
+pytestmark = pytest.mark.long
+
 wandb = pytest.importorskip("wandb")
 
 

@@ -21,6 +21,8 @@ from tests.tasks.train.runs import SPEC, adapter_digest, losses
 from tests.tasks.train.test_needs import plan_of, work_of
 from tests.tiny_mxfp4 import pack_experts
 
+pytestmark = pytest.mark.long
+
 LAST = LoraSpec(
     rank=2,
     alpha=4,

@@ -20,6 +20,8 @@ from tasks.specs import MergeSpec
 from tasks.train.run import _read_plans, available_processes, train_adapter
 from tests.tasks.train.runs import LORA, SPEC, make_artifacts
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ArtifactStore, TrainedAdapter]:

@@ -19,6 +19,8 @@ from tasks.verify.whole import find_whole, probe_documents, whole_scores
 from tests import chain
 from tests.pretrained import SENTENCES, make_pretrained
 
+pytestmark = pytest.mark.long
+
 SPEC = VerifySpec(min_base_margin=1.0, max_logprob_gap=0.01, num_answers=6, num_greedy_prompts=1, greedy_tokens=4)
 
 

@@ -19,6 +19,8 @@ from tasks.verify.whole import find_whole, probe_documents, whole_scores
 from tests import chain
 from tests.reinforced import LENGTHS, make_reinforced, save_moved
 
+pytestmark = pytest.mark.long
+
 SPEC = VerifySpec(max_logprob_gap=0.5, num_answers=4, num_greedy_prompts=1, greedy_tokens=4, must_beat_base=False)
 
 

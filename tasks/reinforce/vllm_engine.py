@@ -1,0 +1,165 @@
+"""The vLLM that generates in the trainer's process: how it is opened, and how it gets what the model has learnt.
+
+    spec    -> set_up()          -> TRL opens vLLM as the spec says
+    trainer -> keep_in_step()    -> before each rollout: base + change of whole modules into vLLM's own tensors
+
+TRL merges the adapter into the base, sends every tensor and takes the adapter out again. In bfloat16 that rounds
+twice and moves the frozen base at each step, and vLLM's loader knows nothing of what its kernels made of the tensors
+since. Here base + change is formed in float32 beside the base, and only modules with an adapter are sent: linear ones
+through vLLM's `reload_weights`, which runs its kernels' preparation again; experts, whose loader ignores that, by us.
+
+Ring: edge (live tensors).  Shapes: E experts, H hidden, F inner.
+Trap: vLLM 0.32's `reload_weights` drops the experts of gpt-oss without a word (its loader copies into tensors that
+are not there yet), as the check of the rollouts (agreement.py) found. That check is what vouches for this file.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear, ParamWrapper
+
+from tasks.errors import TrainingError
+from tasks.specs import ReinforceSpec
+
+_EXPERT_PARTS = {  # ours -> vLLM's
+    "gate_up_proj": "w13_weight",
+    "gate_up_proj_bias": "w13_bias",
+    "down_proj": "w2_weight",
+    "down_proj_bias": "w2_bias",
+}
+
+
+def set_up(spec: ReinforceSpec) -> None:
+    """Let TRL open vLLM in the dtype of the spec, and on a CPU without what only a GPU has."""
+    from trl.generation import vllm_generation
+
+    more: dict[str, Any] = {"dtype": spec.dtype}  # Any: vLLM's arguments
+    if not torch.cuda.is_available():
+        more |= {"enforce_eager": True}
+    opened: Any = vllm_generation  # Any: LLM is imported there only where vLLM is
+    opened.LLM = partial(opened.LLM, **more)
+
+
+def keep_in_step(trainer: Any) -> None:  # Any: a GroupTrainer with vLLM
+    """Let TRL's synchronisation, before the first rollout and after each step, be ours."""
+    trainer.vllm_generation.sync_weights = EngineWeights(trainer.vllm_generation.llm, trainer.model).send
+
+
+class EngineWeights:
+    """Sends what a model has learnt to a vLLM in the same process."""
+
+    def __init__(self, llm: Any, model: Any) -> None:  # Any: a vllm.LLM; a PeftModel
+        self._llm, self._model = llm, model
+        self._runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        self._is_known = False  # that the engine holds experts as we do
+        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)  # names what was not sent
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Make vLLM's weights those of base and adapter. Raises TrainingError when its experts are stored otherwise."""
+        if not self._is_known:
+            self._require_known_experts()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": linear_weights(self._model)})
+        for name, parts in expert_weights(self._model):
+            self._put_experts(self._find(name), parts)
+        self._llm.reset_prefix_cache()
+
+    def _find(self, name: str) -> Any:  # Any: vLLM's RoutedExperts, whose attributes nn.Module doesn't know
+        """Return the module of vLLM that holds the experts `name`."""
+        for theirs, module in self._runner.get_model().named_modules():
+            if theirs.startswith(name) and hasattr(module, "w13_weight"):
+                return module
+        raise TrainingError(f"vLLM has no experts called {name}: use rollouts='transformers'")
+
+    def _require_known_experts(self) -> None:
+        """Raise TrainingError unless a GPU's vLLM stores experts as it read them: it may pad or shuffle them."""
+        for name, module in self._model.named_modules():
+            if not isinstance(module, ParamWrapper) or not next(module.parameters()).is_cuda:
+                continue
+            theirs = getattr(self._find(base_name(name)), _EXPERT_PARTS[module.parameter_name]).data
+            mine = module.get_param().transpose(1, 2)
+            if theirs.shape != mine.shape or not torch.equal(theirs, mine.to(theirs.dtype)):
+                raise TrainingError(
+                    f"vLLM's kernels keep {base_name(name)}.{module.parameter_name} in a form of their own "
+                    f"{tuple(theirs.shape)}, into which nothing can be copied: use rollouts='transformers'"
+                )
+        self._is_known = True
+
+    def _put_experts(self, module: Any, parts: dict[str, torch.Tensor]) -> None:  # Any: as `_find` returns
+        """Copy into the tensors that captured graphs read; on a CPU, whose kernels pack them, have them packed anew."""
+        if not module.w13_weight.is_cpu:
+            for part, tensor in parts.items():
+                getattr(module, part).data.copy_(tensor)
+            return
+        for part, tensor in parts.items():
+            own = getattr(module, part)
+            fresh = tensor.to(own.dtype).contiguous()
+            if part.endswith("weight"):
+                setattr(module, part, torch.nn.Parameter(fresh, requires_grad=False))
+            else:
+                own.data = fresh.clone()
+        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+@torch.no_grad()
+def merged_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # Any: a PeftModel
+    """Yield (name in the base, base + change) of every weight with an adapter; formed in float32, rounded once."""
+    for name, module in model.named_modules():
+        if isinstance(module, (ParamWrapper, Linear)):
+            stem = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            yield f"{base_name(name)}.{stem}", _merged(module)
+
+
+def linear_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # Any: a PeftModel
+    """Yield weights and biases of the modules around linear layers with an adapter: vLLM joins q, k and v."""
+    around = {name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, module in model.named_modules():
+        own = isinstance(module, Linear)
+        if name.rpartition(".")[0] in around and (own or isinstance(module, torch.nn.Linear)):
+            layer: Any = module.get_base_layer() if own else module
+            yield f"{base_name(name)}.weight", _merged(module) if own else layer.weight.data
+            if layer.bias is not None:
+                yield f"{base_name(name)}.bias", layer.bias.data
+
+
+def expert_weights(model: Any) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:  # Any: a PeftModel
+    """Yield (name, vLLM's tensors) of experts with an adapter: weights (E, out, in), biases (E, out)."""
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or name.endswith(".base_layer"):
+            continue  # a wrapper inside another is reached from there
+        parts, inner = {}, module
+        while isinstance(inner, ParamWrapper):
+            parts[inner.parameter_name] = _merged(inner)
+            inner = inner.base_layer
+        whole = {ours: parts.get(ours, getattr(inner, ours).data) for ours in _EXPERT_PARTS}
+        yield (
+            base_name(name),
+            {_EXPERT_PARTS[ours]: each.transpose(1, 2) if each.ndim == 3 else each for ours, each in whole.items()},
+        )
+
+
+def _merged(module: Any) -> torch.Tensor:  # Any: a Linear or ParamWrapper of PEFT
+    weight = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+    (adapter,) = module.active_adapters
+    return (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+
+
+def base_name(name: str) -> str:
+    """Return what a module is called without PEFT around it.
+
+    >>> base_name("base_model.model.model.layers.7.mlp.experts.base_layer")
+    'model.layers.7.mlp.experts'
+    """
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def leave() -> None:
+    """End the process at once: vLLM's own end may hang for minutes, and everything of ours is written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
