@@ -34,6 +34,13 @@ _EXPERT_PARTS = {  # ours -> vLLM's
 }
 
 
+_WARNERS = (  # of vLLM 0.26 and 0.32: they name at each step what was not sent, which stays as it is
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.model_executor.model_loader.reload.inplace",
+    "vllm.model_executor.model_loader.reload.layerwise",
+)
+
+
 def set_up(spec: ReinforceSpec) -> None:
     """Let TRL open vLLM in the dtype of the spec, and on a CPU without what only a GPU has."""
     from trl.generation import vllm_generation
@@ -57,7 +64,8 @@ class EngineWeights:
         self._llm, self._model = llm, model
         self._runner = llm.llm_engine.model_executor.driver_worker.model_runner
         self._is_known = False  # that the engine holds experts as we do
-        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)  # names what was not sent
+        for name in _WARNERS:
+            logging.getLogger(name).addFilter(_is_news)
 
     @torch.no_grad()
     def send(self) -> None:
@@ -104,6 +112,10 @@ class EngineWeights:
             else:
                 own.data = fresh.clone()
         module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(("Following weights were not loaded", "%s: Failed to load weights"))
 
 
 @torch.no_grad()

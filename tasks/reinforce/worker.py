@@ -305,7 +305,7 @@ def main(path: str) -> None:
     """Do the job that is described there; with vLLM in the process, end it without waiting for vLLM's own end."""
     job = files.read_json(Path(path))
     run_worker(Path(job["folder"]), lambda: reinforce(job), stop_grace_s=job["spec"].get("stop_grace_s", 25.0))
-    if job["spec"]["rollouts"] == "vllm":
+    if ReinforceSpec.model_validate(job["spec"]).rollouts == "vllm":
         vllm_engine.leave()
 
 

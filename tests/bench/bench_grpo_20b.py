@@ -5,7 +5,8 @@
 Runs tasks.reinforce.worker exactly as the flow does (TRL, PEFT, rewards, streams, the check of the rollouts) on random
 bf16 weights in the shapes of openai/gpt-oss-20b. Random weights hardly ever end an answer, so each completion has all
 its tokens: the dearest case. Needs a CUDA device with 80 GB, torch, transformers, peft, trl, datasets, pydantic and
-httpx; no Prefect, no vLLM, no network. BENCH_DIR: where 42 GB of weights go (default: the temporary folder).
+httpx; no Prefect, no network; the cases with vLLM need vLLM beside them. Cases that start from an adapter, a random
+one that says something, show whether an engine runs it. BENCH_DIR: where 42 GB of weights go (default: temporary).
 """
 
 import json
@@ -25,17 +26,19 @@ sys.path.insert(0, str(ROOT))
 from tests.bench.bench_train_20b import ATTENTION, EXPERTS  # noqa: E402
 
 STEPS, LIMIT_S = 4, 900
+VLLM: dict[str, Any] = {"rollouts": "vllm", "vllm_memory_share": 0.4}  # Any: fields of ReinforceSpec
 SEEDS = [f"{layer}.mlp.experts.{name}" for layer in (7, 15, 23) for name in ("gate_up_proj", "down_proj")]
 
 
 def case(
-    prompt_tokens: int, completion_tokens: int, *, parameters: list[str] = SEEDS, **changes: Any
+    prompt_tokens: int, completion_tokens: int, *, parameters: list[str] = SEEDS, start: bool = False, **changes: Any
 ) -> dict[str, Any]:
     """One run: what is asked, what the recipe changes. The defaults are the seed's."""
     lora = {"rank": 8, "alpha": 16, "target_parameters": parameters, "target_modules": ATTENTION}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
+        "start": start,
         "changes": {"lora": lora, "rows_per_device": 1, "gradient_accumulation": 8, "num_generations": 4, **changes},
     }
 
@@ -47,6 +50,10 @@ CASES = {
     "32-rows-256": case(128, 256, rows_per_device=4),
     "all-experts-256": case(128, 256, parameters=EXPERTS),
     "stock-256": case(128, 256, kernels="stock"),
+    "seed-256-vllm": case(128, 256, **VLLM),
+    "32-rows-256-vllm": case(128, 256, rows_per_device=4, **VLLM),
+    "started": case(128, 256, parameters=EXPERTS, rows_per_device=4, start=True, max_steps=2),
+    "started-vllm": case(128, 256, parameters=EXPERTS, rows_per_device=4, start=True, max_steps=2, **VLLM),
 }
 
 
@@ -70,6 +77,17 @@ def write_questions(folder: Path, prompt_tokens: int, count: int = 64) -> None:
     pq.write_table(pa.table(documents), folder / "validation_documents.parquet")
 
 
+def write_start(work: Path, lora: dict[str, Any]) -> str:  # Any: JSON values
+    """Write a random adapter whose change is a quarter of the weights'; return its folder."""
+    from tests.bench.bench_merge import shape_20b
+    from tests.merging import write_adapter
+
+    if not (work / "start").exists():
+        targets = {name: lora[name] for name in ("target_modules", "target_parameters")}
+        write_adapter(work / "start", shape_20b(), size=0.03, r=lora["rank"], lora_alpha=lora["alpha"], **targets)
+    return str(work / "start")
+
+
 def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
     """Run the worker on one case; return what it measured."""
     wanted = CASES[name]
@@ -91,13 +109,14 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
         "spec": spec,
         "base_folder": str(work / "base"),
         "packed_folder": str(packed),
-        "start_adapter": None,
+        "start_adapter": write_start(work, spec["lora"]) if wanted["start"] else None,
     }
     (run / "job.json").write_text(json.dumps(job))
     start = time.perf_counter()
     argv = [sys.executable, "-m", "tasks.reinforce.worker", str(run / "job.json")]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # as the product starts it
     with (run / "output.log").open("wb") as log:
         try:
             code = subprocess.run(

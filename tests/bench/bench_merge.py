@@ -47,6 +47,15 @@ def shape_of(gb: float) -> Any:  # Any: GptOssShape; imported late, with torch
     )
 
 
+def shape_20b() -> Any:  # Any: as above
+    """The shapes of openai/gpt-oss-20b."""
+    from tasks.specs import GptOssShape
+
+    sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_layers": 24, "num_experts": 32}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088}
+    return GptOssShape.model_validate({**sizes, **heads, "experts_per_token": 4, "sliding_window": 128})
+
+
 def fsync_all(folder: Path) -> None:
     """Wait until a folder's files are on the disk."""
     for path in folder.iterdir():

@@ -37,8 +37,7 @@ VLLM_PORT, GATEWAY_PORT = 18_000, 18_001
 
 def make_inputs() -> None:
     """Make base and adapter, once."""
-    from tasks.specs import GptOssShape
-    from tests.bench.bench_merge import ATTENTION, EXPERTS
+    from tests.bench.bench_merge import ATTENTION, EXPERTS, shape_20b
     from tests.merging import write_adapter
 
     if not (WORK / "base").exists():
@@ -47,10 +46,7 @@ def make_inputs() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)  # a child: it takes the GPU
         (WORK / "base.partial").rename(WORK / "base")
     if not (WORK / "adapter").exists():
-        sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_layers": 24, "num_experts": 32}
-        heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088}
-        shape = GptOssShape.model_validate({**sizes, **heads, "experts_per_token": 4, "sliding_window": 128})
-        write_adapter(WORK / "adapter", shape, size=0.01, target_modules=ATTENTION, target_parameters=EXPERTS)
+        write_adapter(WORK / "adapter", shape_20b(), size=0.01, target_modules=ATTENTION, target_parameters=EXPERTS)
 
 
 def merge(with_peft: bool) -> dict[str, Any]:  # Any: JSON values
