@@ -50,11 +50,14 @@ def test_a_run_whose_lowest_layer_rests_is_the_same_to_the_bit(inputs: dict[str,
     assert adapter_digest(tmp_path / "resting") == adapter_digest(tmp_path / "whole")
 
 
-def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(inputs: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize("kernels", ["auto", "stock"])
+def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(
+    inputs: dict[str, Any], tmp_path: Path, kernels: str
+):
     """Of 4 experts of 3 x 32 x 32 a layer: 17 bytes for 32 weights instead of 128, and four matrices of attention."""
     pack_experts(Path(inputs["base_folder"]), tmp_path / "base")
     packed = {**inputs, "base_folder": str(tmp_path / "base")}
-    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3})
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3, "kernels": kernels})
     subject.run(packed, tmp_path / "whole", spec)
     subject.run(packed, tmp_path / "resting", spec.model_copy(update={"offload_layers": 1}))
     assert losses(tmp_path / "resting") == losses(tmp_path / "whole")
@@ -97,10 +100,15 @@ def test_what_can_not_rest_is_an_error_of_the_recipe(changes: dict[str, Any], wh
             r"offload_layers = 24 but the lowest adapter sits in layer 23 of 24: .* or set it to 23",
         ),
         ({"target_parameters": ("mlp.experts.down_proj",)}, -1, r"= -1 but the lowest adapter sits in layer 0 of 24"),
+        (
+            {"target_modules": ("23.self_attn.q_proj", "project_in")},
+            1,
+            r"= 1 but the lowest adapter sits in layer 0 of",
+        ),
     ],
 )
 def test_only_layers_below_the_lowest_adapter_may_rest(lora: dict[str, Any], count: int, why: str):
-    work = work_of(fit_to({"lora": lora, "offload_layers": count}))
+    work = work_of(fit_to({"lora": lora, "offload_layers": count}), more={"model.project_in.weight": (2880, 2880)})
     with pytest.raises(SpecError, match=why):
         require_offloadable(work.config, work.spec, work.targets)
 
