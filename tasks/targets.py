@@ -100,9 +100,19 @@ def layer_number(name: str) -> int | None:
     (17, None)
     >>> layer_number("model.vision_tower.encoder.layers.3.mlp.fc1.weight")
     """
-    around, _, inside = name.partition(".layers.")
-    number = inside.partition(".")[0]
-    return int(number) if number.isdecimal() and not _OTHER_SENSES.search(around) else None
+    number = name.partition(".layers.")[2].partition(".")[0]
+    return int(number) if number.isdecimal() and not is_of_encoder(name) else None
+
+
+def is_of_encoder(name: str) -> bool:
+    """Say whether a weight belongs to an encoder of images or sound, which rows of text never reach.
+
+    >>> is_of_encoder("model.vision_tower.encoder.layers.3.mlp.fc1.weight")
+    True
+    >>> is_of_encoder("model.layers.3.self_attn.vision_expert_dense.weight")
+    False
+    """
+    return bool(_OTHER_SENSES.search(name.partition(".layers.")[0]))
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

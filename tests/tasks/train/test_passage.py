@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tasks.adapters import load_base
+from tasks.adapters import load_base, require_text
+from tasks.errors import SpecError
 from tasks.gptoss.mxfp4 import dequantize
 from tasks.gptoss.packed import load_packed
 from tasks.train.offload import Passage, find_resting
@@ -102,3 +103,30 @@ def test_the_layers_are_those_of_the_text_and_whole():
     for model, target, layers in models:
         wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
         assert find_layers(wrapped) == list(layers)
+        require_text(wrapped)
+    everywhere = get_peft_model(seen, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        SpecError, match=r"encoder of images or sound, first .*vision_tower\.encoder\.layers\.0\.self_attn"
+    ):
+        require_text(everywhere)
+
+
+def test_each_weight_of_a_layer_in_nf4_leaves_the_gpu_as_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also the experts, which bitsandbytes leaves as they are: of a mixture nearly all of the base.
+
+    Without a GPU nothing moves, but the same moves are asked for.
+    """
+    base, moved, move = save_model(tmp_path), list[torch.Size](), torch.Tensor.cpu
+
+    def cpu(weight: torch.Tensor, *args: Any) -> torch.Tensor:
+        moved.append(weight.shape)
+        return move(weight, *args)
+
+    settings: dict[str, Any] = {"attention": "eager", "dtype": "bfloat16", "quantization": "nf4"}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", cpu)
+        model = load_base(base, **settings, num_offloaded=1)
+    assert sorted(moved) == sorted(weight.shape for weight in model.model.layers[0].parameters())
+    moved.clear()
+    load_base(base, **settings)  # and the next load is as ever
+    assert not moved
