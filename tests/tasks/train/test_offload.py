@@ -71,6 +71,22 @@ def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(
     assert said and int(said[1].replace(",", "")) == pytest.approx(expected, rel=0.05)  # aligned
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_resting_layers(inputs: dict[str, Any], tmp_path: Path):
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 12, "save_steps": 2})
+    subject.run(inputs, tmp_path / "whole", spec)
+    for before, after in ((0, 1), (1, 0)):
+        folder = tmp_path / f"{before}-{after}"
+        process = subject.start(inputs, folder, spec.model_copy(update={"offload_layers": before}))
+        subject.wait_for_step(folder, 5, process)
+        subject.kill(process)
+        subject.run(inputs, folder, spec.model_copy(update={"offload_layers": after}))
+        said = (folder / "output.log").read_text()
+        assert "resuming from checkpoint-" in said and said.count("layers rest in the host's memory") == 1
+        assert losses(folder) == losses(tmp_path / "whole")
+        assert adapter_digest(folder) == adapter_digest(tmp_path / "whole")
+
+
 def test_a_layer_that_is_trained_is_never_let_rest(inputs: dict[str, Any], tmp_path: Path):
     """The plan forbids it; a worker that is told to all the same says so before its first step."""
     failure = subject.run(inputs, tmp_path / "run", SPEC.model_copy(update={"offload_layers": 1}))
