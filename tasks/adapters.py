@@ -16,14 +16,20 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Trainer
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Trainer,
+    core_model_loading,
+)
 
 from tasks import files
-from tasks.errors import TrainingError
+from tasks.errors import SpecError, TrainingError
 from tasks.models import dequantized
 from tasks.specs import LoraSpec
-from tasks.targets import layer_number
+from tasks.targets import is_of_encoder, layer_number
 
 
 def load_base(
@@ -43,8 +49,8 @@ def load_base(
         dtype: of weights that are not quantised.
         quantization: none, nf4 or int8.
         on_host: stay there, to be shared out: as pages of its files where dtypes agree (ranks share them).
-        num_offloaded: the lowest layers end there (tasks/train/offload.py): in nf4 each matrix as soon as the GPU has
-            made it small, so that the GPU never holds them all; else the whole base stays.
+        num_offloaded: the lowest layers end there (tasks/train/offload.py): in nf4 each weight as soon as the GPU has
+            made it, so that the GPU never holds them all; else the whole base stays.
     """
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
@@ -66,25 +72,24 @@ def load_base(
 
 @contextmanager
 def _lay_aside(num_layers: int) -> Iterator[None]:
-    """Let transformers move each quantised matrix of the lowest layers to the host as soon as it is made.
+    """Let transformers move each weight of the lowest layers to the host as soon as it is made, quantised or not.
 
     It has no setting for that: a device map with layers on the host leaves those unquantised, and quantising them there
-    is slow and rounds elsewhere.
+    is slow and rounds elsewhere. What belongs to a quantised weight beside its numbers stays on the GPU.
     """
-    convert = Bnb4bitQuantize.convert
+    place = core_model_loading.set_param_for_module
 
-    def convert_aside(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # Any: transformers' own signature
-        made = convert(self, *args, **kwargs)
-        for name, weight in made.items():
-            if (layer_number(name) or 0) < num_layers and layer_number(name) is not None:
-                weight.data = weight.data.cpu()
-        return made
+    def place_aside(model: Any, name: str, weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:  # Any: its own
+        layer = layer_number(name)
+        if layer is not None and layer < num_layers:
+            weight.data = weight.data.cpu()
+        place(model, name, weight, *args, **kwargs)
 
-    Bnb4bitQuantize.convert = convert_aside
+    core_model_loading.set_param_for_module = place_aside
     try:
         yield
     finally:
-        Bnb4bitQuantize.convert = convert
+        core_model_loading.set_param_for_module = place
 
 
 def bits_and_bytes(quantization: str, dtype: str) -> BitsAndBytesConfig:
@@ -110,6 +115,17 @@ def lora_config(lora: LoraSpec) -> LoraConfig:
         target_modules=list(lora.target_modules),
         target_parameters=list(lora.target_parameters) or None,
     )
+
+
+def require_text(model: Any) -> None:  # Any: a PeftModel; Trainer types it as optional
+    """Raise SpecError when an adapter sits where rows of text don't come: it would stay as it is to the run's end."""
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if unreached := [name for name in trained if is_of_encoder(name)]:
+        raise SpecError(
+            f"{len(unreached)} of {len(trained)} adapter tensors sit in the base's encoder of images or sound, first "
+            f"{unreached[0]}, and rows of text don't train them: name in LoraSpec.target_modules what only its text "
+            "layers have, such as gate_proj, or choose a base of text alone"
+        )
 
 
 def widen_adapter(model: Any) -> None:  # Any: a PeftModel; Trainer types it as optional

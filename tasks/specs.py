@@ -359,7 +359,7 @@ class TrainSpec(Spec):
         default=0,
         ge=-1,
         description="So many of the lowest layers, all below the lowest adapter, rest in the host's memory and pass "
-        "through the GPU one by one; -1: as few as make it fit.",
+        "through the GPU one by one; -1: as many as the fastest plan that fits has.",
     )
     stall_timeout_s: float = Field(default=1800.0, gt=0, description="No progress for so long: the run hangs.")
     heartbeat_timeout_s: float = Field(default=300.0, gt=0, description="A silent heartbeat for so long: it hangs.")

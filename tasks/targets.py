@@ -6,6 +6,7 @@ beside a good one without a word. Here a target that hits nothing is an error th
 Ring: pure.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from tasks.gptoss.layout import parameter_name, quantized_stem
 from tasks.specs import LoraSpec
 
 _NOT_TARGETS = ("embed_tokens.weight", "lm_head.weight", ".router.weight")
+_OTHER_SENSES = re.compile(r"(?:^|\.)(?:vision|visual|audio|image)")  # ..._tower, ..._model, ..._encoder
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -79,21 +81,38 @@ def find_targets(shapes: Shapes, lora: LoraSpec) -> list[Target]:
 def first_trained_layer(targets: Sequence[Target]) -> int:
     """Return the number of the lowest layer with an adapter: the backward pass ends there.
 
+    What lies around the layers may feed the first of them.
+
     >>> first_trained_layer([Target(name=f"model.layers.{n}.x.weight", shape=(1, 1), num_trainable=2) for n in (9, 7)])
     7
+    >>> first_trained_layer([Target(name="model.decoder.project_in.weight", shape=(1, 1), num_trainable=2)])
+    0
     """
-    layers = [layer_number(target.name) for target in targets]
-    return min((layer for layer in layers if layer is not None), default=0)
+    return min((layer_number(target.name) or 0 for target in targets), default=0)
 
 
 def layer_number(name: str) -> int | None:
     """Return the number of the layer that a weight belongs to, None for one around them.
 
+    The layers of an encoder of images or sound are none of the model's of text.
+
     >>> layer_number("model.layers.17.mlp.down_proj.weight"), layer_number("lm_head.weight")
     (17, None)
+    >>> layer_number("model.vision_tower.encoder.layers.3.mlp.fc1.weight")
     """
     number = name.partition(".layers.")[2].partition(".")[0]
-    return int(number) if number.isdecimal() else None
+    return int(number) if number.isdecimal() and not is_of_encoder(name) else None
+
+
+def is_of_encoder(name: str) -> bool:
+    """Say whether a weight belongs to an encoder of images or sound, which rows of text never reach.
+
+    >>> is_of_encoder("model.vision_tower.encoder.layers.3.mlp.fc1.weight")
+    True
+    >>> is_of_encoder("model.layers.3.self_attn.vision_expert_dense.weight")
+    False
+    """
+    return bool(_OTHER_SENSES.search(name.partition(".layers.")[0]))
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

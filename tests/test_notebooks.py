@@ -185,6 +185,18 @@ def test_chats_without_quantisation(inputs: dict[str, Any], tmp_path: Path):
     assert "0 traces wait in the queue" in told
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_the_tiny_base_is_made_by_its_name_alone(tmp_path: Path):
+    """As a person without a GPU sets it, all else as it stands in the cell: made, tuned on the shipped chats, asked."""
+    settings = {"BASE_MODEL_ID": "pretrain:tiny", "USE_4BIT": False, "MAX_STEPS": 6}
+    code, said = subject.run(COLAB, variables(settings, tmp_path), tmp_path / "said.log", timeout_s=840)
+    assert code == 0, said
+    assert "step 360/360" in said and "step 6/6" in said and abs(gain(said)) < 0.5
+    assert "completion: " in said and "chat: " in said and "HUB_REPO_ID is empty" in said
+    assert {path.name for path in (tmp_path / "drive/my-first-adapter/final").iterdir()} >= FINAL
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -21,6 +21,7 @@ from tasks.fetch.run import check_model_folder, download_bytes, local_folder
 from tasks.gptoss.layout import MODEL_TYPE, config_values, parameter_shapes
 from tasks.gptoss.tokenizer import shared_tokenizer
 from tasks.hub import hub_errors, pin_commit
+from tasks.model_config import complete_config
 from tasks.models import base_shapes
 from tasks.pretrain.run import pretrain_key, pretrained_origin
 from tasks.specs import BaseModelSpec, PretrainSpec, Recipe, Spec, validate
@@ -66,7 +67,8 @@ def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfA
         )
     if local is not None:
         config = files.read_json(check_model_folder(local) / "config.json")
-        return BaseFacts(origin=str(local), shapes=base_shapes(local), config=config)
+        shapes = base_shapes(local)
+        return BaseFacts(origin=str(local), shapes=shapes, config=complete_config(config, shapes))
     commit = pin_commit(hub, spec.model, spec.revision, "model")
     doing = f"base model {spec.model}@{commit[:8]}"
     with hub_errors(doing):
@@ -76,10 +78,11 @@ def look_at_base(spec: BaseModelSpec, pretraining: PretrainSpec | None, hub: HfA
             raise MissingError(f"{doing} has no .safetensors weights: name a model that has, or convert it") from error
         config = files.read_json(Path(hub.hf_hub_download(spec.model, "config.json", revision=commit)))
     stored = {name: tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()}
+    shapes = loaded_shapes(stored)
     return BaseFacts(
         origin=f"{spec.model}@{commit}",
-        shapes=loaded_shapes(stored),
-        config=config,
+        shapes=shapes,
+        config=complete_config(config, shapes),
         download_bytes=download_bytes(spec.model, commit, hub),
     )
 

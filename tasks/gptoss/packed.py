@@ -55,7 +55,9 @@ def load_packed(folder: Path, num_packed: int, *, attention: str, dtype: torch.d
     model.name_or_path = model.config._name_or_path = str(folder)  # adapters say what they were trained on
     for layer, module in enumerate(model.model.layers[:num_packed]):
         prefix = f"model.layers.{layer}.mlp.experts."
-        vars(module.mlp.experts)["packed"] = {name: kept[prefix + name] for name in EXPERT_PARAMETERS}
+        vars(module.mlp.experts)["packed"] = {
+            name: kept[prefix + name] for name in EXPERT_PARAMETERS if prefix + name in kept
+        }
     return model
 
 

@@ -35,7 +35,7 @@ def step_seconds(work: Workload, plan: StepPlan, peak: float) -> float | None:
         return None
     config, num_layers = work.config, work.config["num_hidden_layers"]
     lowest, matrices = first_trained_layer(work.targets), 2.0 * layer_weights(config)
-    gate = 4.0 * config["num_experts_per_tok"] * config["hidden_size"] * config["intermediate_size"]
+    gate = 4.0 * (config.get("num_experts_per_tok") or 1) * config["hidden_size"] * config["intermediate_size"]
     gemm = 2 * 2.0 * config["hidden_size"] * config["vocab_size"]
     attention = peft = below = 0.0
     peft_values = sum(sum(target.shape) for target in work.targets if len(target.shape) == 2) / num_layers

@@ -188,9 +188,8 @@ def _fused_activations(
     log-sum-exp, and for each of K experts the gate's argument (2 F), which `selective` makes again.
     """
     num_layers, hidden, inner = (config.get(n, 0) for n in ("num_hidden_layers", "hidden_size", "intermediate_size"))
-    heads, keys, chosen = (
-        config.get(n, 0) for n in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
-    )
+    heads, chosen = config.get("num_attention_heads", 0), config.get("num_experts_per_tok") or 1
+    keys = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // max(1, heads)
     plain = tokens * (element * (3 * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
     gate = tokens * chosen * 2 * inner * element
@@ -222,7 +221,7 @@ def _stock_activations(
     num_layers, hidden = config.get("num_hidden_layers", 0), config.get("hidden_size", 0)
     heads = config.get("num_attention_heads", 0)
     head_dim = config.get("head_dim") or hidden // max(1, heads)
-    kept_heads = heads + 2 * config.get("num_key_value_heads", heads)
+    kept_heads = heads + 2 * (config.get("num_key_value_heads") or heads)
     per_expert = 5 * config.get("intermediate_size", 0) + hidden
     per_token = 8 * hidden + 2 * kept_heads * head_dim + (config.get("num_experts_per_tok") or 1) * per_expert
     inside = tokens * per_token * element

@@ -113,7 +113,7 @@ class Passage:
         for number, layer in enumerate(layers):
             self._move_out(layer)
             layer.register_forward_pre_hook(self._enter(number), with_kwargs=True)
-            layer.register_forward_hook(self._leave(number))
+            layer.register_forward_hook(self._leave(number), always_call=True)  # out of memory, too
 
     @property
     def num_bytes(self) -> int:

@@ -27,6 +27,7 @@ from tasks.artifacts import (
 from tasks.costs import peak_flops
 from tasks.errors import CapacityError, CorruptError, MissingError, OutOfMemoryError, SpecError
 from tasks.launch_script import require_plain
+from tasks.model_config import complete_config
 from tasks.models import base_shapes, is_origin_of
 from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.targets import Target, find_targets
@@ -167,7 +168,8 @@ def plan_targets(base: BaseCheckpoint, lora: LoraSpec) -> list[Target]:
 
 
 def _workload(base: BaseCheckpoint, packed: PackedDataset, spec: TrainSpec) -> Workload:
-    shapes, config = base_shapes(Path(base.model_folder)), files.read_json(Path(base.model_folder) / "config.json")
+    shapes = base_shapes(Path(base.model_folder))
+    config = complete_config(files.read_json(Path(base.model_folder) / "config.json"), shapes)
     require_aligned(config, spec)
     targets = find_targets(shapes, spec.lora)
     require_offloadable(config, spec, targets)

@@ -63,12 +63,20 @@ def share_base(trainer: SFTTrainer) -> None:
 
 
 def find_layers(model: Any) -> list[torch.nn.Module]:  # Any: a PeftModel
-    """Return the layers of a transformers model, by the names that it gives for this. Raises SpecError without any."""
+    """Return the layers of a transformers model's text part: its decoder's list, else by the names it gives for this.
+
+    Names alone also tell blocks of images and parts of layers.  Raises: SpecError without any.
+    """
     base = model.get_base_model()
+    if listed := getattr(base.get_decoder(), "layers", None):
+        return list(listed)
     names = set(base._no_split_modules or ())
     layers = [module for module in base.modules() if type(module).__name__ in names]
     if not layers:
-        raise SpecError(f"{type(base).__name__} does not say what its layers are: use TrainSpec.parallel = 'ddp'")
+        raise SpecError(
+            f"{type(base).__name__} does not say what its layers are: they can't be shared out or rest on the host; "
+            "use TrainSpec.parallel = 'ddp' and offload_layers = 0"
+        )
     return layers
 
 

@@ -23,7 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks import adapters, files
-from tasks.adapters import lora_config, remember_start, require_moved, save_adapter, widen_adapter
+from tasks.adapters import lora_config, remember_start, require_moved, require_text, save_adapter, widen_adapter
 from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
@@ -98,7 +98,10 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
-    is_head_fused = is_fused or (not torch.cuda.is_available() and has_plain_head(model))
+    is_gpt_oss = (
+        model.config.model_type == MODEL_TYPE
+    )  # known to be plain; while its experts are packed it can't say so
+    is_head_fused = is_fused or (not torch.cuda.is_available() and (is_gpt_oss or has_plain_head(model)))
     end_backward_early(model)
     trainer_class = FusedHeadTrainer if is_head_fused else TokenMeanTrainer
     trainer = trainer_class(
@@ -110,6 +113,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         peft_config=lora_config(spec.lora),
     )
     trainer.remove_callback(PrinterCallback)
+    require_text(trainer.model)
     widen_adapter(trainer.model)
     if plan.num_offloaded:
         let_rest(trainer, plan.num_offloaded)

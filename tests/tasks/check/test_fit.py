@@ -19,6 +19,7 @@ from tests.hub_server import (
     HubServer,
     hub_fixture,  # noqa: F401  (the fixture `hub`)
 )
+from tests.tiny import save_dense_model
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 SIZES = {  # layers, hidden, inner, heads, key heads, vocabulary: config.json of each
@@ -155,6 +156,40 @@ def test_experts_that_lie_apart_in_the_files_are_not_made_small(hub: HubServer):
     fit = fit_of(recipe, HfApi(endpoint=hub.url, token=READ), 24)
     assert fit.needs["weights"] == pytest.approx(59.7e9, rel=0.02)
     assert "as nf4, experts, embeddings and head in bfloat16\n" in subject.say_fit(fit, "x") and not fit.fits
+
+
+def nest(config: dict[str, Any]) -> dict[str, Any]:
+    """Write a config as models of text and images do, with a null where the class has a default."""
+    return {
+        "model_type": config["model_type"],
+        "text_config": {**config, "head_dim": None},
+        "num_key_value_heads": None,
+    }
+
+
+def test_a_config_that_nests_its_sizes_is_told_like_one_that_says_them(client: HfApi, hub: HubServer):
+    """With layers that rest: to plan them asks most of a config."""
+    config, shapes = dense("Qwen/Qwen2.5-7B-Instruct")
+    put_headers(hub, "ada/nested", nest(config), shapes)
+    last = {"target_modules": ("27.self_attn.q_proj",)}
+    recipe = change(resolve("qwen_qlora_16gb"), {"train": {"lora": last, "offload_layers": -1}})
+    other = change(recipe, {"base": {"model": "ada/nested"}})
+    fits = [fit_of(each, client, 4) for each in (recipe, other)]
+    assert fits[0].plan == fits[1].plan and fits[0].needs == fits[1].needs and fits[0].plan.num_offloaded
+    with pytest.raises(SpecError, match="context is 32768"):
+        fit_of(change(other, {"pack": {"row_tokens": 65536}}), client, 16)
+
+
+def test_a_folder_whose_config_has_nulls_is_told_like_one_without(client: HfApi, tmp_path: Path):
+    """Llama's first configs say num_key_value_heads = null: as many as there are heads."""
+    path = save_dense_model(tmp_path) / "config.json"
+    config = {**json.loads(path.read_text()), "num_key_value_heads": 4}
+    changes = {"base": {"model": str(tmp_path)}, "pack": {"row_tokens": 256}}
+    needs = []
+    for written in (config, {**config, "num_key_value_heads": None}):
+        path.write_text(json.dumps(written))
+        needs.append(fit_of(change(resolve("qwen_qlora_16gb"), changes), client, 16).needs)
+    assert needs[0] == needs[1] and needs[0]["activations"] > 0
 
 
 def test_a_way_out_is_one_that_was_tried(client: HfApi):

@@ -12,7 +12,7 @@ from tasks.costs import say_needs
 from tasks.errors import CapacityError, SpecError
 from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
-from tasks.targets import find_targets
+from tasks.targets import Shapes, find_targets
 from tasks.train import run as subject
 from tasks.train.needs import host_bytes, require_aligned
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
@@ -36,8 +36,8 @@ GPTOSS20B = GptOssShape(
 ALL_EXPERTS = {"lora": {"target_parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}}
 
 
-def work_of(spec: TrainSpec, row_tokens: int = 4096) -> Workload:
-    shapes = parameter_shapes(GPTOSS20B)
+def work_of(spec: TrainSpec, row_tokens: int = 4096, more: Shapes | None = None) -> Workload:
+    shapes = parameter_shapes(GPTOSS20B) | (more or {})
     config = {"model_type": "gpt_oss", **config_values(GPTOSS20B)}
     return Workload(
         shapes=shapes,

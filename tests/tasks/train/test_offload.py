@@ -52,11 +52,14 @@ def test_a_run_whose_lowest_layer_rests_is_the_same_to_the_bit(inputs: dict[str,
     assert adapter_digest(tmp_path / "resting") == adapter_digest(tmp_path / "whole")
 
 
-def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(inputs: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize("kernels", ["auto", "stock"])
+def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(
+    inputs: dict[str, Any], tmp_path: Path, kernels: str
+):
     """Of 4 experts of 3 x 32 x 32 a layer: 17 bytes for 32 weights instead of 128, and four matrices of attention."""
     pack_experts(Path(inputs["base_folder"]), tmp_path / "base")
     packed = {**inputs, "base_folder": str(tmp_path / "base")}
-    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3})
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3, "kernels": kernels})
     subject.run(packed, tmp_path / "whole", spec)
     subject.run(packed, tmp_path / "resting", spec.model_copy(update={"offload_layers": 1}))
     assert losses(tmp_path / "resting") == losses(tmp_path / "whole")
@@ -68,6 +71,22 @@ def test_experts_in_mxfp4_rest_packed_and_the_run_is_the_same_to_the_bit(inputs:
     config = json.loads((tmp_path / "base/config.json").read_text())
     [expected] = resting_bytes(shapes, config, spec, 1)
     assert said and int(said[1].replace(",", "")) == pytest.approx(expected, rel=0.05)  # aligned
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_resting_layers(inputs: dict[str, Any], tmp_path: Path):
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 12, "save_steps": 2})
+    subject.run(inputs, tmp_path / "whole", spec)
+    for before, after in ((0, 1), (1, 0)):
+        folder = tmp_path / f"{before}-{after}"
+        process = subject.start(inputs, folder, spec.model_copy(update={"offload_layers": before}))
+        subject.wait_for_step(folder, 5, process)
+        subject.kill(process)
+        subject.run(inputs, folder, spec.model_copy(update={"offload_layers": after}))
+        said = (folder / "output.log").read_text()
+        assert "resuming from checkpoint-" in said and said.count("layers rest in the host's memory") == 1
+        assert losses(folder) == losses(tmp_path / "whole")
+        assert adapter_digest(folder) == adapter_digest(tmp_path / "whole")
 
 
 def test_a_layer_that_is_trained_is_never_let_rest(inputs: dict[str, Any], tmp_path: Path):
@@ -99,10 +118,15 @@ def test_what_can_not_rest_is_an_error_of_the_recipe(changes: dict[str, Any], wh
             r"offload_layers = 24 but the lowest adapter sits in layer 23 of 24: .* or set it to 23",
         ),
         ({"target_parameters": ("mlp.experts.down_proj",)}, -1, r"= -1 but the lowest adapter sits in layer 0 of 24"),
+        (
+            {"target_modules": ("23.self_attn.q_proj", "project_in")},
+            1,
+            r"= 1 but the lowest adapter sits in layer 0 of",
+        ),
     ],
 )
 def test_only_layers_below_the_lowest_adapter_may_rest(lora: dict[str, Any], count: int, why: str):
-    work = work_of(fit_to({"lora": lora, "offload_layers": count}))
+    work = work_of(fit_to({"lora": lora, "offload_layers": count}), more={"model.project_in.weight": (2880, 2880)})
     with pytest.raises(SpecError, match=why):
         require_offloadable(work.config, work.spec, work.targets)
 
