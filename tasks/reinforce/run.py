@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
-from tasks.errors import SpecError
+from tasks.errors import OutOfMemoryError, SpecError, TrainingError
 from tasks.machine import list_gpus
 from tasks.models import base_shapes
 from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
+from tasks.reinforce.rollouts import Rollouts, choose_rollouts
 from tasks.reinforce.streams import read_rows
-from tasks.reinforce.vllm_python import Engine, find_engine
+from tasks.reinforce.vllm_python import Engine
 from tasks.reinforce.vllm_python import variables as engine_variables
 from tasks.specs import ReinforceSpec
 from tasks.targets import Target, find_targets
@@ -84,9 +86,7 @@ def reinforce_adapter(
             "packed_folder": packed.folder,
             "start_adapter": start.adapter_folder if start else None,
         }
-        engine = find_engine() if spec.rollouts == "vllm" else None
-        module = BESIDE_VLLM if engine and engine.packages else TRAINER
-        result = run_trainer(module, claim.folder, job, _terms(spec, engine), on_progress)
+        result = _run(job, base, spec, on_progress)
         artifact = made_adapter(key, claim.folder, parents, base, result)
         generations = read_rows(claim.folder / spec.generations_csv)
         about = {
@@ -97,6 +97,39 @@ def reinforce_adapter(
         claim.commit(artifact, spec=spec, about=about)
         shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
         return artifact
+
+
+def _run(
+    job: dict[str, Any],  # Any: JSON values
+    base: BaseCheckpoint,
+    spec: ReinforceSpec,
+    on_progress: ProgressFn,
+) -> dict[str, Any]:  # Any: JSON values
+    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers."""
+    folder = Path(job["folder"])
+    gpu = next(iter(list_gpus()), None) if spec.device_map == "auto" else None
+    element = 4 if spec.dtype == "float32" else 2
+    weights_bytes = element * sum(map(prod, base_shapes(Path(base.model_folder)).values()))
+    chosen = choose_rollouts(spec, files.read_json(Path(base.model_folder) / "config.json"), weights_bytes, gpu)
+    try:
+        return _run_with(chosen, job, spec, on_progress)
+    except (TrainingError, OutOfMemoryError) as error:
+        if not chosen.engine or spec.rollouts != "auto" or (folder / "metrics.jsonl").exists():
+            raise
+        logger.warning("vLLM could not generate (%s); transformers does, several times slower", error)
+    return _run_with(Rollouts(), job, spec, on_progress)
+
+
+def _run_with(
+    chosen: Rollouts,
+    job: dict[str, Any],  # Any: JSON values
+    spec: ReinforceSpec,
+    on_progress: ProgressFn,
+) -> dict[str, Any]:  # Any: JSON values
+    told = {"rollouts": chosen.name, "vllm_memory_share": chosen.memory_share}
+    module = BESIDE_VLLM if chosen.engine and chosen.engine.packages else TRAINER
+    work = {**job, "spec": {**job["spec"], **told}}
+    return run_trainer(module, Path(job["folder"]), work, _terms(spec, chosen.engine), on_progress)
 
 
 def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: TrainedAdapter | None = None) -> list[Target]:
@@ -123,7 +156,8 @@ def require_runnable(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # An
             f"{config['quantization_config'].get('quant_method')}: set it to none, which learns on it unpacked, or "
             "name a base in bfloat16"
         )
-    _require_vllm(spec, config)
+    if spec.rollouts == "vllm":
+        choose_rollouts(spec, config, 0, None)
 
 
 def check_rewards(spec: ReinforceSpec) -> str:
@@ -162,17 +196,6 @@ def _require_fitting(start: TrainedAdapter, base: BaseCheckpoint, spec: Reinforc
                 f"adapter {start.short} has {name} = {theirs[name]} but ReinforceSpec.lora gives {value}: to go on "
                 "from an adapter the LoRA must be the same"
             )
-
-
-def _require_vllm(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # Any: config.json
-    if spec.rollouts != "vllm":
-        return
-    find_engine()
-    if config.get("quantization_config") or spec.quantization != "none":
-        raise SpecError(
-            "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
-            "the adapter's change of them; use a base in bfloat16, or 'transformers'"
-        )
 
 
 def _terms(spec: ReinforceSpec, engine: Engine | None) -> Terms:

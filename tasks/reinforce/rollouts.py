@@ -1,0 +1,81 @@
+"""What generates: vLLM in the trainer's process where it fits beside the model that learns, else transformers.
+
+    spec + config.json + bytes of the weights + GPU -> choose_rollouts() -> Rollouts
+
+Ring: edge (asks an interpreter).  Units: bytes.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import CapacityError, MissingError, SpecError
+from tasks.machine import Gpu
+from tasks.reinforce.vllm_python import Engine, find_engine
+from tasks.specs import ReinforceSpec
+
+logger = logging.getLogger(__name__)
+_CACHE_SHARE = 0.1  # of the card, for keys and values
+_LEARNING = 1.25  # of the weights' bytes, and 4 GB, is the least that learning takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """`engine` is None for transformers; `memory_share` is vLLM's part of the GPU."""
+
+    engine: Engine | None = None
+    memory_share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the worker's spec says."""
+        return "vllm" if self.engine else "transformers"
+
+
+def choose_rollouts(
+    spec: ReinforceSpec,
+    config: Mapping[str, Any],  # Any: config.json
+    weights_bytes: int,
+    gpu: Gpu | None,
+) -> Rollouts:
+    """Return what generates, for a GPU or, without one, for the host.
+
+    Raises: SpecError, MissingError or CapacityError when the spec wants vLLM and it can't be had; with `auto`
+        transformers generates then.
+    """
+    if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
+        return Rollouts()
+    try:
+        _require_plain(spec, config)
+        share = _memory_share(spec, weights_bytes, gpu)
+        return Rollouts(engine=find_engine(), memory_share=share)
+    except (SpecError, MissingError, CapacityError) as error:
+        if spec.rollouts == "vllm":
+            raise
+        logger.info("transformers generates, several times slower than vLLM: %s", error)
+        return Rollouts()
+
+
+def _require_plain(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
+    if config.get("quantization_config") or spec.quantization != "none":
+        raise SpecError(
+            "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
+            "the adapter's change of them; use a base in bfloat16, or 'transformers'"
+        )
+
+
+def _memory_share(spec: ReinforceSpec, weights_bytes: int, gpu: Gpu | None) -> float:
+    """Return vLLM's part of the GPU: what the spec says, or the weights and a tenth of the card."""
+    if gpu is None:
+        return spec.vllm_memory_share or 0.1  # of the host, where vLLM takes what VLLM_CPU_KVCACHE_SPACE says
+    total = gpu.total_bytes
+    share = spec.vllm_memory_share or round(1.05 * weights_bytes / total + _CACHE_SHARE, 2)
+    learning = _LEARNING * weights_bytes + 4e9
+    if share * total < 1.05 * weights_bytes + 1e9 or (1 - share) * total < learning:
+        raise CapacityError(
+            f"a base of {weights_bytes / 1e9:.1f} GB does not fit twice into {gpu.name} ({total / 1e9:.0f} GB): vLLM "
+            f"would get {share * total / 1e9:.1f} GB (ReinforceSpec.vllm_memory_share), learning takes "
+            f"{learning / 1e9:.1f} GB at least; use 'transformers', or a larger card"
+        )
+    return share

@@ -1,0 +1,80 @@
+"""What generates: vLLM where it fits beside the model that learns; where it was our choice and fails, transformers."""
+
+import json
+import logging
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.artifacts import ArtifactStore
+from tasks.errors import CapacityError, SpecError, TrainingError
+from tasks.machine import Gpu
+from tasks.reinforce.rollouts import Rollouts, choose_rollouts
+from tasks.reinforce.run import reinforce_adapter
+from tasks.specs import ReinforceSpec, change
+from tests.commands import write_commands
+from tests.tasks.reinforce import runs
+
+SPEC = change(runs.SPEC, {"rollouts": "auto", "max_steps": 2})
+H200 = Gpu(name="NVIDIA H200", total_bytes=150 * 10**9, free_bytes=150 * 10**9)
+H100 = Gpu(name="NVIDIA H100", total_bytes=85 * 10**9, free_bytes=85 * 10**9)
+GPT_OSS_20B = 42 * 10**9
+
+
+@pytest.fixture(autouse=True)
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vLLM's interpreter that tells its versions, and can do nothing."""
+    told = json.dumps([platform.python_version(), version("torch"), "0.32.0"])
+    write_commands(
+        tmp_path / "vllm", {"python": f"[ \"$1\" = -I ] && echo '{told}' || {{ echo no CUDA here; exit 1; }}"}
+    )
+    monkeypatch.setenv("TATARA_VLLM_PYTHON", str(tmp_path / "vllm/python"))
+
+
+def test_vllm_generates_where_a_gpu_holds_the_base_twice():
+    chosen = choose_rollouts(SPEC, {}, GPT_OSS_20B, H200)
+    assert chosen.name == "vllm" and chosen.memory_share == pytest.approx(0.39)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "gpu", "says"),
+    [
+        ({}, {}, H100, "42.0 GB does not fit twice into NVIDIA H100"),
+        ({"vllm_memory_share": 0.2}, {}, H200, r"vLLM would get 30.0 GB \(ReinforceSpec.vllm_memory_share\)"),
+        ({"quantization": "nf4"}, {}, H200, "with a quantised base"),
+        ({}, {"quantization_config": {"quant_method": "mxfp4"}}, H200, "with a quantised base"),
+    ],
+)
+def test_else_transformers_do_and_vllm_is_refused(
+    changes: dict[str, Any], config: dict[str, Any], gpu: Gpu, says: str, caplog: pytest.LogCaptureFixture
+):
+    spec: ReinforceSpec = change(SPEC, changes)
+    with caplog.at_level(logging.INFO):
+        assert choose_rollouts(spec, config, GPT_OSS_20B, gpu) == Rollouts()
+    with pytest.raises((SpecError, CapacityError), match=says) as refused:
+        choose_rollouts(change(spec, {"rollouts": "vllm"}), config, GPT_OSS_20B, gpu)
+    assert str(refused.value) in caplog.text
+
+
+def test_without_a_gpu_transformers_do():
+    assert choose_rollouts(SPEC, {}, 1, None) == Rollouts()
+
+
+@pytest.mark.long
+def test_a_vllm_that_was_our_choice_and_fails_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    write_commands(tmp_path / "bin", {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    store = ArtifactStore(tmp_path / "home")
+    packed, base = runs.make_artifacts(store, tmp_path / "sources")
+    with pytest.raises(TrainingError, match="no CUDA here"):
+        reinforce_adapter(packed, base, change(SPEC, {"rollouts": "vllm"}), store, lambda record: None)
+    adapter = reinforce_adapter(packed, base, SPEC, store, lambda record: None)
+    assert adapter.num_steps == 2
+    assert "vLLM could not generate" in caplog.text and "no CUDA here" in caplog.text
