@@ -2,7 +2,7 @@
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests long-test slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
+.PHONY: help setup demo test tests doctests long-test slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -14,20 +14,20 @@ setup:           ## make both environments (.venv, .venv-vllm); instant when the
 demo: setup      ## the main job on this machine: data to a served, verified model
 	@.venv/bin/tatara demo
 
-test: setup      ## format, lint, types, doctests and tests, the whole line with real vLLM included
-	@$(MAKE) --no-print-directory -j 2 lint tests
+test: setup      ## format, lint, types, doctests and tests; `make long-test` has the whole line with real vLLM
+	@$(MAKE) --no-print-directory -j 3 lint doctests tests
 
 PYTEST = .venv/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 tests: export OMP_NUM_THREADS = 1  # tiny models: threads of several processes would only wait for each other
-tests:           # the longest files first, the rest beside them; four processes, for each waits often
-	@$(PYTEST) -n 4 --durations=15 --doctest-modules -m "not long and not slow and not chaos and not slurm" --ignore=tests/weave --ignore=tests/ppo \
-		tests/flows/test_line.py tests/tasks/traces tests/deployments/gateway tests tasks flows deployments
+tests:           # the longest files first; four processes, for each waits often
+	@$(PYTEST) -n 4 --durations=15 -m "not long and not slow and not chaos and not slurm" --ignore=tests/weave --ignore=tests/ppo \
+		tests/tasks/serve tests/deployments/gateway tests/tasks/traces tests
 
 long-test: export OMP_NUM_THREADS = 1
-long-test: setup ## longer tests, which CI runs too: GRPO by vLLM too, pushes to a Hub, W&B, notebooks, evaluation
+long-test: setup ## longer tests, which CI runs too: the line and GRPO with real vLLM, pushes to a Hub, notebooks
 	@$(PYTEST) -n 4 --durations=15 -m "long and not slow and not chaos" --ignore=tests/weave --ignore=tests/ppo \
-		tests/tasks/reinforce tests/tasks/train tests/tasks/publish tests
+		tests/flows/test_line.py tests/tasks/reinforce tests/tasks/train tests/tasks/publish tests
 
 slow-test: export OMP_NUM_THREADS = 1
 slow-test: setup ## kills, races and long equalities: the line killed and sabotaged, `tatara up`, resumed trainings
@@ -59,7 +59,9 @@ ray-test: setup  ## finetunes as jobs and the flow reinforce-ppo on a real Ray c
 	@$(PYTHON) deployments/environments.py ppo
 	@.venv/bin/python -m pytest -q -m ray --durations=8 tests/ppo
 
-check: setup lint ## ruff format, ruff, pyright, doctests
+check: setup lint doctests ## ruff format, ruff, pyright, doctests
+
+doctests:
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments
 
 lint:

@@ -22,6 +22,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     DO_NOT_TRACK="1",
     WANDB_MODE="offline",
+    WANDB_ERROR_REPORTING="false",  # weave, which TRL imports, would wait at each exit until Sentry can't be reached
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -14,7 +14,7 @@ from tasks.verify.run import verify_model
 from tests import notebooks
 from tests.flows.conftest import Line
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_the_served_endpoint_agrees_with_the_files_and_beats_the_base(verified: Line):

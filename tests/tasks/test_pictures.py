@@ -11,6 +11,8 @@ from matplotlib.image import imread
 from tasks import pictures
 from tasks.errors import DataError
 
+pytestmark = pytest.mark.long
+
 STEPS = [
     {"step": step, "loss": 10 / step, "accuracy": step / 10, "learning_rate": 1e-3, "peak_gpu_bytes": 10**9 * step}
     for step in range(1, 6)

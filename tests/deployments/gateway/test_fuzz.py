@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from tests.needs import lack
 
+pytestmark = pytest.mark.long
+
 steady = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 OURS = {200, 204, 304, 404, 418, 500, 502, 503, 504}
 

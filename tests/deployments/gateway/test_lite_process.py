@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.deployments.gateway.conftest import Gateway, clean_environment
 from tests.deployments.lite.taught import CHATS, teach
 
+pytestmark = pytest.mark.long
+
 REASONING, ANSWER = CHATS["hi"]
 RANDOM = {"model": "any", "prompt": "Once", "max_tokens": 400, "temperature": 1.9, "seed": 1}  # says no end in time
 

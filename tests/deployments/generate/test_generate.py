@@ -20,6 +20,8 @@ from tests.ports import free_port
 from tests.tiny import save_model
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 UPSTREAM = Path(__file__).parents[1] / "gateway" / "upstream_server.py"
 
 

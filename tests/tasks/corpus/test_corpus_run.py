@@ -27,6 +27,8 @@ from tasks.errors import CorruptError, DataError, MissingError, SpecError, Trans
 from tasks.pretrain.run import pretrain_key
 from tasks.specs import PretrainSpec, change
 
+pytestmark = pytest.mark.long
+
 HUB = HfApi(token=False)
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["one two three", "two three four", "three four five\nsix"]

@@ -22,6 +22,8 @@ from tests.hub_server import (
 )
 from tests.tasks.publish.conftest import write_model
 
+pytestmark = pytest.mark.long
+
 BASE = "ada/base"
 SPEC = BaseModelSpec(model=BASE)
 VALUES = {

@@ -20,6 +20,8 @@ from tasks.merge.sample import choose_sample
 from tests.merging import ATTENTION, EXPERTS, stream, write_adapter, write_base
 from tests.tiny import SHAPE
 
+pytestmark = pytest.mark.long
+
 
 class Case:
     """A merge whose parts can be swapped before PEFT's side looks at it."""
