@@ -98,9 +98,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
     tokenizer = AutoTokenizer.from_pretrained(job["base_folder"])
     plan = StepPlan(**job["plan"])
     is_fused = uses_fused_kernels({"model_type": model.config.model_type}, spec)
-    is_gpt_oss = (
-        model.config.model_type == MODEL_TYPE
-    )  # known to be plain; while its experts are packed it can't say so
+    is_gpt_oss = model.config.model_type == MODEL_TYPE  # its head is plain; with packed experts it can't be asked
     is_head_fused = is_fused or (not torch.cuda.is_available() and (is_gpt_oss or has_plain_head(model)))
     end_backward_early(model)
     trainer_class = FusedHeadTrainer if is_head_fused else TokenMeanTrainer

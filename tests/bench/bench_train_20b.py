@@ -57,7 +57,7 @@ def case(
     }
 
 
-TWO_GPUS = ("all-experts-2-gpus", "all-experts-2-gpus-fsdp2")  # run when they are named
+SEVERAL_GPUS = ("all-experts-2-gpus", "all-experts-2-gpus-fsdp2", "all-experts-4-gpus")  # run when they are named
 CASES = {
     "all-experts": case(4, "none"),
     "all-experts-full": case(4, "full"),
@@ -70,6 +70,7 @@ CASES = {
     "all-experts-8-rows": case(4, "none", rows_per_step=8),
     "all-experts-2-gpus": case(4, "none", rows_per_step=8, num_processes=2),
     "all-experts-2-gpus-fsdp2": case(4, "none", rows_per_step=8, num_processes=2, parallel="fsdp2"),
+    "all-experts-4-gpus": case(4, "none", rows_per_step=16, num_processes=4),
     "last-layers": case(4, "none", parameters=LAST),
     "last-layers-offload": case(4, "none", parameters=LAST, num_offloaded=22),
     "last-layers-offload-1-row": case(1, "none", parameters=LAST, num_offloaded=22),
@@ -168,7 +169,7 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
     (run / "job.json").write_text(json.dumps(job))
     start = time.perf_counter()
     argv = [sys.executable, "-m", "tasks.train.worker", str(run / "job.json")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"[: 2 * num_processes - 1]}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(num_processes)))}
     if num_processes > 1:
         argv[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -202,7 +203,7 @@ def main() -> None:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_train_20b import write_base; "
         code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    names = sys.argv[1:] or [name for name in CASES if name not in TWO_GPUS]
+    names = sys.argv[1:] or [name for name in CASES if name not in SEVERAL_GPUS]
     cases = []
     for name in names:
         cases.append(run_case(name, work))
