@@ -57,7 +57,7 @@ def one(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
 def test_two_nodes_train_what_one_process_does(cluster: Cluster, inputs: Inputs, one, tmp_path: Path, caplog):
     before = cluster.jobs()
     with caplog.at_level(logging.INFO):
-        adapter = train_adapter(*inputs, TWO, ArtifactStore(tmp_path), lambda record: None)
+        adapter = train_adapter(*inputs, launched(TWO, address=""), ArtifactStore(tmp_path), lambda record: None)
     assert adapter.key == one.key
     assert_near(adapter, one)
     (job_id,) = cluster.jobs().keys() - before.keys()
