@@ -1,7 +1,8 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
-export WANDB_ERROR_REPORTING ?= false  # else weave, where it is imported, waits at exit for Sentry
+# Else weave, where it is imported, waits at exit for Sentry.
+export WANDB_ERROR_REPORTING ?= false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test tests doctests long-test slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
 
