@@ -1,8 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`. The others are for working on Tatara.
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # images set it; here hundreds of processes would each compile our modules again
-# Else weave, where it is imported, waits at exit for Sentry.
-export WANDB_ERROR_REPORTING ?= false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test tests doctests long-test slow-test chaos-test vllm-test weave-test slurm-test ray-test check lint bench serve stop status clean
 
@@ -63,6 +61,8 @@ ray-test: setup  ## finetunes as jobs and the flow reinforce-ppo on a real Ray c
 
 check: setup lint doctests ## ruff format, ruff, pyright, doctests
 
+# Else weave, which they import, waits at exit for Sentry.
+doctests: export WANDB_ERROR_REPORTING = false
 doctests:
 	@.venv/bin/python -m pytest -q --doctest-modules tasks flows deployments
 

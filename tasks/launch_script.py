@@ -66,7 +66,7 @@ def render_job(spec: LaunchSpec, work: Work) -> str:
         "job_file": shlex.quote(work.job_file),
         "look": shlex.quote(_LOOK),
         "start": shlex.quote(_start(spec, work)),
-        "address": shlex.quote(spec.address) if spec.address else _FIRST_NODE.rstrip(),
+        "address": shlex.quote(spec.address) if spec.address else _FIRST_NODE,
         "port": str(spec.master_port) if spec.master_port else "$((20000 + SLURM_JOB_ID % 20000))",
         "not_shared": str(NOT_SHARED),
         "no_progress": str(NO_PROGRESS),
@@ -215,8 +215,7 @@ def _shape(spec: LaunchSpec) -> list[str]:
 # By the address that SLURM itself uses: a node's name need not be one that its peers can look up.
 _FIRST_NODE = r"""$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 known="$(scontrol --oneliner show node "$address" | sed -nE 's/.* NodeAddr=([^ (]+).*/\1/p')"
-address="${known:-$address}"
-"""
+address=${known:-$address}"""
 
 _OWN_ADDRESS = ' --local-addr="$TATARA_ADDRESS"'  # else ranks meet by host names, which pods do not know of each other
 

@@ -47,9 +47,8 @@ def choose_rollouts(
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
     try:
-        _require_plain(spec, config)
-        share = _memory_share(spec, weights_bytes, gpu)
-        return Rollouts(engine=find_engine(), memory_share=share)
+        engine = require_vllm(spec, config)
+        return Rollouts(engine=engine, memory_share=_memory_share(spec, weights_bytes, gpu))
     except (SpecError, MissingError, CapacityError) as error:
         if spec.rollouts == "vllm":
             raise
@@ -57,12 +56,14 @@ def choose_rollouts(
         return Rollouts()
 
 
-def _require_plain(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
+def require_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Engine:  # Any: as above
+    """Return the vLLM that can generate from this base. Raises SpecError or MissingError without one."""
     if config.get("quantization_config") or spec.quantization != "none":
         raise SpecError(
             "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
             "the adapter's change of them; use a base in bfloat16, or 'transformers'"
         )
+    return find_engine()
 
 
 def _memory_share(spec: ReinforceSpec, weights_bytes: int, gpu: Gpu | None) -> float:

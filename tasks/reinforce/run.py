@@ -30,7 +30,7 @@ from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
-from tasks.reinforce.rollouts import Rollouts, choose_rollouts
+from tasks.reinforce.rollouts import Rollouts, choose_rollouts, require_vllm
 from tasks.reinforce.streams import read_rows
 from tasks.reinforce.vllm_python import Engine
 from tasks.reinforce.vllm_python import variables as engine_variables
@@ -112,12 +112,12 @@ def _run(
     weights_bytes = element * sum(map(prod, base_shapes(Path(base.model_folder)).values()))
     chosen = choose_rollouts(spec, files.read_json(Path(base.model_folder) / "config.json"), weights_bytes, gpu)
     try:
-        return _run_with(chosen, job, spec, on_progress)
+        return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
     except (TrainingError, OutOfMemoryError) as error:
         if not chosen.engine or spec.rollouts != "auto" or (folder / "metrics.jsonl").exists():
             raise
         logger.warning("vLLM could not generate (%s); transformers does, several times slower", error)
-    return _run_with(Rollouts(), job, spec, on_progress)
+    return _run_with(Rollouts(), job, spec, on_progress, on_gpu=gpu is not None)
 
 
 def _run_with(
@@ -125,11 +125,13 @@ def _run_with(
     job: dict[str, Any],  # Any: JSON values
     spec: ReinforceSpec,
     on_progress: ProgressFn,
+    *,
+    on_gpu: bool,
 ) -> dict[str, Any]:  # Any: JSON values
     told = {"rollouts": chosen.name, "vllm_memory_share": chosen.memory_share}
     module = BESIDE_VLLM if chosen.engine and chosen.engine.packages else TRAINER
     work = {**job, "spec": {**job["spec"], **told}}
-    return run_trainer(module, Path(job["folder"]), work, _terms(spec, chosen.engine), on_progress)
+    return run_trainer(module, Path(job["folder"]), work, _terms(spec, chosen.engine, on_gpu=on_gpu), on_progress)
 
 
 def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: TrainedAdapter | None = None) -> list[Target]:
@@ -157,7 +159,7 @@ def require_runnable(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # An
             "name a base in bfloat16"
         )
     if spec.rollouts == "vllm":
-        choose_rollouts(spec, config, 0, None)
+        require_vllm(spec, config)
 
 
 def check_rewards(spec: ReinforceSpec) -> str:
@@ -198,7 +200,7 @@ def _require_fitting(start: TrainedAdapter, base: BaseCheckpoint, spec: Reinforc
             )
 
 
-def _terms(spec: ReinforceSpec, engine: Engine | None) -> Terms:
+def _terms(spec: ReinforceSpec, engine: Engine | None, *, on_gpu: bool) -> Terms:
     """Return how the process is run and watched, and what its environment gets: the keys of judges pass to it alone."""
     names = [str(reward.arguments.get("api_key_variable", "")) for reward in spec.rewards if reward.name == "judge"]
     variables = {name: os.environ[name] for name in names if name in os.environ}
@@ -206,7 +208,7 @@ def _terms(spec: ReinforceSpec, engine: Engine | None) -> Terms:
     if spec.device_map == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     if engine:
-        variables |= engine_variables(engine, on_gpu=spec.device_map == "auto" and bool(list_gpus()))
+        variables |= engine_variables(engine, on_gpu=on_gpu)
     logger.info("rewards: %s%s", check_rewards(spec), f" (PYTHONPATH {path})" if path else "")
     return Terms(
         stall_timeout_s=spec.stall_timeout_s,

@@ -32,8 +32,6 @@ _EXPERT_PARTS = {  # ours -> vLLM's
     "down_proj": "w2_weight",
     "down_proj_bias": "w2_bias",
 }
-
-
 _WARNERS = (  # of vLLM 0.26 and 0.32: they name at each step what was not sent, which stays as it is
     "vllm.v1.worker.gpu_model_runner",
     "vllm.model_executor.model_loader.reload.inplace",
@@ -58,20 +56,21 @@ def keep_in_step(trainer: Any) -> None:  # Any: a GroupTrainer with vLLM
 
 
 class EngineWeights:
-    """Sends what a model has learnt to a vLLM in the same process."""
+    """Sends what a model has learnt to a vLLM in the same process, which has just read the same base.
+
+    Raises: TrainingError when its experts are stored otherwise.
+    """
 
     def __init__(self, llm: Any, model: Any) -> None:  # Any: a vllm.LLM; a PeftModel
         self._llm, self._model = llm, model
         self._runner = llm.llm_engine.model_executor.driver_worker.model_runner
-        self._is_known = False  # that the engine holds experts as we do
         for name in _WARNERS:
             logging.getLogger(name).addFilter(_is_news)
+        self._require_known_experts()
 
     @torch.no_grad()
     def send(self) -> None:
-        """Make vLLM's weights those of base and adapter. Raises TrainingError when its experts are stored otherwise."""
-        if not self._is_known:
-            self._require_known_experts()
+        """Make vLLM's weights those of base and adapter."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": linear_weights(self._model)})
         for name, parts in expert_weights(self._model):
             self._put_experts(self._find(name), parts)
@@ -96,7 +95,6 @@ class EngineWeights:
                     f"vLLM's kernels keep {base_name(name)}.{module.parameter_name} in a form of their own "
                     f"{tuple(theirs.shape)}, into which nothing can be copied: use rollouts='transformers'"
                 )
-        self._is_known = True
 
     def _put_experts(self, module: Any, parts: dict[str, torch.Tensor]) -> None:  # Any: as `_find` returns
         """Copy into the tensors that captured graphs read; on a CPU, whose kernels pack them, have them packed anew."""
@@ -116,15 +114,6 @@ class EngineWeights:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(("Following weights were not loaded", "%s: Failed to load weights"))
-
-
-@torch.no_grad()
-def merged_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # Any: a PeftModel
-    """Yield (name in the base, base + change) of every weight with an adapter; formed in float32, rounded once."""
-    for name, module in model.named_modules():
-        if isinstance(module, (ParamWrapper, Linear)):
-            stem = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            yield f"{base_name(name)}.{stem}", _merged(module)
 
 
 def linear_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # Any: a PeftModel
@@ -156,6 +145,7 @@ def expert_weights(model: Any) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
 
 
 def _merged(module: Any) -> torch.Tensor:  # Any: a Linear or ParamWrapper of PEFT
+    """Return base + change, formed in float32 and rounded once."""
     weight = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
     (adapter,) = module.active_adapters
     return (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)

@@ -144,12 +144,12 @@ def test_a_judge_that_goes_away_costs_no_step_and_changes_nothing(parts: Any, tm
 
 
 def test_a_colocated_engine_is_sent_what_peft_would_merge():
-    """Names of the base's own parameters, and base + change, of Linear layers and of fused experts."""
+    """Whole modules around each adapter, by the base's names for linear layers and in vLLM's layout for experts."""
     import torch
     from peft import get_peft_model
 
     from tasks.adapters import lora_config
-    from tasks.reinforce.vllm_engine import merged_parameters
+    from tasks.reinforce.vllm_engine import expert_weights, linear_weights
     from tests.tiny import make_model
 
     lora = LoraSpec(rank=2, alpha=4, target_modules=("q_proj", "o_proj"), target_parameters=runs.LORA.target_parameters)
@@ -160,12 +160,21 @@ def test_a_colocated_engine_is_sent_what_peft_would_merge():
         if "lora_B" in name:
             weight.data.normal_()
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if "lora_" not in name}
-    sent = dict(merged_parameters(model))
+    linear, experts = dict(linear_weights(model)), dict(expert_weights(model))
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in frozen.items())  # the base stays as it was
     merged = dict(model.merge_and_unload().named_parameters())
+    sent = dict(linear)
+    for name, parts in experts.items():
+        sent |= {
+            f"{name}.gate_up_proj": parts["w13_weight"].transpose(1, 2),
+            f"{name}.gate_up_proj_bias": parts["w13_bias"],
+            f"{name}.down_proj": parts["w2_weight"].transpose(1, 2),
+            f"{name}.down_proj_bias": parts["w2_bias"],
+        }
     changed = {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
-    assert set(sent) == changed and len(sent) == 2 * 4
+    assert len(changed) == 2 * 4 and changed < set(sent)
+    assert set(linear) == {name for name in base if ".self_attn." in name and not name.endswith("sinks")}
     assert all(torch.allclose(sent[name], merged[name], atol=1e-6) for name in sent)
 
 
