@@ -59,7 +59,7 @@ _LOCKS = {  # the lock, and the bytes needed with uv's cache beside it; keys: en
     ("ppo", False): ("ppo-cpu.txt", 4 * 10**9),
     ("ppo", True): ("ppo-cuda.txt", 24 * 10**9),
 }
-_NOT_COMPILED = r"/(tests?|testing)/|/transformers/models/(?!(auto|gpt_oss|llama|qwen[23]\w*)/)\w+/"
+_NOT_COMPILED = r"/(tests?|testing)/|/moto/|/transformers/models/(?!(auto|gpt_oss|llama|qwen[23]\w*)/)\w+/"
 _CAUSES = [
     (
         r"dns error|failed to fetch|error sending request|connection refused|timed? ?out|unreachable",

@@ -5,6 +5,7 @@
 
 Prefect carries an artifact's fields (a few hundred bytes); tensors and rows stay in its folder.
 A manifest lists its parents, so a HealthReport leads back to the data set without asking a server.
+With a remote (tasks/remote.py) what is committed is also sent there, and what is whole there is brought, not made.
 
 Ring: edge (disk, through tasks/files.py).
 """
@@ -16,11 +17,12 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,13 +30,19 @@ from tasks import files
 from tasks.errors import CorruptError, MissingError, SpecError
 from tasks.specs import Spec
 
+if TYPE_CHECKING:
+    from tasks.remote import Remote
+
 CHECKPOINTS = "checkpoints"  # removed once the artifact is whole: no part of it
 _NOT_LISTED = {
     "manifest.json",
     "output.log",
     "process.json",
     "heartbeat.json",
-}  # a trainer may still write them
+    "remote.json",
+}  # a trainer, or a remote, may still write them
+_JOB_NOTES = ("slurm_job.json", "ray_job.json")  # of a job that may still work in an artifact's folder
+_STAYS_HERE = {"published", "served", "health", "decision"}  # they speak of this machine's endpoint and folders
 MANIFEST = "manifest.json"
 LATEST = "latest"  # the name of the newest artifact of a kind
 logger = logging.getLogger(__name__)
@@ -321,7 +329,10 @@ class Claim(Generic[A]):
         self._started = time.monotonic()
 
     def commit(self, artifact: A, *, spec: Spec, about: dict[str, Any] | None = None) -> A:  # Any: JSON values
-        """Write the manifest, last and whole, after all files are on disk; from here on the artifact exists."""
+        """Write the manifest, last and whole, after all files are on disk; from here on the artifact exists.
+
+        Checkpoints go. With a remote it is sent there; what is returned is what the remote holds, see `share`.
+        """
         files.remove_strays(self.folder)
         present = files.list_files(self.folder).items()
         listed = {name: size for name, size in present if name not in _NOT_LISTED and _is_kept(name)}
@@ -339,19 +350,30 @@ class Claim(Generic[A]):
         }
         files.write_json(self.folder / MANIFEST, manifest)
         logger.info("committed %s/%s in %.1f s", artifact.kind, artifact.short, manifest["seconds"])
-        return artifact
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
+        return self.store.share(artifact)
 
 
 class ArtifactStore:
-    """Artifacts below one root folder of a local or shared POSIX file system."""
+    """Artifacts below one root folder of a local or shared POSIX file system, and those of a remote."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().resolve()
+    def __init__(self, root: Path, remote: "Remote | None" = None) -> None:
+        self.root, self.remote = root.expanduser().resolve(), remote
 
     @classmethod
     def default(cls) -> Self:
-        """The store at TATARA_HOME, by default `.tatara` in the working directory."""
-        return cls(Path(os.environ.get("TATARA_HOME") or ".tatara"))
+        """The store at TATARA_HOME, by default `.tatara` in the working directory, with the remote at TATARA_REMOTE."""
+        return cls.at(Path(os.environ.get("TATARA_HOME") or ".tatara"))
+
+    @classmethod
+    def at(cls, root: Path) -> Self:
+        """The store below `root`, with the remote at TATARA_REMOTE where that is set."""
+        url = os.environ.get("TATARA_REMOTE", "").strip()
+        if not url:
+            return cls(root)
+        from tasks.remote import Remote  # fsspec: loaded where there is one
+
+        return cls(root, Remote(url))
 
     def folder(self, cls: type[Artifact], key: str) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
@@ -379,40 +401,118 @@ class ArtifactStore:
     def find(self, cls: type[A], key: str) -> A | None:
         """Return the committed artifact, or None."""
         manifest = self.manifest(cls, key)
-        if manifest is None:
-            return None
+        return None if manifest is None else self._read_artifact(cls, manifest["artifact"])
+
+    def _read_artifact(self, cls: type[A], fields: dict[str, Any]) -> A | None:  # Any: JSON values
+        key = fields["key"]
         try:
-            return cls.model_validate({**manifest["artifact"], "folder": str(self.folder(cls, key))})
+            return cls.model_validate({**fields, "folder": str(self.folder(cls, key))})
         except ValidationError as error:
             logger.warning("%s/%s was written by another version (%s): making it again", cls.kind, key[:8], error)
             return None
 
     @contextmanager
     def claim(self, cls: type[A], key: str) -> Iterator[Claim[A]]:
-        """Hold the artifact's lock; `claim.found` is set when it is already whole.
+        """Hold the artifact's lock; `claim.found` is set when it is already whole, here or in the remote.
 
         A second run of the same question waits here and then finds the finished answer.
         """
         folder = self.folder(cls, key)
-        with files.lock_file(folder.parent / f".{folder.name}.lock", f"{cls.kind}/{key[:8]}"):
+        with self._lock(cls, key):
             found = self.find(cls, key)
             if found is not None:
                 logger.info("skipped: %s/%s is already whole at %s", cls.kind, key[:8], folder)
+                found = self.share(found)  # made before there was a remote, or while it was away
             else:
                 _clear_damaged(folder)
+                found = self._bring(cls, key)
                 folder.mkdir(parents=True, exist_ok=True)
             yield Claim(self, cls, key, found)
 
+    def _lock(self, cls: type[Artifact], key: str) -> AbstractContextManager[None]:
+        folder = self.folder(cls, key)
+        return files.lock_file(folder.parent / f".{folder.name}.lock", f"{cls.kind}/{key[:8]}")
+
+    def share(self, artifact: A) -> A:
+        """Send a whole artifact to the remote, once. Another machine's that was there first takes its place here.
+
+        The caller holds its lock. Raises as Remote.send does: the artifact is whole here, another try only sends.
+        """
+        cls, folder = type(artifact), self.folder(type(artifact), artifact.key)
+        if not self.remote or cls.kind in _STAYS_HERE or self.remote.is_noted(folder):
+            return artifact
+        manifest = self.manifest(cls, artifact.key)
+        if manifest is None or self.remote.send(folder, manifest, self.root):
+            return artifact
+        logger.warning(
+            "another machine made %s/%s too and was the first to send it: its files replace those made here, so that "
+            "what is made of it is the same everywhere", cls.kind, artifact.short
+        )  # fmt: skip
+        arrived = self.remote.fetch(f"{cls.kind}/{folder.name}", self.root)
+        if arrived:
+            _put_in_place(arrived, folder)
+        return self.find(cls, artifact.key) or artifact
+
+    def _bring(self, cls: type[A], key: str) -> A | None:
+        """Return the artifact from the remote when it is whole there; None otherwise. The caller holds its lock."""
+        folder = self.folder(cls, key)
+        if not self.remote or cls.kind in _STAYS_HERE:
+            return None
+        from tasks.processes import find_alive
+
+        if find_alive(folder / "process.json") or any((folder / note).exists() for note in _JOB_NOTES):
+            return None  # a job that may run works in it: it goes on
+        arrived = self.remote.fetch(f"{cls.kind}/{folder.name}", self.root)
+        if arrived:
+            _put_in_place(arrived, folder)  # what a crash left there has no use any more
+        return self.find(cls, key) if arrived else None
+
     def load(self, ref: str) -> Artifact:
-        """Return the artifact behind a `kind/key` reference. Raises MissingError when it is not whole."""
+        """Return the artifact behind a `kind/key` reference, with its files. Raises MissingError when none is whole."""
         kind, _, key = ref.partition("/")
         found = self.find(KINDS[kind], key) if kind in KINDS else None
+        if found is None and self.remote and kind in KINDS:
+            with self._lock(KINDS[kind], key):
+                found = self.find(KINDS[kind], key) or self._bring(KINDS[kind], key)
         if found is None:
-            raise MissingError(f"artifact {ref} is not below {self.root}: run its flow again, or set TATARA_HOME")
+            elsewhere = f" or {self.remote.url}" if self.remote else ""
+            raise MissingError(
+                f"artifact {ref} is not below {self.root}{elsewhere}: run its flow again, or set TATARA_HOME"
+            )
         return found
 
+    def record(self, cls: type[Artifact], key: str) -> dict[str, Any] | None:  # Any: JSON values
+        """Return the manifest of an artifact that is whole here, else in the remote; None when it is in neither."""
+        manifest = self.manifest(cls, key)
+        if manifest is None and self.remote and cls.kind not in _STAYS_HERE:
+            manifest = self.remote.read(f"{cls.kind}/{key[:16]}")
+        return manifest if manifest and manifest["artifact"]["key"] == key else None
+
+    def _look_up(self, ref: str) -> Artifact:
+        """Return the artifact behind a reference without bringing its files. Raises MissingError."""
+        kind, _, key = ref.partition("/")
+        cls = KINDS.get(kind)
+        manifest = self.record(cls, key) if cls and self.remote else None
+        if cls is None or self.remote is None or manifest is None or "root" not in manifest:  # here, or nowhere
+            return self.load(ref)
+        return self._read_artifact(cls, self.remote.fields(manifest, self.root)) or self.load(ref)
+
+    def known(self, cls: type[A]) -> list[A]:
+        """Return every artifact of a kind that is whole here or in the remote, oldest first; `load` brings files."""
+        found = self._dated(cls)
+        here = {artifact.key for _, artifact in found}
+        if self.remote and cls.kind not in _STAYS_HERE:
+            for manifest in self.remote.read_all(cls.kind):
+                artifact = self._read_artifact(cls, self.remote.fields(manifest, self.root))
+                if artifact and artifact.key not in here:
+                    found.append((manifest["created_at"], artifact))
+        return [artifact for _, artifact in sorted(found, key=lambda pair: pair[0])]
+
     def committed(self, cls: type[A]) -> list[A]:
-        """Return every whole artifact of a kind, oldest first."""
+        """Return every artifact of a kind that is whole here, oldest first."""
+        return [artifact for _, artifact in sorted(self._dated(cls), key=lambda pair: pair[0])]
+
+    def _dated(self, cls: type[A]) -> list[tuple[str, A]]:
         found: list[tuple[str, A]] = []
         for path in (self.root / cls.kind).glob(f"*/{MANIFEST}"):
             try:
@@ -422,39 +522,42 @@ class ArtifactStore:
             artifact = self.find(cls, key)
             if artifact is not None:
                 found.append((files.read_json(path)["created_at"], artifact))
-        return [artifact for _, artifact in sorted(found, key=lambda pair: pair[0])]
+        return found
 
     def choose(self, cls: type[A], name: str, fits: Callable[[A], bool] = lambda _: True) -> A | None:
         """Return the whole artifact whose key begins with `name`, or for `latest` the newest that fits; None without.
 
-        Raises: SpecError when several begin so.
+        One that is only in the remote is brought. Raises: SpecError when several begin so.
         """
-        every = self.committed(cls)
+        every = self.known(cls)
         if name == LATEST:
-            return next(filter(fits, reversed(every)), None)
-        found = [artifact for artifact in every if name and artifact.key.startswith(name)]
+            found = list(islice(filter(fits, reversed(every)), 1))
+        else:
+            found = [artifact for artifact in every if name and artifact.key.startswith(name)]
         if len(found) > 1:
             fitting = ", ".join(artifact.short for artifact in found)
             raise SpecError(f"{cls.kind} {name!r} may be {fitting}: give more digits of the key")
-        return found[0] if found else None
+        return cast("A", self.load(found[0].ref)) if found else None
 
-    def ancestor(self, artifact: Artifact, cls: type[A]) -> A:
+    def ancestor(self, artifact: Artifact, cls: type[A], *, needs_files: bool = True) -> A:
         """Walk the parents of `artifact` up to the nearest one of kind `cls` (subclasses count).
 
-        One of another kind that was cleared away hides only what lies behind it.  Raises: MissingError.
+        One of another kind that was cleared away hides only what lies behind it. With a remote, of those on the way
+        only what is written of them is read; the one that is returned is brought, unless `needs_files` is false.
+        Raises: MissingError.
         """
         queue, gone = [*artifact.parents], None
         while queue:
             ref = queue.pop(0)
             try:
-                parent = self.load(ref)
+                parent = self._look_up(ref)
             except MissingError as error:
                 if issubclass(KINDS.get(ref.partition("/")[0], Artifact), cls):
                     raise  # a farther one would be another
                 gone = gone or error
                 continue
             if isinstance(parent, cls):
-                return parent
+                return cast("A", self.load(ref)) if needs_files else parent
             queue.extend(parent.parents)
         if gone:
             raise gone
@@ -463,6 +566,17 @@ class ArtifactStore:
 
 def _is_kept(name: str) -> bool:
     return not name.startswith((f"{CHECKPOINTS}/", "logs/", "heartbeats/", "nodes/"))  # ranks may still write them
+
+
+def _put_in_place(arrived: Path, folder: Path) -> None:
+    """Make `arrived` the folder; what was there goes."""
+    damaged = folder.with_name(f".{folder.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    if folder.exists():
+        folder.rename(damaged)
+    arrived.rename(folder)
+    files.fsync_folder(folder.parent)
+    shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _clear_damaged(folder: Path) -> None:

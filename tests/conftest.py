@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tasks.traces.queue import FileQueue
 
 _SECRETS = ("HF_TOKEN", "HF_REPO_NAME", "WANDB_API_KEY", "REDIS_URL", "PREFECT_API_URL", "MODEL_DIR", "VLLM_URL")
+_SECRETS += ("TATARA_REMOTE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL")
 # On a busy machine the same example takes ten times as long: neither is a fault of the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")

@@ -102,11 +102,11 @@ def find_made(
 
     What older runs left may have lost its parents: that is no fault of this run.
     """
-    for found in reversed(store.committed(cls)):
+    for found in reversed(store.known(cls)):
         if not _is_by(spec, found, store):
             continue
         try:
-            if store.ancestor(found, BaseCheckpoint).origin == origin and fits(found):
+            if store.ancestor(found, BaseCheckpoint, needs_files=False).origin == origin and fits(found):
                 return found
         except MissingError:
             continue
@@ -121,7 +121,8 @@ def find_adapter(recipe: Recipe, origin: str, store: ArtifactStore) -> TrainedAd
 
     def is_of_data(adapter: TrainedAdapter) -> bool:
         try:
-            packed, dataset = store.ancestor(adapter, PackedDataset), store.ancestor(adapter, FetchedDataset)
+            packed = store.ancestor(adapter, PackedDataset, needs_files=False)
+            dataset = store.ancestor(adapter, FetchedDataset, needs_files=False)
         except MissingError:
             return True
         return _is_by(recipe.pack, packed, store) and _is_by(recipe.fetch, dataset, store)
@@ -132,7 +133,7 @@ def find_adapter(recipe: Recipe, origin: str, store: ArtifactStore) -> TrainedAd
 def _is_by(spec: Spec, artifact: Artifact, store: ArtifactStore) -> bool:
     """Say whether an artifact was made by knobs that decide the same."""
     try:
-        kept = validate(type(spec), (store.manifest(type(artifact), artifact.key) or {}).get("spec", {}))
+        kept = validate(type(spec), (store.record(type(artifact), artifact.key) or {}).get("spec", {}))
     except SpecError:  # another version's
         return False
     return kept.key_values() == spec.key_values()

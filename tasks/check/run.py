@@ -102,7 +102,7 @@ def check_release(
 
 def check_publish(recipe: Recipe, store: ArtifactStore, hub: HfApi) -> list[str]:
     """Run the checks of a run that publishes and serves nothing; returns and raises as check_recipe does."""
-    return run_all([lambda: _check_publish(recipe, hub), lambda: check_free_disk(store)])
+    return run_all([lambda: _check_publish(recipe, hub), lambda: check_storage(store)])
 
 
 def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list[str]:
@@ -116,7 +116,7 @@ def check_pretrain(spec: PretrainSpec, store: ArtifactStore, hub: HfApi) -> list
     def fit() -> str:
         return check_pretraining(spec, pins, store, has_gpu=bool(list_gpus()))
 
-    return run_all([look, fit, lambda: check_free_disk(store)])
+    return run_all([look, fit, lambda: check_storage(store)])
 
 
 def late_checks(recipe: Released, store: ArtifactStore, hub: HfApi, host: Mapping[str, str]) -> list[Callable[[], str]]:
@@ -125,7 +125,7 @@ def late_checks(recipe: Released, store: ArtifactStore, hub: HfApi, host: Mappin
     return [
         lambda: _check_publish(recipe, hub),
         lambda: _check_serving(recipe, store, host) if serves else "serve: not asked for",
-        lambda: check_free_disk(store),
+        lambda: check_storage(store),
     ]
 
 
@@ -338,15 +338,16 @@ def _check_keys(host: str, variables: Mapping[str, str]) -> None:
         )
 
 
-def check_free_disk(store: ArtifactStore) -> str:
-    """Say how much is free. Raises CapacityError when no run could begin."""
+def check_storage(store: ArtifactStore) -> str:
+    """Say how much is free, and that the remote takes files. Raises CapacityError when no run could begin."""
     free = files.free_bytes(store.root)
     if free < _MIN_FREE_BYTES:
         raise CapacityError(
             f"only {free / 1e9:.1f} GB are free below {store.root}, expected at least {_MIN_FREE_BYTES / 1e9:.1f} GB: "
             "free some space or point TATARA_HOME at a larger disk"
         )
-    return f"disk: {free / 1e9:.0f} GB free below {store.root}"
+    said = f"disk: {free / 1e9:.0f} GB free below {store.root}"
+    return f"{said}; {store.remote.check()}" if store.remote else said
 
 
 def keep_recipe(name: str, recipe: Spec, folder: Path, pretraining: PretrainSpec | None = None) -> Path:

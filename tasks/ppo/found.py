@@ -16,7 +16,7 @@ def find_reinforced(name: str, base: BaseModelSpec, store: ArtifactStore) -> Rei
     """
     found = store.choose(ReinforcedModel, name, lambda model: is_origin_of(base, _base_origin(model)))
     if found is None:
-        there = ", ".join(f"{model.short} ({model.origin})" for model in store.committed(ReinforcedModel)) or "none"
+        there = ", ".join(f"{model.short} ({model.origin})" for model in store.known(ReinforcedModel)) or "none"
         wanted = f"of {base.model}" if name == LATEST else repr(name)
         raise MissingError(
             f"no reinforced model {wanted} below {store.root}: there are {there}. Make one with "

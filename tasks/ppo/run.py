@@ -107,9 +107,7 @@ def reinforce_model(
             "command": command,
             "versions": _read_versions(folder),
         }
-        claim.commit(artifact, spec=spec, about=about)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return artifact
+        return claim.commit(artifact, spec=spec, about=about)
 
 
 def model_key(questions: PreparedQuestions, base: BaseCheckpoint, spec: PpoSpec) -> str:

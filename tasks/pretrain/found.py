@@ -28,7 +28,7 @@ def find_pretrained(name: str, recipe: str, specs: Mapping[str, PretrainSpec], s
     questions = _questions(recipe, specs, store)
     found = store.choose(PretrainedModel, name, lambda model: _is_of(model, questions, store))
     if found is None:
-        every = store.committed(PretrainedModel)
+        every = store.known(PretrainedModel)
         there = ", ".join(f"{model.short} ({model.num_parameters:,} parameters)" for model in every) or "none"
         wanted = f"of the recipe {recipe}" if name == LATEST else repr(name)
         raise MissingError(
@@ -50,7 +50,7 @@ def _questions(recipe: str, specs: Mapping[str, PretrainSpec], store: ArtifactSt
 
 def _is_of(model: PretrainedModel, questions: list[dict[str, Any]], store: ArtifactStore) -> bool:
     try:
-        manifest = store.manifest(PretrainedModel, model.key) or {}
+        manifest = store.record(PretrainedModel, model.key) or {}
         return validate(PretrainSpec, manifest.get("spec", {})).key_values() in questions
     except SpecError:  # another version's knobs
         return False

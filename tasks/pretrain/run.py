@@ -6,7 +6,6 @@ Ring: edge.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 from tasks import files, machine
@@ -70,7 +69,7 @@ def pretrain_model(
             last_loss=result["last_loss"],
             validation_loss=result.get("validation_loss"),
         )
-        claim.commit(
+        return claim.commit(
             artifact,
             spec=spec,
             about={
@@ -80,8 +79,6 @@ def pretrain_model(
                 "stamp": files.stamp(model_folder),
             },
         )
-        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)
-        return artifact
 
 
 def check_pretraining(spec: PretrainSpec, pins: dict[str, str], store: ArtifactStore, *, has_gpu: bool) -> str:
@@ -92,7 +89,7 @@ def check_pretraining(spec: PretrainSpec, pins: dict[str, str], store: ArtifactS
     choose_attention(spec, on_gpu=has_gpu)
     key = pretrain_key(spec, pins)
     folder = store.folder(PretrainedModel, key)
-    if store.find(PretrainedModel, key) or _goes_on_by_itself(folder):
+    if store.record(PretrainedModel, key) or _goes_on_by_itself(folder):
         return ""
     _require_room(spec, folder)
     return f"pretraining takes about {say_needs(pretraining_needs(spec))} in each process"

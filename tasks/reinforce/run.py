@@ -7,7 +7,6 @@ Ring: edge. Imports no torch.
 
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from math import prod
@@ -16,7 +15,6 @@ from typing import Any
 
 from tasks import files
 from tasks.artifacts import (
-    CHECKPOINTS,
     ArtifactStore,
     BaseCheckpoint,
     PackedDataset,
@@ -94,9 +92,7 @@ def reinforce_adapter(
             "rewards": reward_distributions(generations, [reward.column for reward in spec.rewards]),
             "num_completions": len(generations),
         }
-        claim.commit(artifact, spec=spec, about=about)
-        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
-        return artifact
+        return claim.commit(artifact, spec=spec, about=about)
 
 
 def _run(

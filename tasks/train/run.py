@@ -8,7 +8,6 @@ Ring: edge. Imports no torch.
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from tasks import files, machine, ray_job, slurm
 from tasks.artifacts import (
-    CHECKPOINTS,
     LATEST,
     ArtifactStore,
     BaseCheckpoint,
@@ -90,9 +88,7 @@ def train_adapter(
         )
         result, plans = _run_planned(work, job, terms, on_progress)
         artifact = made_adapter(key, claim.folder, (packed, base), base, result)
-        claim.commit(artifact, spec=spec, about={"plans": plans})
-        shutil.rmtree(claim.folder / CHECKPOINTS, ignore_errors=True)  # 12 bytes a parameter, of a run that is over
-        return artifact
+        return claim.commit(artifact, spec=spec, about={"plans": plans})
 
 
 def available_processes(spec: TrainSpec) -> int:
@@ -149,7 +145,7 @@ def find_adapter(name: str, base: BaseModelSpec, store: ArtifactStore) -> Traine
     """
     found = store.choose(TrainedAdapter, name, lambda adapter: _is_made_from(base, adapter, store))
     if found is None:
-        known = ", ".join(adapter.short for adapter in store.committed(TrainedAdapter)) or "none"
+        known = ", ".join(adapter.short for adapter in store.known(TrainedAdapter)) or "none"
         of_base = f" of {base.model}" if name == LATEST else ""
         raise MissingError(f"there is no adapter {name!r}{of_base} below {store.root}; there are: {known}")
     return found
@@ -157,7 +153,7 @@ def find_adapter(name: str, base: BaseModelSpec, store: ArtifactStore) -> Traine
 
 def _is_made_from(base: BaseModelSpec, adapter: TrainedAdapter, store: ArtifactStore) -> bool:
     try:
-        return is_origin_of(base, store.ancestor(adapter, BaseCheckpoint).origin)
+        return is_origin_of(base, store.ancestor(adapter, BaseCheckpoint, needs_files=False).origin)
     except MissingError:  # its base was removed
         return False
 

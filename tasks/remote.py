@@ -1,0 +1,298 @@
+"""A copy of the artifacts in an object store (S3, GCS, Azure: what fsspec opens), for machines without a shared disk.
+
+    artifact that was committed here -> send() -> <url>/<kind>/<key[:16]>/<digest of its files>/<file>
+                                                  <url>/<kind>/<key[:16]>/manifest.json   last, in one request
+    artifact that is not here        -> fetch() -> a folder aside, each digest checked; the store puts it into its place
+
+An object store has no locks and no rename. So files lie below a name made of their own digests: what a killed run
+sent is gone on with, and two machines that made the same artifact with other bits never mix. The first manifest
+counts, for both.
+
+Ring: edge (network, disk).  Units: bytes.
+"""
+
+import errno
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from tasks import files
+from tasks.environment import holds_login
+from tasks.errors import (
+    CapacityError,
+    CorruptError,
+    MissingError,
+    RightsError,
+    SpecError,
+    TataraError,
+    TokenError,
+    TransientError,
+)
+
+MANIFEST = "manifest.json"
+NOTE = "remote.json"  # in an artifact's folder: where it was sent to or came from
+_WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"}  # and with a PUT that is whole
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "az": "adlfs",
+}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
+logger = logging.getLogger(__name__)
+Json = dict[str, Any]  # Any: JSON values
+
+
+class Remote:
+    """The artifacts below one URL."""
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:  # Any: what the file system takes
+        """Open a file system; nothing is asked of it yet.
+
+        Args:
+            url: `s3://bucket/prefix` or another URL that fsspec knows.
+            options: of the file system (`key`, `secret`, `endpoint_url` of s3fs); without them its own variables count.
+        Raises: SpecError (a URL with a password, or of no known kind), MissingError (its package is not installed).
+        """
+        self.protocol, rest = urlsplit(url).scheme, url.partition("://")[2]
+        if not self.protocol or not rest.strip("/"):
+            raise SpecError(f"the remote storage is {url!r}, expected a URL like s3://bucket/prefix")
+        if holds_login(url):
+            raise SpecError(
+                "the remote storage's URL holds a login: put it into the block's options, or the environment"
+            )
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **(options or {}))
+        except ImportError as error:
+            package = _PACKAGES.get(self.protocol, "the package that fsspec names")
+            raise MissingError(f"{self.url} needs {package}: install it beside Tatara ({error})") from error
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"the remote storage {self.url} can't be opened: {error}") from error
+
+    def check(self) -> str:
+        """Write, read and remove a small file; return one line that says so. Raises as `send` does."""
+        probe = f"{self._root}/.probe-{uuid.uuid4().hex}"
+        with self._errors("writing a probe to"):
+            self._make_parent(probe)
+            self._fs.pipe_file(probe, b"tatara")
+            read = self._fs.cat_file(probe)
+            self._fs.rm_file(probe)
+        if read != b"tatara":
+            raise CorruptError(f"{self.url} answers {read[:20]!r} for what was just written as b'tatara'")
+        return f"remote storage: {self.url} takes and returns files"
+
+    def read(self, place: str) -> Json | None:
+        """Return the manifest of what is whole at `kind/key[:16]`, None when nothing is."""
+        with self._errors("reading"):
+            self._fs.invalidate_cache()
+            try:
+                data = self._fs.cat_file(f"{self._root}/{place}/{MANIFEST}")
+            except FileNotFoundError:
+                return None
+        return self._parse(place, data)
+
+    def read_all(self, kind: str) -> list[Json]:
+        """Return the manifests of every whole artifact of a kind."""
+        with self._errors("listing"):
+            self._fs.invalidate_cache()
+            try:
+                places = self._fs.ls(f"{self._root}/{kind}", detail=False)
+            except FileNotFoundError:
+                return []
+            found: list[Json] = []
+            names = [PurePosixPath(place).name for place in places]
+            for name, read in zip(names, self._read_many([f"{kind}/{name}" for name in names]), strict=True):
+                if isinstance(read, bytes):
+                    found.append(self._parse(f"{kind}/{name}", read))
+                elif not isinstance(read, FileNotFoundError):  # that one is not whole; all else would hide one that is
+                    raise read
+        return found
+
+    def send(self, folder: Path, manifest: Json, root: Path) -> bool:
+        """Copy a committed artifact; return whether it is this one that is there, and not another machine's.
+
+        Args:
+            folder: the artifact's folder, `<root>/<kind>/<key[:16]>`.
+            manifest: its manifest.
+            root: the store's root, from which paths in the manifest are told again elsewhere.
+        Raises: TokenError, RightsError, MissingError (no such bucket), TransientError.
+        """
+        place = folder.relative_to(root).as_posix()
+        digests = {name: files.digest(folder / name) for name in manifest["files"]}
+        aside = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+        if (there := self.read(place)) is None:
+            logger.info("sending %s (%.2f GB) to %s", place, sum(manifest["files"].values()) / 1e9, self.url)
+            with self._errors("sending to"):
+                for name, size in manifest["files"].items():
+                    self._send_file(folder / name, f"{self._root}/{place}/{aside}/{name}", size)
+                whole = {**manifest, "root": str(root), "digests": digests, "aside": aside}
+                self._announce(f"{self._root}/{place}/{MANIFEST}", json.dumps(whole, ensure_ascii=False).encode())
+            there = self.read(place)
+        if there is None:
+            raise TransientError(f"{self.url}/{place} was sent but is not there: something removes files below it")
+        if there["aside"] != aside:
+            return False
+        files.write_json(folder / NOTE, {"url": self.url})
+        return True
+
+    def fetch(self, place: str, root: Path) -> Path | None:
+        """Bring the artifact at `kind/key[:16]` into a folder aside, whole; return that, None when it is not there.
+
+        Paths below the root of the machine that made it are changed to ours; a model elsewhere that is not here makes
+        it as good as absent. What a killed run brought is gone on with.
+        Raises: CapacityError (disk), CorruptError (a file is not what its digest says), and as `send`.
+        """
+        manifest = self.read(place)
+        if manifest is None:
+            return None
+        artifact = self.fields(manifest, root)
+        model = artifact.get("model_folder", "")
+        if model and not model.startswith(f"{root / place}/") and not Path(model).is_dir():
+            logger.info("%s is in %s, but its model lies at %s, which is not here", place, self.url, model)
+            return None
+        sizes, aside = manifest["files"], (root / place).with_name(f".{place.rpartition('/')[2]}.arriving")
+        files.require_disk(root, sum(sizes.values()), f"bringing {place} from {self.url}")
+        logger.info("bringing %s (%.2f GB) from %s", place, sum(sizes.values()) / 1e9, self.url)
+        for stray in files.list_files(aside).keys() - sizes.keys():  # of one that was made anew there since
+            (aside / stray).unlink()
+        for name, digest in manifest["digests"].items():
+            self._fetch_file(f"{self._root}/{place}/{manifest['aside']}/{name}", aside / name, digest)
+        files.write_json(aside / NOTE, {"url": self.url})
+        files.write_json(aside / MANIFEST, {**_without_ours(manifest), "artifact": artifact})
+        return aside
+
+    def fields(self, manifest: Json, root: Path) -> Json:
+        """Return the artifact's fields of a manifest of the remote, with its paths told below our `root`."""
+        return relocate(manifest["artifact"], manifest["root"], str(root))
+
+    def is_noted(self, folder: Path) -> bool:
+        """Say whether an artifact's folder was sent to this remote, or came from it."""
+        try:
+            return files.read_json(folder / NOTE).get("url") == self.url
+        except (OSError, CorruptError, AttributeError):
+            return False
+
+    def _parse(self, place: str, data: bytes) -> Json:
+        try:
+            manifest = json.loads(data)
+            _ = manifest["artifact"]["key"], manifest["aside"], manifest["root"], manifest["digests"], manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(
+                f"{self.url}/{place}/{MANIFEST} is not a manifest of ours ({error}): remove it, its step makes it again"
+            ) from error
+        return manifest
+
+    def _read_many(self, places: list[str]) -> list[bytes | Exception]:
+        """Return the manifest at each place, or what reading it raised; at once where the file system can."""
+        paths = [f"{self._root}/{place}/{MANIFEST}" for place in places]
+        read = self._fs.cat(paths, recursive=False, on_error="return") if len(paths) > 1 else None
+        if read is not None:
+            return [read[path] for path in paths]
+        try:
+            return [self._fs.cat_file(path) for path in paths]
+        except FileNotFoundError as error:
+            return [error]
+
+    def _make_parent(self, path: str) -> None:
+        if self.protocol not in _WITHOUT_FOLDERS:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def _send_file(self, source: Path, path: str, size: int) -> None:
+        try:
+            if self._fs.size(path) == size:
+                return  # by a run that was killed; its name is of these very bytes
+        except FileNotFoundError:
+            pass
+        self._make_parent(path)
+        self._fs.put_file(str(source), path)
+
+    def _announce(self, path: str, data: bytes) -> None:
+        """Write the manifest, whole, and never over another machine's where the store can tell."""
+        if self.protocol not in _WITHOUT_FOLDERS:
+            aside = f"{path}.{uuid.uuid4().hex}.tmp"
+            self._make_parent(aside)
+            self._fs.pipe_file(aside, data)
+            if not self._fs.exists(path):
+                self._fs.mv(aside, path)
+            else:
+                self._fs.rm_file(aside)
+            return
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except (OSError, ValueError, TypeError, NotImplementedError) as error:  # there by now, or a store without it
+            self._fs.invalidate_cache()
+            if not self._fs.exists(path):
+                logger.info("%s knows no write that must be the first (%s)", self.url, type(error).__name__)
+                self._fs.pipe_file(path, data)
+
+    def _fetch_file(self, path: str, target: Path, digest: str) -> None:
+        if target.is_file() and files.digest(target) == digest:
+            return  # by a run that was killed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors("reading"):
+            try:
+                self._fs.get_file(path, str(target))
+            except FileNotFoundError as error:
+                raise CorruptError(
+                    f"{self.protocol}://{path} is gone, though a manifest lists it: {_WAY_OUT}"
+                ) from error
+        if (found := files.digest(target)) != digest:
+            target.unlink()
+            raise CorruptError(
+                f"{self.protocol}://{path} has sha256 {found[:16]}..., its manifest says {digest[:16]}...: {_WAY_OUT}"
+            )
+        files.fsync_file(target)
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Turn what a file system raises into ours; what has no other name may pass by itself."""
+        try:
+            yield
+        except TataraError:
+            raise
+        except Exception as error:
+            raise _translated(error, doing, self.url) from error
+
+
+def _without_ours(manifest: Json) -> Json:
+    return {name: value for name, value in manifest.items() if name not in ("root", "digests", "aside")}
+
+
+_WAY_OUT = "remove the artifact's manifest.json there, its step makes and sends it again"
+
+
+def _translated(error: Exception, doing: str, url: str) -> TataraError:
+    said = f"{doing} {url}: {type(error).__name__}: {error}"
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return TokenError(f"{said}: give the worker credentials (AWS_ACCESS_KEY_ID, ...) or the block's options")
+    if isinstance(error, PermissionError):
+        return RightsError(f"{said}: the account must list, read, write and delete there")
+    if isinstance(error, FileNotFoundError):
+        return MissingError(f"{said}: make the bucket first")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CapacityError(f"{said}: free some space")
+    return TransientError(said)
+
+
+def relocate(artifact: Json, root: str, here: str) -> Json:
+    """Return an artifact's fields with the paths below `root` told below `here`.
+
+    >>> relocate({"model_folder": "/a/base/0/model", "origin": "/abc", "num_steps": 3}, "/a", "/b")
+    {'model_folder': '/b/base/0/model', 'origin': '/abc', 'num_steps': 3}
+    """
+    return {
+        name: f"{here}/{value[len(root) + 1 :]}" if isinstance(value, str) and value.startswith(f"{root}/") else value
+        for name, value in artifact.items()
+    }
