@@ -134,12 +134,11 @@ def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
     Sizes and times tell in microseconds; when they moved, the files are digested.
     Raises: MissingError when the base is gone, CorruptError when its bytes changed.
     """
-    folder = Path(adapter.base_folder)
+    base, folder = store.ancestor(adapter, BaseCheckpoint), Path(adapter.base_folder)  # a remote brings it
     if not folder.is_dir():
         raise MissingError(
             f"the base of adapter {adapter.short} was at {folder} and is gone: bring it back, or train again"
         )
-    base = store.ancestor(adapter, BaseCheckpoint)
     about = (store.manifest(type(base), base.key) or {}).get("about", {})
     if about.get("stamp") == files.stamp(folder):
         return
