@@ -37,7 +37,7 @@ from tasks.specs import ReinforceSpec
 from tasks.targets import Target, find_targets
 from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
-VERSION = 1
+VERSION = 2  # with vLLM, 1 hardly learnt from long completions
 TRAINER = "tasks.reinforce.worker"
 BESIDE_VLLM = "tasks.reinforce.beside_vllm"  # the same, in vLLM's environment
 logger = logging.getLogger(__name__)
