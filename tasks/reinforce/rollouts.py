@@ -26,11 +26,12 @@ class Rollouts:
 
     engine: Engine | None = None
     memory_share: float = 0.0
+    is_continuous: bool = False
 
     @property
     def name(self) -> str:
         """What the worker's spec says."""
-        return "vllm" if self.engine else "transformers"
+        return "vllm" if self.engine else "continuous" if self.is_continuous else "transformers"
 
 
 def choose_rollouts(
@@ -44,6 +45,8 @@ def choose_rollouts(
     Raises: SpecError, MissingError or CapacityError when the spec wants vLLM and it can't be had; with `auto`
         transformers generates then.
     """
+    if spec.rollouts == "continuous":
+        return Rollouts(is_continuous=True)
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
     try:
