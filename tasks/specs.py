@@ -555,6 +555,11 @@ class ReinforceSpec(Spec):
         """Completions that one optimizer step learns."""
         return self.rows_per_device * self.gradient_accumulation
 
+    @property
+    def cuts_tail(self) -> bool:
+        """Say whether unlikely tokens are never sampled."""
+        return self.top_p < 1 or self.top_k > 0
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.rows_per_step % self.num_generations:

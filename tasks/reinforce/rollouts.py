@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import CapacityError, MissingError, SpecError
+from tasks.gptoss.layout import MODEL_TYPE
 from tasks.machine import Gpu
 from tasks.reinforce.vllm_python import Engine, find_engine
 from tasks.specs import ReinforceSpec
@@ -65,6 +66,17 @@ def require_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Engine:  # A
         raise SpecError(
             "ReinforceSpec.rollouts = 'vllm' with a quantised base: vLLM would keep the blocks that it loaded and drop "
             "the adapter's change of them; use a base in bfloat16, or 'transformers'"
+        )
+    if spec.lora.target_parameters and config.get("model_type") != MODEL_TYPE:
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'vllm' with an adapter on the experts of a {config.get('model_type')}: only "
+            f"those of {MODEL_TYPE} can be sent to vLLM; leave lora.target_parameters empty, or use 'transformers'"
+        )
+    if spec.cuts_tail and spec.temperature != 1:
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'vllm' with temperature = {spec.temperature:g}, top_p = {spec.top_p:g} and "
+            f"top_k = {spec.top_k}: at another temperature than 1 vLLM tells log-probabilities only behind top_p and "
+            "top_k, which can't be held against the model's own; change one of the two, or use 'transformers'"
         )
     return find_engine()
 

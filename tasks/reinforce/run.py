@@ -23,6 +23,7 @@ from tasks.artifacts import (
 )
 from tasks.errors import OutOfMemoryError, SpecError, TrainingError
 from tasks.machine import list_gpus
+from tasks.metrics import read_metrics
 from tasks.models import base_shapes
 from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
@@ -101,19 +102,29 @@ def _run(
     spec: ReinforceSpec,
     on_progress: ProgressFn,
 ) -> dict[str, Any]:  # Any: JSON values
-    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers."""
+    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers to the end."""
     folder = Path(job["folder"])
     gpu = next(iter(list_gpus()), None) if spec.device_map == "auto" else None
     element = 4 if spec.dtype == "float32" else 2
     weights_bytes = element * sum(map(prod, base_shapes(Path(base.model_folder)).values()))
     chosen = choose_rollouts(spec, files.read_json(Path(base.model_folder) / "config.json"), weights_bytes, gpu)
+    if chosen.engine and spec.rollouts == "auto" and _transformers_began(folder):
+        logger.info("transformers generates, as in the steps that are there")
+        chosen = Rollouts()
     try:
         return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
     except (TrainingError, OutOfMemoryError) as error:
-        if not chosen.engine or spec.rollouts != "auto" or (folder / "metrics.jsonl").exists():
+        if not chosen.engine or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
             raise
         logger.warning("vLLM could not generate (%s); transformers does, several times slower", error)
     return _run_with(Rollouts(), job, spec, on_progress, on_gpu=gpu is not None)
+
+
+def _transformers_began(folder: Path) -> bool:
+    """Say whether an earlier try made steps with transformers: a vLLM that failed then would only fail again."""
+    told = folder / "job.json"
+    steps = read_metrics(folder / "metrics.jsonl")
+    return bool(steps) and told.exists() and files.read_json(told)["spec"]["rollouts"] == "transformers"
 
 
 def _run_with(

@@ -40,14 +40,26 @@ _WARNERS = (  # of vLLM 0.26 and 0.32: they name at each step what was not sent,
 
 
 def set_up(spec: ReinforceSpec) -> None:
-    """Let TRL open vLLM in the dtype of the spec, and on a CPU without what only a GPU has."""
+    """Let TRL open vLLM in the dtype of the spec, and on a CPU without what only a GPU has.
+
+    The log-probabilities of sampled tokens are those before top_p and top_k, as the model that learns tells its own:
+    TRL weighs a completion by the product of its tokens' ratios of both, and 0.9 to the power of 200 is nothing.
+    """
     from trl.generation import vllm_generation
 
     more: dict[str, Any] = {"dtype": spec.dtype}  # Any: vLLM's arguments
     if not torch.cuda.is_available():
         more |= {"enforce_eager": True}
+    if spec.cuts_tail:  # at temperature 1, see rollouts.py: these are taken before it too
+        more |= {"logprobs_mode": "raw_logprobs"}
     opened: Any = vllm_generation  # Any: LLM is imported there only where vLLM is
-    opened.LLM = partial(opened.LLM, **more)
+    opened.LLM = partial(_open, opened.LLM, more)
+
+
+def _open(llm: Any, more: dict[str, Any], **kwargs: Any) -> Any:  # Any: vLLM's
+    """Open vLLM where the system gives it a port: TRL's choice, 29500, two runs that begin together make alike."""
+    os.environ["MASTER_PORT"] = "0"
+    return llm(**{**kwargs, **more})
 
 
 def keep_in_step(trainer: Any) -> None:  # Any: a GroupTrainer with vLLM
@@ -160,8 +172,8 @@ def base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def leave() -> None:
+def leave(code: int) -> None:
     """End the process at once: vLLM's own end may hang for minutes, and everything of ours is written."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

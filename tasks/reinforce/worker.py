@@ -8,6 +8,7 @@ Ring: edge.
 import math
 import random
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     trainer = GroupTrainer(
         model=model,
         reward_funcs=wanted.functions(tokenizer, ends),
-        args=trainer_arguments(folder, spec, prompts),
+        args=trainer_arguments(folder, spec, prompts, ends),
         train_dataset=Dataset.from_dict(
             {"prompt": [str(number) for number in range(len(prompts))], "row": list(range(len(prompts)))}
         ),
@@ -148,8 +149,8 @@ def start_from(model: Any, folder: Path) -> None:  # Any: a PeftModel
     assert not found.unexpected_keys, found.unexpected_keys[:3]
 
 
-def trainer_arguments(folder: Path, spec: ReinforceSpec, prompts: list[Prompt]) -> GRPOConfig:
-    """Return TRL's settings."""
+def trainer_arguments(folder: Path, spec: ReinforceSpec, prompts: list[Prompt], ends: list[int]) -> GRPOConfig:
+    """Return TRL's settings; vLLM reads the model's own ends from its folder, and is told of all here."""
     on_gpu = torch.cuda.is_available()
     recomputes = spec.checkpointing == "full" or (spec.checkpointing == "auto" and on_gpu)
     limit = completion_tokens(prompts, spec)
@@ -178,11 +179,13 @@ def trainer_arguments(folder: Path, spec: ReinforceSpec, prompts: list[Prompt]) 
         temperature=spec.temperature,
         top_p=spec.top_p,
         top_k=spec.top_k,
-        generation_kwargs={} if spec.rollouts == "vllm" else {"use_cache": True},
+        generation_kwargs={"stop_token_ids": ends} if spec.rollouts == "vllm" else {"use_cache": True},
         use_vllm=spec.rollouts == "vllm",
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=spec.vllm_memory_share,
         vllm_max_model_length=spec.max_sequence_tokens,
+        # TRL's default multiplies the ratios of all tokens: of 256 tokens in bfloat16 hardly a completion was left.
+        vllm_importance_sampling_mode="token_truncate",
         router_aux_loss_coef=0.0,  # the router is frozen: balancing it would only disturb the adapter
         gradient_checkpointing=recomputes,
         gradient_checkpointing_kwargs={"use_reentrant": False} if recomputes else None,
@@ -305,9 +308,17 @@ def planned_steps(trainer: GroupTrainer) -> int:
 def main(path: str) -> None:
     """Do the job that is described there; with vLLM in the process, end it without waiting for vLLM's own end."""
     job = files.read_json(Path(path))
-    run_worker(Path(job["folder"]), lambda: reinforce(job), stop_grace_s=job["spec"].get("stop_grace_s", 25.0))
-    if ReinforceSpec.model_validate(job["spec"]).rollouts == "vllm":
-        vllm_engine.leave()
+    with_vllm = ReinforceSpec.model_validate(job["spec"]).rollouts == "vllm"
+    try:
+        run_worker(Path(job["folder"]), lambda: reinforce(job), stop_grace_s=job["spec"].get("stop_grace_s", 25.0))
+    except BaseException as error:  # told to stop, too; why is written down
+        if not with_vllm:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        vllm_engine.leave(1)
+    if with_vllm:
+        vllm_engine.leave(0)
 
 
 if __name__ == "__main__":

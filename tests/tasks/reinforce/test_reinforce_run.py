@@ -178,6 +178,25 @@ def test_a_colocated_engine_is_sent_what_peft_would_merge():
     assert all(torch.allclose(sent[name], merged[name], atol=1e-6) for name in sent)
 
 
+def test_vllm_is_told_every_end_and_its_tokens_are_weighed_one_by_one(tmp_path: Path):
+    """It knows the ends of the base's folder, and would go on behind harmony's where the tokenizer has another.
+
+    In bfloat16 a token's ratio to vLLM's is off by a tenth: the product of them leaves nothing of a long completion.
+    """
+    from tasks.reinforce.prompts import Prompt
+    from tasks.reinforce.worker import end_tokens, trainer_arguments
+    from tests.tiny import byte_tokenizer, make_model
+
+    tokenizer, model = byte_tokenizer(), make_model()
+    tokenizer.eos_token = "<|end|>"
+    model.generation_config.eos_token_id = 256
+    asked = Prompt(ids=(1, 2), question="1+1=?", answer="2")
+    spec = change(SHORT, {"rollouts": "vllm", "vllm_memory_share": 0.1})
+    arguments = trainer_arguments(tmp_path, spec, [asked], end_tokens(model, tokenizer))
+    assert arguments.generation_kwargs == {"stop_token_ids": [256, 257]}
+    assert arguments.vllm_importance_sampling_mode == "token_truncate"
+
+
 def test_the_defaults_are_the_seeds():
     spec = ReinforceSpec()
     assert (spec.max_sequence_tokens, spec.num_generations, spec.rows_per_device, spec.gradient_accumulation) == (

@@ -22,31 +22,33 @@ from tests.tasks.reinforce import runs
 SPEC = change(runs.SPEC, {"rollouts": "auto", "max_steps": 2})
 H200 = Gpu(name="NVIDIA H200", total_bytes=150 * 10**9, free_bytes=150 * 10**9)
 H100 = Gpu(name="NVIDIA H100", total_bytes=85 * 10**9, free_bytes=85 * 10**9)
+GPT_OSS = {"model_type": "gpt_oss"}
 GPT_OSS_20B = 42 * 10**9
 
 
 @pytest.fixture(autouse=True)
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vLLM's interpreter that tells its versions, and can do nothing."""
+    """A vLLM's interpreter that tells its versions, and fails as one does in its first rollout."""
     told = json.dumps([platform.python_version(), version("torch"), "0.32.0"])
-    write_commands(
-        tmp_path / "vllm", {"python": f"[ \"$1\" = -I ] && echo '{told}' || {{ echo no CUDA here; exit 1; }}"}
-    )
+    fails = '{ touch "$(dirname "$3")/metrics.jsonl"; echo no CUDA here; exit 1; }'
+    write_commands(tmp_path / "vllm", {"python": f"[ \"$1\" = -I ] && echo '{told}' || {fails}"})
     monkeypatch.setenv("TATARA_VLLM_PYTHON", str(tmp_path / "vllm/python"))
 
 
 def test_vllm_generates_where_a_gpu_holds_the_base_twice():
-    chosen = choose_rollouts(SPEC, {}, GPT_OSS_20B, H200)
+    chosen = choose_rollouts(SPEC, GPT_OSS, GPT_OSS_20B, H200)
     assert chosen.name == "vllm" and chosen.memory_share == pytest.approx(0.39)
 
 
 @pytest.mark.parametrize(
     ("changes", "config", "gpu", "says"),
     [
-        ({}, {}, H100, "42.0 GB does not fit twice into NVIDIA H100"),
-        ({"vllm_memory_share": 0.2}, {}, H200, r"vLLM would get 30.0 GB \(ReinforceSpec.vllm_memory_share\)"),
-        ({"quantization": "nf4"}, {}, H200, "with a quantised base"),
+        ({}, GPT_OSS, H100, "42.0 GB does not fit twice into NVIDIA H100"),
+        ({"vllm_memory_share": 0.2}, GPT_OSS, H200, r"vLLM would get 30.0 GB \(ReinforceSpec.vllm_memory_share\)"),
+        ({"quantization": "nf4"}, GPT_OSS, H200, "with a quantised base"),
         ({}, {"quantization_config": {"quant_method": "mxfp4"}}, H200, "with a quantised base"),
+        ({"top_p": 0.9, "temperature": 0.7}, GPT_OSS, H200, "with temperature = 0.7, top_p = 0.9 and top_k = 0"),
+        ({}, {"model_type": "qwen3_moe"}, H200, "an adapter on the experts of a qwen3_moe: only those of gpt_oss"),
     ],
 )
 def test_else_transformers_do_and_vllm_is_refused(
@@ -61,20 +63,32 @@ def test_else_transformers_do_and_vllm_is_refused(
 
 
 def test_without_a_gpu_transformers_do():
-    assert choose_rollouts(SPEC, {}, 1, None) == Rollouts()
+    assert choose_rollouts(SPEC, GPT_OSS, 1, None) == Rollouts()
 
 
-@pytest.mark.long
-def test_a_vllm_that_was_our_choice_and_fails_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+@pytest.fixture
+def on_an_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_commands(tmp_path / "bin", {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("on_an_h200")
+def test_a_vllm_that_was_our_choice_and_fails_is_replaced_to_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store = ArtifactStore(tmp_path / "home")
     packed, base = runs.make_artifacts(store, tmp_path / "sources")
     with pytest.raises(TrainingError, match="no CUDA here"):
         reinforce_adapter(packed, base, change(SPEC, {"rollouts": "vllm"}), store, lambda record: None)
-    adapter = reinforce_adapter(packed, base, SPEC, store, lambda record: None)
-    assert adapter.num_steps == 2
+
+    def cancel(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    spec = change(SPEC, {"max_steps": 4, "learning_rate": 1e-3})
+    with pytest.raises(KeyboardInterrupt):
+        reinforce_adapter(packed, base, spec, store, cancel)
     assert "vLLM could not generate" in caplog.text and "no CUDA here" in caplog.text
+    adapter = reinforce_adapter(packed, base, spec, store, lambda record: None)
+    assert adapter.num_steps == 4
+    assert "resuming from checkpoint-" in (adapter.path / "output.log").read_text()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,22 @@ def test_a_killed_run_is_the_same_run(parts: Any, learnt: TrainedAdapter, tmp_pa
     assert "resuming from checkpoint-4" in (Path(again.folder) / "output.log").read_text()
     files = ("adapter/adapter_model.safetensors", "generations.csv")
     assert all((Path(again.folder) / name).read_bytes() == (Path(learnt.folder) / name).read_bytes() for name in files)
+
+
+def test_of_likely_tokens_alone_the_whole_models_log_probabilities_are_told(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else TRL weighs a completion by what its tokens' neighbours had: nothing is left of it after some tokens.
+
+    The same process shows that a busy port is none of its concern, and that its failure is told at once.
+    """
+    _, packed, base = parts
+    changes = {"top_k": 4, "rewards": [{"name": "tests.tasks.reinforce.failing_reward:score", "label": "digits"}]}
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        monkeypatch.setenv("MASTER_PORT", str(busy.getsockname()[1]))
+        with pytest.raises(TrainingError, match="ValueError: no third step"):
+            reinforce_adapter(packed, base, change(SPEC, changes), ArtifactStore(tmp_path), lambda record: None)
+    (lines,) = tmp_path.rglob("metrics.jsonl")
+    first, second = read_metrics(lines)
+    assert all(record["ratio_min"] > 0.999 and record["ratio_max"] < 1.001 for record in (first, second))
+    assert second["adapter_share"] == pytest.approx(1, abs=1e-3)
