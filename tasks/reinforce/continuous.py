@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig
-from trl.models import unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 
 from tasks.errors import TrainingError
 from tasks.gptoss.layout import MODEL_TYPE

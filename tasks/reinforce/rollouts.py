@@ -47,6 +47,7 @@ def choose_rollouts(
         transformers generates then.
     """
     if spec.rollouts == "continuous":
+        require_continuous(spec)
         return Rollouts(is_continuous=True)
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
@@ -58,6 +59,16 @@ def choose_rollouts(
             raise
         logger.info("transformers generates, several times slower than vLLM: %s", error)
         return Rollouts()
+
+
+def require_continuous(spec: ReinforceSpec) -> None:
+    """Raise SpecError for what transformers' continuous batching can't do."""
+    if spec.cuts_tail:
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'continuous' with top_p = {spec.top_p:g} and top_k = {spec.top_k}: it tells "
+            "log-probabilities only behind them, which can't be held against the model's own; leave them, or use "
+            "'transformers'"
+        )
 
 
 def require_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Engine:  # Any: as above

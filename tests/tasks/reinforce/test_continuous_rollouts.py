@@ -1,4 +1,4 @@
-"""GRPO whose rollouts transformers' continuous batching generates: it runs the adapter, and a killed run is the same."""
+"""GRPO whose rollouts transformers' continuous batching generates: the adapter's own, and a killed run's too."""
 
 import json
 import os
