@@ -506,10 +506,10 @@ class ReinforceSpec(Spec):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="Sample from so many tokens only; 0: from all.")
-    rollouts: Literal["auto", "transformers", "vllm"] = Field(
+    rollouts: Literal["auto", "transformers", "continuous", "vllm"] = Field(
         default="auto",
         description="What generates. auto: a vLLM in the trainer's process where a GPU has room for it, else "
-        "transformers.",
+        "transformers' generate; continuous: transformers' continuous batching.",
     )
     vllm_memory_share: float = Field(
         default=0.0, ge=0, lt=1, description="Part of the GPU that such a vLLM takes; 0: the weights and a tenth."

@@ -27,11 +27,12 @@ class Rollouts:
 
     engine: Engine | None = None
     memory_share: float = 0.0
+    is_continuous: bool = False
 
     @property
     def name(self) -> str:
         """What the worker's spec says."""
-        return "vllm" if self.engine else "transformers"
+        return "vllm" if self.engine else "continuous" if self.is_continuous else "transformers"
 
 
 def choose_rollouts(
@@ -45,6 +46,9 @@ def choose_rollouts(
     Raises: SpecError, MissingError or CapacityError when the spec wants vLLM and it can't be had; with `auto`
         transformers generates then.
     """
+    if spec.rollouts == "continuous":
+        require_continuous(spec)
+        return Rollouts(is_continuous=True)
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
     try:
@@ -55,6 +59,16 @@ def choose_rollouts(
             raise
         logger.info("transformers generates, several times slower than vLLM: %s", error)
         return Rollouts()
+
+
+def require_continuous(spec: ReinforceSpec) -> None:
+    """Raise SpecError for what transformers' continuous batching can't do."""
+    if spec.cuts_tail:
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'continuous' with top_p = {spec.top_p:g} and top_k = {spec.top_k}: it tells "
+            "log-probabilities only behind them, which can't be held against the model's own; leave them, or use "
+            "'transformers'"
+        )
 
 
 def require_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Engine:  # Any: as above

@@ -29,7 +29,7 @@ from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
-from tasks.reinforce.rollouts import Rollouts, choose_rollouts, require_vllm
+from tasks.reinforce.rollouts import Rollouts, choose_rollouts, require_continuous, require_vllm
 from tasks.reinforce.streams import read_rows
 from tasks.reinforce.vllm_python import Engine
 from tasks.reinforce.vllm_python import variables as engine_variables
@@ -167,6 +167,8 @@ def require_runnable(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # An
         )
     if spec.rollouts == "vllm":
         require_vllm(spec, config)
+    if spec.rollouts == "continuous":
+        require_continuous(spec)
 
 
 def check_rewards(spec: ReinforceSpec) -> str:

@@ -84,8 +84,9 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     require_enough(len(prompts), spec)
     require_numbers(prompts, spec)
     rewards = {reward.column: (load_reward(reward), reward.weight) for reward in spec.rewards}
-    engine = "vllm" if spec.rollouts == "vllm" else "transformers"
+    engine = {"vllm": "vllm", "continuous": "transformers' continuous batching"}.get(spec.rollouts, "transformers")
     wanted = Wanted(prompts=prompts, rewards=rewards, least_share=spec.min_adapter_share, engine=engine)
+    wanted.is_continuous = spec.rollouts == "continuous"
     if engine == "vllm":
         vllm_engine.set_up(spec)
     ends = end_tokens(model, tokenizer)

@@ -66,6 +66,13 @@ def test_without_a_gpu_transformers_do():
     assert choose_rollouts(SPEC, GPT_OSS, 1, None) == Rollouts()
 
 
+def test_continuous_batching_is_taken_when_it_is_named_and_refused_where_it_misleads():
+    named = change(SPEC, {"rollouts": "continuous"})
+    assert choose_rollouts(named, GPT_OSS, GPT_OSS_20B, H200).name == "continuous"
+    with pytest.raises(SpecError, match=r"'continuous' with top_p = 1 and top_k = 5"):
+        choose_rollouts(change(named, {"top_k": 5}), GPT_OSS, GPT_OSS_20B, H200)
+
+
 @pytest.fixture
 def on_an_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_commands(tmp_path / "bin", {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
