@@ -197,12 +197,12 @@ def test_a_client_that_hangs_up_ends_the_generation(lite, wait_until, stream):
     wait_until(lambda: cpu_ticks(child) > before + 8, 10)  # it works on it
     connection.sock.close()
     connection.close()
+    trace = wait_until(lambda: [each for each in lite.traces() if each["status"] == "cancelled"], 5)[-1]
+    assert (trace["route"], trace["http_status"]) == ("lite", 499)
     time.sleep(0.3)
     then = cpu_ticks(child)
     time.sleep(0.5)
     assert cpu_ticks(child) - then <= 3
-    trace = wait_until(lambda: [each for each in lite.traces() if each["status"] == "cancelled"], 5)[-1]
-    assert (trace["route"], trace["http_status"]) == ("lite", 499)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from tasks.errors import CapacityError
 from tasks.traces.queue import FileQueue
 from tasks.traces.redis_stream import RedisQueue, ship
 from tests.needs import redis_server
+from tests.waiting import wait_for
 
 KILLS = 24
 
@@ -131,9 +132,9 @@ def test_a_slow_weave_does_not_cost_a_drain_its_lock(start_drains, weave, make_r
     queue = RedisQueue(client)
     expected = fill(queue, make_record, 60)
     weave.misbehave(delay_s=0.3, next=[*["503"] * 5, "ok"] * 3)  # 5 graces and a delay: 1.05 s a batch
-    first, second = (start_drains("redis", redis_port, weave.url, lock_s=0.6) for _ in range(2))
+    first, second = (start_drains("redis", redis_port, weave.url, lock_s=0.9) for _ in range(2))
     first.start()
-    time.sleep(0.2)
+    wait_for(lambda: client.exists(f"{queue.stream}:drain"))  # on a busy machine it comes late
     ended, deadline = [], time.monotonic() + 1.5
     while time.monotonic() < deadline:
         second.start()
