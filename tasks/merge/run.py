@@ -140,7 +140,7 @@ def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
             f"the base of adapter {adapter.short} was at {folder} and is gone: bring it back, or train again"
         )
     about = (store.manifest(type(base), base.key) or {}).get("about", {})
-    if about.get("stamp") == files.stamp(folder):
+    if base.model_digest == adapter.base_digest and about.get("stamp") == files.stamp(folder):
         return
     if folder_digest(digest_files(folder)) != adapter.base_digest:
         raise CorruptError(
