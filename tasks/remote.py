@@ -287,4 +287,6 @@ def _translated(error: Exception, doing: str, url: str) -> TataraError:
         return MissingError(f"{said}: make the bucket first")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CapacityError(f"{said}: free some space")
+    if isinstance(error, (TypeError, ValueError)):  # s3fs looks at most options when it is first used
+        return SpecError(f"{said}: look at the URL and at the block's options")
     return TransientError(said)

@@ -145,7 +145,8 @@ def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
     if folder_digest(digest_files(folder)) != adapter.base_digest:
         raise CorruptError(
             f"the base at {folder} is not the one that adapter {adapter.short} was trained on (its files "
-            "changed since): bring the old files back, or train on the new ones"
+            f"changed since): bring the old files back, or remove {adapter.kind}/{adapter.key[:16]} here and in the "
+            "remote storage and train on the new ones"
         )
 
 

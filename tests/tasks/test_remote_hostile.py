@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tasks import files
-from tasks.artifacts import ArtifactStore, FetchedDataset, TrainedAdapter
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, TrainedAdapter
 from tasks.errors import CorruptError, SpecError
 from tasks.remote import Remote
 from tests.tasks.test_artifacts import KEY, Knobs, _commit, _dataset
-from tests.tasks.test_remote import ADAPTER_KEY, ROOT, _commit_adapter, _machine
+from tests.tasks.test_remote import ADAPTER_KEY, BASE_KEY, ROOT, _commit_adapter, _commit_base, _machine
 
 OTHER = "12" * 32
 
@@ -149,6 +149,18 @@ def test_what_another_version_made_does_not_take_the_place_of_ours(tmp_path: Pat
             claim.commit(_dataset(KEY, claim.folder), spec=Knobs())
     assert _rows(there) == "rows of b"
     assert there.find(FetchedDataset, KEY)
+
+
+def test_a_base_whose_model_is_only_on_the_first_machine_leaves_ours_as_it_is(tmp_path: Path, url: str):
+    _commit_base(_machine(tmp_path, "a", url), tmp_path / "models/m")
+    (tmp_path / "models").rename(tmp_path / "of a alone")
+    there = _machine(tmp_path, "b", url)
+    made = _commit_base(there)
+    assert made.model_folder == f"{there.root}/base/{BASE_KEY[:16]}/model"
+    with there.claim(BaseCheckpoint, BASE_KEY) as claim:
+        assert claim.found == made
+    assert there.known(BaseCheckpoint) == [made]
+    assert files.read_json(made.path / "remote.json")["url"] == url  # and 40 GB are not digested at each step
 
 
 @pytest.mark.parametrize("left", ["damaged", "arriving"])

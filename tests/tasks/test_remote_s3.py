@@ -23,7 +23,7 @@ from blocks.storage import ArtifactStorage
 from tasks import files
 from tasks.artifacts import ArtifactStore, FetchedDataset
 from tasks.check.run import check_storage
-from tasks.errors import MissingError, RightsError, TataraError, TokenError, TransientError
+from tasks.errors import MissingError, RightsError, SpecError, TataraError, TokenError, TransientError
 from tasks.remote import Remote
 from tests.tasks.test_artifacts import KEY, Knobs, _commit, _dataset
 
@@ -181,8 +181,10 @@ def test_two_machines_at_once_agree_on_one(server: Server, tmp_path: Path):
         ({"secret": "verysecret"}, URL, RightsError, "the account must list, read, write"),
         ("reads", URL, RightsError, "the account must list, read, write"),
         ({}, "s3://nowhere/team", MissingError, "make the bucket first"),
+        ({"secrett": "s"}, URL, SpecError, "keyword argument 'secrett': look at the URL and at the block's options"),
+        ({"endpoint_url": "127.0.0.1:9000"}, URL, SpecError, "Invalid endpoint: 127.0.0.1:9000"),
     ],
-    ids=["unknown key", "wrong secret", "may only read", "no bucket"],
+    ids=["unknown key", "wrong secret", "may only read", "no bucket", "unknown option", "no URL"],
 )
 def test_before_a_run_it_is_said_what_is_wrong(
     server: Server, tmp_path: Path, options: Any, url: str, error: type[TataraError], message: str
