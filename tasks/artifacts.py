@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import files
 from tasks.errors import CorruptError, MissingError, SpecError
+from tasks.remote_manifest import MANIFEST, NOTE
 from tasks.specs import Spec
 
 if TYPE_CHECKING:
@@ -35,15 +36,14 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"  # removed once the artifact is whole: no part of it
 _NOT_LISTED = {
-    "manifest.json",
+    MANIFEST,
     "output.log",
     "process.json",
     "heartbeat.json",
-    "remote.json",
+    NOTE,
 }  # a trainer, or a remote, may still write them
 _JOB_NOTES = ("slurm_job.json", "ray_job.json")  # of a job that may still work in an artifact's folder
 _STAYS_HERE = {"published", "served", "health", "decision"}  # they speak of this machine's endpoint and folders
-MANIFEST = "manifest.json"
 LATEST = "latest"  # the name of the newest artifact of a kind
 logger = logging.getLogger(__name__)
 
@@ -334,6 +334,7 @@ class Claim(Generic[A]):
         Checkpoints go. With a remote it is sent there; what is returned is what the remote holds, see `share`.
         """
         files.remove_strays(self.folder)
+        (self.folder / NOTE).unlink(missing_ok=True)  # it spoke of what was here before
         present = files.list_files(self.folder).items()
         listed = {name: size for name, size in present if name not in _NOT_LISTED and _is_kept(name)}
         for name in listed:
@@ -423,6 +424,7 @@ class ArtifactStore:
             if found is not None:
                 logger.info("skipped: %s/%s is already whole at %s", cls.kind, key[:8], folder)
                 found = self.share(found)  # made before there was a remote, or while it was away
+                _clear_leftovers(folder)
             else:
                 _clear_damaged(folder)
                 found = self._bring(cls, key)
@@ -439,19 +441,21 @@ class ArtifactStore:
         The caller holds its lock. Raises as Remote.send does: the artifact is whole here, another try only sends.
         """
         cls, folder = type(artifact), self.folder(type(artifact), artifact.key)
-        if not self.remote or cls.kind in _STAYS_HERE or self.remote.is_noted(folder):
-            return artifact
         manifest = self.manifest(cls, artifact.key)
-        if manifest is None or self.remote.send(folder, manifest, self.root):
+        if not self.remote or cls.kind in _STAYS_HERE or manifest is None:
+            return artifact
+        other = self.remote.send(folder, manifest, self.root)
+        if other is None:
+            return artifact
+        found = self._install(cls, artifact.key, other)
+        if found is None:  # its model lies elsewhere: ours stays
+            self.remote.note(folder, other)
             return artifact
         logger.warning(
-            "another machine made %s/%s too and was the first to send it: its files replace those made here, so that "
+            "another machine made %s/%s too and was the first to send it: its files replaced those made here, so that "
             "what is made of it is the same everywhere", cls.kind, artifact.short
         )  # fmt: skip
-        arrived = self.remote.fetch(f"{cls.kind}/{folder.name}", self.root)
-        if arrived:
-            _put_in_place(arrived, folder)
-        return self.find(cls, artifact.key) or artifact
+        return found
 
     def _bring(self, cls: type[A], key: str) -> A | None:
         """Return the artifact from the remote when it is whole there; None otherwise. The caller holds its lock."""
@@ -462,10 +466,27 @@ class ArtifactStore:
 
         if find_alive(folder / "process.json") or any((folder / note).exists() for note in _JOB_NOTES):
             return None  # a job that may run works in it: it goes on
-        arrived = self.remote.fetch(f"{cls.kind}/{folder.name}", self.root)
-        if arrived:
-            _put_in_place(arrived, folder)  # what a crash left there has no use any more
-        return self.find(cls, key) if arrived else None
+        manifest = self.remote.read(f"{cls.kind}/{folder.name}")
+        return self._install(cls, key, manifest) if manifest else None  # what a crash left has no use any more
+
+    def _install(self, cls: type[A], key: str, manifest: dict[str, Any]) -> A | None:  # Any: JSON values
+        """Bring what a manifest of the remote names, in place of what is here; None when its model is elsewhere.
+
+        Raises: CorruptError when it is no artifact of ours. Then nothing changed here.
+        """
+        assert self.remote is not None
+        folder, fields = self.folder(cls, key), self.remote.fields(manifest, self.root)
+        place = f"{cls.kind}/{folder.name}"
+        if fields["key"] != key or self._read_artifact(cls, fields) is None:
+            raise CorruptError(
+                f"{self.remote.url}/{place} is {cls.kind}/{fields['key'][:24]}... of another version of Tatara, or "
+                f"damaged: run the same version on each machine, or {self.remote.way_out(place)}"
+            )
+        arrived = self.remote.fetch(place, manifest, self.root)
+        if arrived is None:
+            return None
+        _put_in_place(arrived, folder)
+        return self.find(cls, key)
 
     def load(self, ref: str) -> Artifact:
         """Return the artifact behind a `kind/key` reference, with its files. Raises MissingError when none is whole."""
@@ -515,6 +536,8 @@ class ArtifactStore:
     def _dated(self, cls: type[A]) -> list[tuple[str, A]]:
         found: list[tuple[str, A]] = []
         for path in (self.root / cls.kind).glob(f"*/{MANIFEST}"):
+            if path.parent.name.startswith("."):  # arriving, or on its way out
+                continue
             try:
                 key = files.read_json(path)["artifact"]["key"]
             except (CorruptError, KeyError, TypeError):
@@ -577,6 +600,12 @@ def _put_in_place(arrived: Path, folder: Path) -> None:
     arrived.rename(folder)
     files.fsync_folder(folder.parent)
     shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left beside a folder that is whole: half of one that arrived, or went."""
+    for name in (f".{folder.name}.damaged", f".{folder.name}.arriving"):
+        shutil.rmtree(folder.with_name(name), ignore_errors=True)
 
 
 def _clear_damaged(folder: Path) -> None:

@@ -36,9 +36,8 @@ from tasks.errors import (
     TokenError,
     TransientError,
 )
+from tasks.remote_manifest import MANIFEST, NOTE, Json, parse_manifest, relocate, without_ours
 
-MANIFEST = "manifest.json"
-NOTE = "remote.json"  # in an artifact's folder: where it was sent to or came from
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"}  # and with a PUT that is whole
 _PACKAGES = {
     "s3": "s3fs",
@@ -51,7 +50,6 @@ _PACKAGES = {
 }
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 logger = logging.getLogger(__name__)
-Json = dict[str, Any]  # Any: JSON values
 
 
 class Remote:
@@ -66,12 +64,14 @@ class Remote:
         Raises: SpecError (a URL with a password, or of no known kind), MissingError (its package is not installed).
         """
         self.protocol, rest = urlsplit(url).scheme, url.partition("://")[2]
-        if not self.protocol or not rest.strip("/"):
-            raise SpecError(f"the remote storage is {url!r}, expected a URL like s3://bucket/prefix")
-        if holds_login(url):
+        if holds_login(url) or ("@" in url and "://" not in url):  # first: what is said next shows it
             raise SpecError(
                 "the remote storage's URL holds a login: put it into the block's options, or the environment"
             )
+        if not self.protocol or not rest.strip("/"):
+            raise SpecError(f"the remote storage is {url!r}, expected a URL like s3://bucket/prefix")
+        if any(mark in rest for mark in "*?["):
+            raise SpecError("the remote storage's URL has *, ? or [, which fsspec takes for a pattern: leave them out")
         self.url = url.rstrip("/")
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **(options or {}))
@@ -120,8 +120,8 @@ class Remote:
                     raise read
         return found
 
-    def send(self, folder: Path, manifest: Json, root: Path) -> bool:
-        """Copy a committed artifact; return whether it is this one that is there, and not another machine's.
+    def send(self, folder: Path, manifest: Json, root: Path) -> Json | None:
+        """Copy a committed artifact, where it is not there yet; return the manifest of another machine's that is.
 
         Args:
             folder: the artifact's folder, `<root>/<kind>/<key[:16]>`.
@@ -130,9 +130,12 @@ class Remote:
         Raises: TokenError, RightsError, MissingError (no such bucket), TransientError.
         """
         place = folder.relative_to(root).as_posix()
+        there = self.read(place)
+        if there and self._is_noted(folder, there):  # asked each time: what was removed there is sent again
+            return None
         digests = {name: files.digest(folder / name) for name in manifest["files"]}
         aside = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-        if (there := self.read(place)) is None:
+        if there is None:
             logger.info("sending %s (%.2f GB) to %s", place, sum(manifest["files"].values()) / 1e9, self.url)
             with self._errors("sending to"):
                 for name, size in manifest["files"].items():
@@ -143,56 +146,59 @@ class Remote:
         if there is None:
             raise TransientError(f"{self.url}/{place} was sent but is not there: something removes files below it")
         if there["aside"] != aside:
-            return False
-        files.write_json(folder / NOTE, {"url": self.url})
-        return True
+            return there
+        self.note(folder, there)
+        return None
 
-    def fetch(self, place: str, root: Path) -> Path | None:
-        """Bring the artifact at `kind/key[:16]` into a folder aside, whole; return that, None when it is not there.
+    def fetch(self, place: str, manifest: Json, root: Path) -> Path | None:
+        """Bring the artifact at `kind/key[:16]` into a folder aside, whole; return that, None when its model lacks.
 
         Paths below the root of the machine that made it are changed to ours; a model elsewhere that is not here makes
         it as good as absent. What a killed run brought is gone on with.
         Raises: CapacityError (disk), CorruptError (a file is not what its digest says), and as `send`.
         """
-        manifest = self.read(place)
-        if manifest is None:
-            return None
         artifact = self.fields(manifest, root)
         model = artifact.get("model_folder", "")
         if model and not model.startswith(f"{root / place}/") and not Path(model).is_dir():
             logger.info("%s is in %s, but its model lies at %s, which is not here", place, self.url, model)
             return None
         sizes, aside = manifest["files"], (root / place).with_name(f".{place.rpartition('/')[2]}.arriving")
-        files.require_disk(root, sum(sizes.values()), f"bringing {place} from {self.url}")
-        logger.info("bringing %s (%.2f GB) from %s", place, sum(sizes.values()) / 1e9, self.url)
         for stray in files.list_files(aside).keys() - sizes.keys():  # of one that was made anew there since
             (aside / stray).unlink()
-        for name, digest in manifest["digests"].items():
-            self._fetch_file(f"{self._root}/{place}/{manifest['aside']}/{name}", aside / name, digest)
-        files.write_json(aside / NOTE, {"url": self.url})
-        files.write_json(aside / MANIFEST, {**_without_ours(manifest), "artifact": artifact})
+        brought = sum((aside / name).stat().st_blocks * 512 for name in files.list_files(aside))  # s3fs leaves holes
+        files.require_disk(root, sum(sizes.values()) - brought, f"bringing {place} from {self.url}")
+        logger.info("bringing %s (%.2f GB) from %s", place, sum(sizes.values()) / 1e9, self.url)
+        for name, size in sizes.items():
+            self._fetch_file(f"{place}/{manifest['aside']}/{name}", aside / name, manifest["digests"][name], size)
+        self.note(aside, manifest)
+        files.write_json(aside / MANIFEST, {**without_ours(manifest), "artifact": artifact})
         return aside
+
+    def note(self, folder: Path, manifest: Json) -> None:
+        """Write into an artifact's folder that this remote has it, and which files."""
+        files.write_json(folder / NOTE, {"url": self.url, "aside": manifest["aside"]})
+
+    def _is_noted(self, folder: Path, manifest: Json) -> bool:
+        try:
+            return files.read_json(folder / NOTE) == {"url": self.url, "aside": manifest["aside"]}
+        except (OSError, CorruptError):
+            return False
 
     def fields(self, manifest: Json, root: Path) -> Json:
         """Return the artifact's fields of a manifest of the remote, with its paths told below our `root`."""
         return relocate(manifest["artifact"], manifest["root"], str(root))
 
-    def is_noted(self, folder: Path) -> bool:
-        """Say whether an artifact's folder was sent to this remote, or came from it."""
-        try:
-            return files.read_json(folder / NOTE).get("url") == self.url
-        except (OSError, CorruptError, AttributeError):
-            return False
-
     def _parse(self, place: str, data: bytes) -> Json:
         try:
-            manifest = json.loads(data)
-            _ = manifest["artifact"]["key"], manifest["aside"], manifest["root"], manifest["digests"], manifest["files"]
-        except (ValueError, KeyError, TypeError) as error:
+            return parse_manifest(place, data)
+        except (ValueError, RecursionError) as error:
             raise CorruptError(
-                f"{self.url}/{place}/{MANIFEST} is not a manifest of ours ({error}): remove it, its step makes it again"
+                f"{self.url}/{place}/{MANIFEST} is not a manifest of ours ({error}): {self.way_out(place)}"
             ) from error
-        return manifest
+
+    def way_out(self, place: str) -> str:
+        """Say what to do about an artifact that can't be used: its files go too, or they are taken for sent already."""
+        return f"remove {self.url}/{place}/ whole, then who has it sends it again, or its step makes it"
 
     def _read_many(self, places: list[str]) -> list[bytes | Exception]:
         """Return the manifest at each place, or what reading it raised; at once where the file system can."""
@@ -233,25 +239,30 @@ class Remote:
             self._fs.pipe_file(path, data, mode="create")
         except (OSError, ValueError, TypeError, NotImplementedError) as error:  # there by now, or a store without it
             self._fs.invalidate_cache()
-            if not self._fs.exists(path):
-                logger.info("%s knows no write that must be the first (%s)", self.url, type(error).__name__)
-                self._fs.pipe_file(path, data)
+            if self._fs.exists(path):
+                return
+            if isinstance(error, OSError) and error.errno not in files.UNSUPPORTED:
+                raise  # away or busy: written now, it could be over one that another machine counts on
+            logger.info("%s knows no write that must be the first (%s)", self.url, type(error).__name__)
+            self._fs.pipe_file(path, data)
 
-    def _fetch_file(self, path: str, target: Path, digest: str) -> None:
-        if target.is_file() and files.digest(target) == digest:
+    def _fetch_file(self, path: str, target: Path, digest: str, size: int) -> None:
+        """Bring `<kind>/<key[:16]>/<aside>/<name>`."""
+        if target.is_file() and files.digest(target) == digest and target.stat().st_size == size:
             return  # by a run that was killed
         target.parent.mkdir(parents=True, exist_ok=True)
+        way_out = self.way_out("/".join(path.split("/")[:2]))
         with self._errors("reading"):
             try:
-                self._fs.get_file(path, str(target))
+                self._fs.get_file(f"{self._root}/{path}", str(target))
             except FileNotFoundError as error:
-                raise CorruptError(
-                    f"{self.protocol}://{path} is gone, though a manifest lists it: {_WAY_OUT}"
-                ) from error
-        if (found := files.digest(target)) != digest:
+                raise CorruptError(f"{self.url}/{path} is gone, though a manifest lists it: {way_out}") from error
+        found, found_size = files.digest(target), target.stat().st_size
+        if (found, found_size) != (digest, size):
             target.unlink()
             raise CorruptError(
-                f"{self.protocol}://{path} has sha256 {found[:16]}..., its manifest says {digest[:16]}...: {_WAY_OUT}"
+                f"{self.url}/{path} has sha256 {found[:16]}... ({found_size} bytes), its manifest says "
+                f"{digest[:16]}... ({size} bytes): {way_out}"
             )
         files.fsync_file(target)
 
@@ -266,13 +277,6 @@ class Remote:
             raise _translated(error, doing, self.url) from error
 
 
-def _without_ours(manifest: Json) -> Json:
-    return {name: value for name, value in manifest.items() if name not in ("root", "digests", "aside")}
-
-
-_WAY_OUT = "remove the artifact's manifest.json there, its step makes and sends it again"
-
-
 def _translated(error: Exception, doing: str, url: str) -> TataraError:
     said = f"{doing} {url}: {type(error).__name__}: {error}"
     if type(error).__name__ in _NO_CREDENTIALS:
@@ -283,16 +287,6 @@ def _translated(error: Exception, doing: str, url: str) -> TataraError:
         return MissingError(f"{said}: make the bucket first")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CapacityError(f"{said}: free some space")
+    if isinstance(error, (TypeError, ValueError)):  # s3fs looks at most options when it is first used
+        return SpecError(f"{said}: look at the URL and at the block's options")
     return TransientError(said)
-
-
-def relocate(artifact: Json, root: str, here: str) -> Json:
-    """Return an artifact's fields with the paths below `root` told below `here`.
-
-    >>> relocate({"model_folder": "/a/base/0/model", "origin": "/abc", "num_steps": 3}, "/a", "/b")
-    {'model_folder': '/b/base/0/model', 'origin': '/abc', 'num_steps': 3}
-    """
-    return {
-        name: f"{here}/{value[len(root) + 1 :]}" if isinstance(value, str) and value.startswith(f"{root}/") else value
-        for name, value in artifact.items()
-    }

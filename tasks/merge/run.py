@@ -140,12 +140,13 @@ def require_same_base(adapter: TrainedAdapter, store: ArtifactStore) -> None:
             f"the base of adapter {adapter.short} was at {folder} and is gone: bring it back, or train again"
         )
     about = (store.manifest(type(base), base.key) or {}).get("about", {})
-    if about.get("stamp") == files.stamp(folder):
+    if base.model_digest == adapter.base_digest and about.get("stamp") == files.stamp(folder):
         return
     if folder_digest(digest_files(folder)) != adapter.base_digest:
         raise CorruptError(
             f"the base at {folder} is not the one that adapter {adapter.short} was trained on (its files "
-            "changed since): bring the old files back, or train on the new ones"
+            f"changed since): bring the old files back, or remove {adapter.kind}/{adapter.key[:16]} here and in the "
+            "remote storage and train on the new ones"
         )
 
 

@@ -13,7 +13,8 @@ from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, PublishedModel, TrainedAdapter
 from tasks.check.run import check_storage
 from tasks.errors import CorruptError, MissingError, SpecError
-from tasks.remote import NOTE, Remote
+from tasks.remote import Remote
+from tasks.remote_manifest import NOTE
 from tests.tasks.test_artifacts import KEY, Knobs, _commit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,13 +1,17 @@
 """The same against a real S3 client and an S3 on loopback (moto), with its accounts, its faults and its races."""
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from blocks.storage import ArtifactStorage
 from tasks import files
 from tasks.artifacts import ArtifactStore, FetchedDataset
 from tasks.check.run import check_storage
-from tasks.errors import MissingError, RightsError, TataraError, TokenError, TransientError
+from tasks.errors import MissingError, RightsError, SpecError, TataraError, TokenError, TransientError
 from tasks.remote import Remote
 from tests.tasks.test_artifacts import KEY, Knobs, _commit, _dataset
 
@@ -76,6 +80,54 @@ class Server:
         self._process.wait()
 
 
+class Between:
+    """A proxy that lets a person's store differ from moto's: `answer` gets each request's method, path and headers.
+
+    It may return the status that is sent in place of moto's.
+    """
+
+    def __init__(self, server: Server, answer: Callable[[str, str, dict[str, str]], int | None]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_one_request(self) -> None:
+                self.raw_requestline = self.rfile.readline(65537)
+                if not self.raw_requestline or not self.parse_request():
+                    self.close_connection = True
+                    return
+                headers = dict(self.headers.items())
+                if headers.get("Expect"):
+                    self.send_response_only(100)
+                    self.end_headers()
+                body = self.rfile.read(int(headers.get("Content-Length", 0)))
+                status = answer(self.command, self.path, headers)
+                if status is None:
+                    there = HTTPConnection("127.0.0.1", server.port)
+                    there.request(self.command, self.path, body, headers)
+                    reply = there.getresponse()
+                    status, sent, content = reply.status, dict(reply.getheaders()), reply.read()
+                else:
+                    sent, content = {}, b"<Error><Code>%d</Code><Message>no</Message></Error>" % status
+                self.send_response_only(status)
+                length = sent.pop("Content-Length", str(len(content)))
+                sent.pop("Transfer-Encoding", None)
+                for name, value in {**sent, "Content-Length": length}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.options = {**server.all, "endpoint_url": f"http://127.0.0.1:{self._proxy.server_address[1]}"}
+
+    def __enter__(self) -> "Between":
+        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._proxy.shutdown()
+        self._proxy.server_close()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("s3") / "moto.log")
@@ -129,8 +181,10 @@ def test_two_machines_at_once_agree_on_one(server: Server, tmp_path: Path):
         ({"secret": "verysecret"}, URL, RightsError, "the account must list, read, write"),
         ("reads", URL, RightsError, "the account must list, read, write"),
         ({}, "s3://nowhere/team", MissingError, "make the bucket first"),
+        ({"secrett": "s"}, URL, SpecError, "keyword argument 'secrett': look at the URL and at the block's options"),
+        ({"endpoint_url": "127.0.0.1:9000"}, URL, SpecError, "Invalid endpoint: 127.0.0.1:9000"),
     ],
-    ids=["unknown key", "wrong secret", "may only read", "no bucket"],
+    ids=["unknown key", "wrong secret", "may only read", "no bucket", "unknown option", "no URL"],
 )
 def test_before_a_run_it_is_said_what_is_wrong(
     server: Server, tmp_path: Path, options: Any, url: str, error: type[TataraError], message: str
@@ -172,3 +226,108 @@ def test_the_block_opens_it_and_hides_the_secret(server: Server, tmp_path: Path)
     assert server.all["secret"] not in repr(block)
     _commit(block.store())
     assert _store(tmp_path / "b", server.all, f"{URL}/block").known(FetchedDataset)
+
+
+def _make(store: ArtifactStore, rows: str) -> FetchedDataset:
+    with store.claim(FetchedDataset, KEY) as claim:
+        if claim.found:
+            return claim.found
+        files.write_text(claim.folder / "train.parquet", rows)
+        return claim.commit(_dataset(KEY, claim.folder).model_copy(update={"source": rows}), spec=Knobs())
+
+
+def _is_announcement(method: str, path: str) -> bool:
+    return method == "PUT" and path.endswith("manifest.json")
+
+
+@pytest.mark.parametrize("status", [400, 405, 501])
+def test_a_store_without_conditional_writes_takes_artifacts_all_the_same(server: Server, tmp_path: Path, status: int):
+    def answer(method: str, path: str, headers: dict[str, str]) -> int | None:
+        return status if "If-None-Match" in headers and _is_announcement(method, path) else None
+
+    url = f"{URL}/without-{status}"
+    with Between(server, answer) as between:
+        made = _make(_store(tmp_path / "a", between.options, url), "rows")
+        assert _make(_store(tmp_path / "b", between.options, url), "").source == made.source == "rows"
+
+
+def test_a_busy_store_is_tried_again_and_not_written_over_what_came_in_between(server: Server, tmp_path: Path):
+    """503 to the manifest that must be the first: written without that, it would end another machine's."""
+    url, writes = f"{URL}/busy", list[bool]()
+
+    def answer(method: str, path: str, headers: dict[str, str]) -> int | None:
+        if not _is_announcement(method, path):
+            return None
+        writes.append("If-None-Match" in headers)
+        return 503 if writes[-1] else None
+
+    with Between(server, answer) as between, pytest.raises(TransientError, match="sending to"):
+        _make(_store(tmp_path / "a", between.options, url), "rows of a")
+    assert writes and all(writes)
+    assert _make(_store(tmp_path / "b", server.all, url), "rows of b").source == "rows of b"
+    assert _make(_store(tmp_path / "a", server.all, url), "").source == "rows of b"
+
+
+def test_two_that_both_were_the_first_agree_from_the_next_step_on(server: Server, tmp_path: Path):
+    """A store that ignores the condition, and a rival between our look and our write."""
+    url = f"{URL}/both"
+    rival = _store(tmp_path / "b", server.all, url)
+    went = list[str]()
+
+    def answer(method: str, path: str, headers: dict[str, str]) -> int | None:
+        if _is_announcement(method, path) and not went:
+            went.append(_make(rival, "rows of b").source)
+            keys = {"aws_access_key_id": server.all["key"], "aws_secret_access_key": server.all["secret"]}
+            client = boto3.client("s3", endpoint_url=server.address, region_name="us-east-1", **keys)
+            client.delete_object(Bucket="furnace", Key=path.split("?")[0].removeprefix("/furnace/"))  # written over
+        return None
+
+    with Between(server, answer) as between:
+        here = _store(tmp_path / "a", between.options, url)
+        assert _make(here, "rows of a").source == "rows of a"
+        assert went == ["rows of b"]
+        assert _make(rival, "").source == _make(here, "").source == "rows of a"
+    paths = [tmp_path / name / "dataset" / KEY[:16] / "train.parquet" for name in ("a", "b")]
+    assert [path.read_text() for path in paths] == ["rows of a"] * 2
+
+
+@pytest.mark.parametrize("name", ["a#b", "100%25", "which?", "tea time", "祭り", "émile&co+1"])
+def test_names_that_a_url_would_read_otherwise(server: Server, tmp_path: Path, name: str):
+    url = f"{URL}/{name.replace('?', '')}"
+    here, there = _store(tmp_path / "a", server.all, url), _store(tmp_path / "b", server.all, url)
+    for store in (here, there):
+        with store.claim(FetchedDataset, KEY) as claim:
+            if not claim.found:
+                files.write_text(claim.folder / name / f"{name}.jsonl", name)
+                claim.commit(_dataset(KEY, claim.folder), spec=Knobs())
+            assert (claim.folder / name / f"{name}.jsonl").read_text() == name
+    assert len(there.known(FetchedDataset)) == 1
+
+
+def test_no_secret_reaches_a_log_a_manifest_or_an_error(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    url = f"{URL}/logged"
+    made = _make(_store(tmp_path / "a", server.all, url), "rows")
+    _make(_store(tmp_path / "b", server.all, url), "")
+    with pytest.raises(RightsError) as refused:
+        _make(_store(tmp_path / "c", server.reads, f"{url}2"), "rows")
+    said = [caplog.text, str(refused.value), repr(refused.value.__cause__), repr(Remote(url, server.all))]
+    said += [path.read_text() for path in made.path.rglob("*.json")]
+    client = _store(tmp_path, server.all, url).remote
+    assert client
+    said.append(json.dumps(client.read(f"dataset/{KEY[:16]}")))
+    for account in (server.all, server.reads):
+        assert not [text for text in said if account["secret"] in text]
+
+
+def test_it_can_be_asked_from_a_thread_of_a_running_loop(server: Server, tmp_path: Path):
+    """As Prefect's tasks are: in the loop's own thread, and in a worker thread beside it."""
+    store = _store(tmp_path / "a", server.all, f"{URL}/loop")
+
+    async def ask() -> list[str]:
+        first = _make(store, "rows").source
+        return [first, (await asyncio.to_thread(_make, store, "")).source]
+
+    assert asyncio.run(ask()) == ["rows", "rows"]

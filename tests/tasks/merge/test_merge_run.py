@@ -285,6 +285,14 @@ def test_a_base_that_changed_or_went_is_not_merged_into(tmp_path: Path):
         subject.merge_adapter(adapter, SPEC, store)
 
 
+def test_a_base_that_was_made_again_is_not_merged_into_though_none_touched_it(tmp_path: Path):
+    """A pretrained base under the same key with other bits: another machine's, or trained anew here."""
+    store = ArtifactStore(tmp_path / "home")
+    adapter = make_adapter(store, tmp_path).model_copy(update={"base_digest": "0" * 64})
+    with pytest.raises(CorruptError, match="is not the one that adapter"):
+        subject.require_same_base(adapter, store)
+
+
 def test_a_finished_merge_needs_no_room(made: Made, monkeypatch: pytest.MonkeyPatch):
     """Killed after the last rename: only the manifest lacks, and a full disk is no reason to refuse it."""
     store, adapter, merged = made
