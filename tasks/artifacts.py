@@ -506,7 +506,7 @@ class ArtifactStore:
         """Return the manifest of an artifact that is whole here, else in the remote; None when it is in neither."""
         manifest = self.manifest(cls, key)
         if manifest is None and self.remote and cls.kind not in _STAYS_HERE:
-            manifest = self.remote.read(f"{cls.kind}/{key[:16]}")
+            manifest = self.remote.peek(f"{cls.kind}/{key[:16]}")
         return manifest if manifest and manifest["artifact"]["key"] == key else None
 
     def _look_up(self, ref: str) -> Artifact:

@@ -73,6 +73,7 @@ class Remote:
         if any(mark in rest for mark in "*?["):
             raise SpecError("the remote storage's URL has *, ? or [, which fsspec takes for a pattern: leave them out")
         self.url = url.rstrip("/")
+        self._peeked: dict[str, Json] = {}
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **(options or {}))
         except ImportError as error:
@@ -103,6 +104,12 @@ class Remote:
                 return None
         return self._parse(place, data)
 
+    def peek(self, place: str) -> Json | None:
+        """Return what `read` or `read_all` found there before, else `read` it: enough to choose by, not to fetch by."""
+        if place not in self._peeked and (found := self.read(place)):
+            self._peeked[place] = found
+        return self._peeked.get(place)
+
     def read_all(self, kind: str) -> list[Json]:
         """Return the manifests of every whole artifact of a kind."""
         with self._errors("listing"):
@@ -116,6 +123,7 @@ class Remote:
             for name, read in zip(names, self._read_many([f"{kind}/{name}" for name in names]), strict=True):
                 if isinstance(read, bytes):
                     found.append(self._parse(f"{kind}/{name}", read))
+                    self._peeked[f"{kind}/{name}"] = found[-1]
                 elif not isinstance(read, FileNotFoundError):  # that one is not whole; all else would hide one that is
                     raise read
         return found

@@ -100,6 +100,22 @@ def test_names_are_found_there_and_only_what_is_chosen_is_brought(tmp_path: Path
     assert not list(there.root.rglob("model.safetensors"))  # its base was not asked for
 
 
+def test_what_was_listed_is_not_asked_for_again_to_choose_by(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    """A request for each candidate, and one for each of its parents, is seconds with a hundred of them."""
+    here, there = _machine(tmp_path, "a", url), _machine(tmp_path, "b", url)
+    _commit(here)
+    _commit_base(here)
+    _commit_adapter(here)
+    asked: list[str] = []
+    read = Remote.read
+    monkeypatch.setattr(Remote, "read", lambda self, place: asked.append(place) or read(self, place))
+    (listed,) = there.known(TrainedAdapter)
+    for _ in range(3):
+        assert there.record(TrainedAdapter, listed.key)
+        assert there.ancestor(listed, BaseCheckpoint, needs_files=False)
+    assert sorted(asked) == [f"base/{BASE_KEY[:16]}", f"dataset/{KEY[:16]}"]
+
+
 def test_what_was_made_before_there_was_a_remote_is_sent_when_it_is_next_asked_for(tmp_path: Path, url: str):
     before = ArtifactStore(tmp_path / "a")
     _commit(before)
