@@ -160,7 +160,8 @@ def test_near_its_time_limit_a_job_saves_and_goes_back_into_the_queue(cluster: C
 def test_a_job_that_saves_nothing_in_its_time_is_not_requeued_for_ever(cluster: Cluster, run: Run):
     """Frozen before the first step, and its limit lowered to what is over: SLURM says so, and then ends it."""
     before = cluster.jobs().keys()
-    wait_for(lambda: any((run.store.root / "adapter").glob("*/heartbeats/1.json")), 120)
+    beats = (run.store.root / "adapter").glob  # written in place: there for a moment before it says anything
+    wait_for(lambda: any(path.stat().st_size for path in beats("*/heartbeats/1.json")), 120)
     frozen = json.loads((run.folder / "heartbeats/1.json").read_text())["pid"]
     os.kill(frozen, signal.SIGSTOP)
     (job_id,) = cluster.jobs().keys() - before
