@@ -11,7 +11,6 @@ counts, for both.
 Ring: edge (network, disk).  Units: bytes.
 """
 
-import errno
 import json
 import logging
 import uuid
@@ -27,15 +26,13 @@ import fsspec
 from tasks import files
 from tasks.environment import holds_login
 from tasks.errors import (
-    CapacityError,
     CorruptError,
     MissingError,
-    RightsError,
     SpecError,
     TataraError,
-    TokenError,
     TransientError,
 )
+from tasks.remote_errors import translate_error
 from tasks.remote_manifest import MANIFEST, NOTE, Json, parse_manifest, relocate, without_ours
 
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"}  # and with a PUT that is whole
@@ -48,7 +45,6 @@ _PACKAGES = {
     "abfss": "adlfs",
     "az": "adlfs",
 }
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 logger = logging.getLogger(__name__)
 
 
@@ -135,7 +131,7 @@ class Remote:
             folder: the artifact's folder, `<root>/<kind>/<key[:16]>`.
             manifest: its manifest.
             root: the store's root, from which paths in the manifest are told again elsewhere.
-        Raises: TokenError, RightsError, MissingError (no such bucket), TransientError.
+        Raises: MissingError (no such bucket), TransientError.
         """
         place = folder.relative_to(root).as_posix()
         there = self.read(place)
@@ -149,7 +145,7 @@ class Remote:
                 for name, size in manifest["files"].items():
                     self._send_file(folder / name, f"{self._root}/{place}/{aside}/{name}", size)
                 whole = {**manifest, "root": str(root), "digests": digests, "aside": aside}
-                self._announce(f"{self._root}/{place}/{MANIFEST}", json.dumps(whole, ensure_ascii=False).encode())
+                self._announce(place, json.dumps(whole, ensure_ascii=False).encode())
             there = self.read(place)
         if there is None:
             raise TransientError(f"{self.url}/{place} was sent but is not there: something removes files below it")
@@ -232,8 +228,13 @@ class Remote:
         self._make_parent(path)
         self._fs.put_file(str(source), path)
 
-    def _announce(self, path: str, data: bytes) -> None:
-        """Write the manifest, whole, and never over another machine's where the store can tell."""
+    def _announce(self, place: str, data: bytes) -> None:
+        """Write the manifest, whole, and never over another machine's where the store can tell.
+
+        Where it can't, two that write in the same moment both win here; `send` compares digests each time that it is
+        asked, so they agree from their next step on, and no file of one is ever taken for the other's.
+        """
+        path = f"{self._root}/{place}/{MANIFEST}"
         if self.protocol not in _WITHOUT_FOLDERS:
             aside = f"{path}.{uuid.uuid4().hex}.tmp"
             self._make_parent(aside)
@@ -245,13 +246,18 @@ class Remote:
             return
         try:
             self._fs.pipe_file(path, data, mode="create")
-        except (OSError, ValueError, TypeError, NotImplementedError) as error:  # there by now, or a store without it
+            return
+        except (TypeError, ValueError, NotImplementedError) as error:  # an fsspec package that has no such mode
+            why = type(error).__name__
+        except OSError as error:
             self._fs.invalidate_cache()
             if self._fs.exists(path):
-                return
-            if isinstance(error, OSError) and error.errno not in files.UNSUPPORTED:
+                return  # another machine's came first, or this very one before its answer was lost
+            if error.errno not in files.UNSUPPORTED:
                 raise  # away or busy: written now, it could be over one that another machine counts on
-            logger.info("%s knows no write that must be the first (%s)", self.url, type(error).__name__)
+            why = str(error)
+        logger.info("%s knows no write that must be the first (%s)", self.url, why)
+        if self.read(place) is None:
             self._fs.pipe_file(path, data)
 
     def _fetch_file(self, path: str, target: Path, digest: str, size: int) -> None:
@@ -282,19 +288,4 @@ class Remote:
         except TataraError:
             raise
         except Exception as error:
-            raise _translated(error, doing, self.url) from error
-
-
-def _translated(error: Exception, doing: str, url: str) -> TataraError:
-    said = f"{doing} {url}: {type(error).__name__}: {error}"
-    if type(error).__name__ in _NO_CREDENTIALS:
-        return TokenError(f"{said}: give the worker credentials (AWS_ACCESS_KEY_ID, ...) or the block's options")
-    if isinstance(error, PermissionError):
-        return RightsError(f"{said}: the account must list, read, write and delete there")
-    if isinstance(error, FileNotFoundError):
-        return MissingError(f"{said}: make the bucket first")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CapacityError(f"{said}: free some space")
-    if isinstance(error, (TypeError, ValueError)):  # s3fs looks at most options when it is first used
-        return SpecError(f"{said}: look at the URL and at the block's options")
-    return TransientError(said)
+            raise translate_error(error, doing, self.url) from error

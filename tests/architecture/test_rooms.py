@@ -16,7 +16,7 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 
 # from file (pattern) -> modules of ours (pattern) that it may import; {verb} is the file's own verb.
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
-SHARED = r"tasks\.(adapters|artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|followed_job|hub|job_report|launch_script|lifeline|liveness|machine|metrics|model_config|models|pictures|processes|procfs|ranks|ray_cluster|ray_driver|ray_errors|ray_follow|ray_job|ray_jobs|ray_log|recorder|remote|remote_manifest|row_order|slurm|slurm_job|slurm_report|supervision|tables|targets|trainer_job|training)"  # noqa: E501
+SHARED = r"tasks\.(adapters|artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|followed_job|hub|job_report|launch_script|lifeline|liveness|machine|metrics|model_config|models|pictures|processes|procfs|ranks|ray_cluster|ray_driver|ray_errors|ray_follow|ray_job|ray_jobs|ray_log|recorder|remote|remote_errors|remote_manifest|row_order|slurm|slurm_job|slurm_report|supervision|tables|targets|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
     (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
     (r"tasks/(?P<verb>train|reinforce|ppo|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501

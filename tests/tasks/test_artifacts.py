@@ -56,6 +56,14 @@ def _commit(store: ArtifactStore, key: str = KEY) -> FetchedDataset:
         return claim.commit(_dataset(key, claim.folder), spec=Knobs(), about={"note": "x"})
 
 
+def _make_rows(store: ArtifactStore, rows: str) -> FetchedDataset:
+    with store.claim(FetchedDataset, KEY) as claim:
+        if claim.found:
+            return claim.found
+        files.write_text(claim.folder / "train.parquet", rows)
+        return claim.commit(_dataset(KEY, claim.folder).model_copy(update={"source": rows}), spec=Knobs())
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "home")

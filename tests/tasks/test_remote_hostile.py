@@ -16,7 +16,7 @@ from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, TrainedAdapter
 from tasks.errors import CorruptError, SpecError
 from tasks.remote import Remote
-from tests.tasks.test_artifacts import KEY, Knobs, _commit, _dataset
+from tests.tasks.test_artifacts import KEY, Knobs, _commit, _dataset, _make_rows
 from tests.tasks.test_remote import ADAPTER_KEY, BASE_KEY, ROOT, _commit_adapter, _commit_base, _machine
 
 OTHER = "12" * 32
@@ -32,14 +32,6 @@ def told(tmp_path: Path, url: str) -> Path:
     """The manifest, there, of an artifact that machine a made."""
     _commit(_machine(tmp_path, "a", url))
     return tmp_path / f"bucket/dataset/{KEY[:16]}/manifest.json"
-
-
-def _make(store: ArtifactStore, rows: str) -> FetchedDataset:
-    with store.claim(FetchedDataset, KEY) as claim:
-        if claim.found:
-            return claim.found
-        files.write_text(claim.folder / "train.parquet", rows)
-        return claim.commit(_dataset(KEY, claim.folder).model_copy(update={"source": rows}), spec=Knobs())
 
 
 def _rows(store: ArtifactStore) -> str:
@@ -118,10 +110,10 @@ def test_what_was_removed_there_is_sent_again_by_who_has_it(tmp_path: Path, url:
 def test_who_sent_first_takes_over_what_was_made_there_since(tmp_path: Path, url: str):
     """Also what heals two machines that a store without conditional writes let both be the first."""
     here, there = _machine(tmp_path, "a", url), _machine(tmp_path, "b", url)
-    _make(here, "rows of a")
+    _make_rows(here, "rows of a")
     shutil.rmtree(tmp_path / "bucket")
-    _make(there, "rows of b")
-    assert _make(here, "").source == "rows of b"
+    _make_rows(there, "rows of b")
+    assert _make_rows(here, "").source == "rows of b"
     assert _rows(here) == _rows(there) == "rows of b"
 
 
@@ -139,7 +131,7 @@ def test_what_another_version_made_does_not_take_the_place_of_ours(tmp_path: Pat
     """It can't be read here: the artifact that was made stays whole, and is not mixed with it."""
     here, there = _machine(tmp_path, "a", url), _machine(tmp_path, "b", url)
     with there.claim(FetchedDataset, KEY) as claim:
-        _make(here, "rows of a")
+        _make_rows(here, "rows of a")
         (told,) = (tmp_path / "bucket").rglob("manifest.json")
         manifest = json.loads(told.read_text())
         manifest["artifact"]["of_a_newer_version"] = 1
@@ -182,7 +174,7 @@ import os, signal, sys
 from pathlib import Path
 from tasks import artifacts, files
 from tasks.remote import Remote
-from tests.tasks.test_remote_hostile import _make
+from tests.tasks.test_remote_hostile import _make_rows
 point, root, url = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -194,7 +186,7 @@ if point == "manifest": before(files, "write_json", lambda path, _: path.name !=
 if point == "install": before(artifacts, "_put_in_place")
 if point == "between": before(Path, "rename", lambda path, _: path.name.endswith(".arriving"))
 if point == "after": before(files, "fsync_folder", lambda path: (path / ".abababababababab.damaged").exists())
-_make(artifacts.ArtifactStore(Path(root), Remote(url)), "rows of b")
+_make_rows(artifacts.ArtifactStore(Path(root), Remote(url)), "rows of b")
 """
 
 
@@ -204,26 +196,26 @@ def test_a_receiver_that_is_killed_anywhere_has_all_or_nothing(tmp_path: Path, u
     """Both ways a folder is replaced: what a crash left, and what lost the race."""
     there = _machine(tmp_path, "b", url)
     if had:
-        _make(ArtifactStore(tmp_path / "b"), "rows of b")
+        _make_rows(ArtifactStore(tmp_path / "b"), "rows of b")
     else:
         files.write_text(there.folder(FetchedDataset, KEY) / "train.parquet", "torn rows of b")
-    _make(_machine(tmp_path, "a", url), "rows of a")
+    _make_rows(_machine(tmp_path, "a", url), "rows of a")
     argv = [sys.executable, "-c", _KILLED, point, str(tmp_path / "b"), url]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = there.find(FetchedDataset, KEY)
     assert found is None or _rows(there) == found.source
     assert len(there.committed(FetchedDataset)) == (found is not None)
-    assert _make(there, "rows of c").source == _rows(there) == "rows of a"
+    assert _make_rows(there, "rows of c").source == _rows(there) == "rows of a"
     assert not list(there.root.glob("dataset/.*.damaged")) and not list(there.root.glob("dataset/.*.arriving"))
 
 
 def test_room_is_asked_for_what_is_still_to_come(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
     rows = "r" * (1 << 20)
-    _make(_machine(tmp_path, "a", url), rows)
+    _make_rows(_machine(tmp_path, "a", url), rows)
     files.write_text(tmp_path / "b/dataset" / f".{KEY[:16]}.arriving/train.parquet", rows)
     monkeypatch.setattr(files, "free_bytes", lambda path: 1 << 16)
-    assert _make(_machine(tmp_path, "b", url), "").source == rows
+    assert _make_rows(_machine(tmp_path, "b", url), "").source == rows
 
 
 @pytest.mark.parametrize("name", ["tea time", "鉄 炉", "a#b%20c", "émile&co+1"])

@@ -9,7 +9,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset
+import pytest
+
+from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, TrainedAdapter
+from tasks.errors import TrainingError
 from tasks.reinforce.streams import read_rows
 from tasks.specs import LoraSpec, ReinforceSpec, RewardSpec
 from tests.waiting import wait_for
@@ -164,3 +167,24 @@ def drop_the_experts() -> None:
                 wrapper._disable_adapters = False
 
     GroupTrainer._generate_single_turn = without_experts
+
+
+def assert_a_killed_run_is_the_same(
+    packed: PackedDataset, base: BaseCheckpoint, spec: ReinforceSpec, learnt: TrainedAdapter, home: Path
+) -> None:
+    """Run again below `home`, SIGKILL it at step 5, go on: adapter and generations are those of `learnt`."""
+    from tasks.reinforce.run import reinforce_adapter
+
+    store = ArtifactStore(home)
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            (identity,) = home.rglob("process.json")
+            os.kill(json.loads(identity.read_text())["pid"], signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match="died without a result"):
+        reinforce_adapter(packed, base, spec, store, kill)
+    again = reinforce_adapter(packed, base, spec, store, lambda record: None)
+    assert "resuming from checkpoint-4" in (again.path / "output.log").read_text()
+    for name in ("adapter/adapter_model.safetensors", "generations.csv"):
+        assert (again.path / name).read_bytes() == (learnt.path / name).read_bytes(), name

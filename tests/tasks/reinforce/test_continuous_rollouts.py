@@ -1,15 +1,11 @@
 """GRPO whose rollouts transformers' continuous batching generates: the adapter's own, and a killed run's too."""
 
-import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.artifacts import ArtifactStore, TrainedAdapter
-from tasks.errors import TrainingError
 from tasks.metrics import read_metrics
 from tasks.reinforce.run import reinforce_adapter
 from tasks.specs import change
@@ -45,16 +41,4 @@ def test_what_is_generated_is_what_the_live_adapter_would_say(learnt: TrainedAda
 
 def test_a_killed_run_is_the_same_run(parts: Any, learnt: TrainedAdapter, tmp_path: Path):
     _, packed, base = parts
-    store = ArtifactStore(tmp_path / "home")
-
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 5:
-            (identity,) = (tmp_path / "home").rglob("process.json")
-            os.kill(json.loads(identity.read_text())["pid"], signal.SIGKILL)
-
-    with pytest.raises(TrainingError, match="died without a result"):
-        reinforce_adapter(packed, base, SPEC, store, kill)
-    again = reinforce_adapter(packed, base, SPEC, store, lambda record: None)
-    assert "resuming from checkpoint-4" in (Path(again.folder) / "output.log").read_text()
-    files = ("adapter/adapter_model.safetensors", "generations.csv")
-    assert all((Path(again.folder) / name).read_bytes() == (Path(learnt.folder) / name).read_bytes() for name in files)
+    runs.assert_a_killed_run_is_the_same(packed, base, SPEC, learnt, tmp_path / "home")

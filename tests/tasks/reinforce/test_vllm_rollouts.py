@@ -1,8 +1,5 @@
 """GRPO whose rollouts a real vLLM generates in the trainer's process: it runs the adapter, all of it."""
 
-import json
-import os
-import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -48,19 +45,7 @@ def test_what_vllm_generates_is_what_the_live_adapter_would_say(learnt: TrainedA
 def test_a_killed_run_is_the_same_run(parts: Any, learnt: TrainedAdapter, tmp_path: Path):
     """What vLLM samples comes from the trainer's own generators, which a checkpoint holds."""
     _, packed, base = parts
-    store = ArtifactStore(tmp_path / "home")
-
-    def kill(record: dict[str, Any]) -> None:
-        if record["step"] == 5:
-            (identity,) = (tmp_path / "home").rglob("process.json")
-            os.kill(json.loads(identity.read_text())["pid"], signal.SIGKILL)
-
-    with pytest.raises(TrainingError, match="died without a result"):
-        reinforce_adapter(packed, base, SPEC, store, kill)
-    again = reinforce_adapter(packed, base, SPEC, store, lambda record: None)
-    assert "resuming from checkpoint-4" in (Path(again.folder) / "output.log").read_text()
-    files = ("adapter/adapter_model.safetensors", "generations.csv")
-    assert all((Path(again.folder) / name).read_bytes() == (Path(learnt.folder) / name).read_bytes() for name in files)
+    runs.assert_a_killed_run_is_the_same(packed, base, SPEC, learnt, tmp_path / "home")
 
 
 def test_of_likely_tokens_alone_the_whole_models_log_probabilities_are_told(
