@@ -26,4 +26,4 @@ def translate_error(error: Exception, doing: str, url: str) -> TataraError:
         return CapacityError(f"{said}: free some space")
     if isinstance(error, (TypeError, ValueError)):  # s3fs looks at most options when it is first used
         return SpecError(f"{said}: look at the URL and at the block's options")
-    return TransientError(said)
+    return TransientError(f"{said}: if it stays away, look at the network and the address (AWS_ENDPOINT_URL)")
