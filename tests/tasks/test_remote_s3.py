@@ -202,7 +202,7 @@ def test_while_it_is_away_the_artifact_is_whole_here_and_the_next_try_sends_it(t
     with store.claim(FetchedDataset, KEY) as claim:
         files.write_text(claim.folder / "train.parquet", "rows")
         server.stop()
-        with pytest.raises(TransientError, match="s3://furnace/team.*AWS_ENDPOINT_URL"):  # Prefect tries again
+        with pytest.raises(TransientError, match=r"s3://furnace/team.*AWS_ENDPOINT_URL"):  # Prefect tries again
             claim.commit(_dataset(KEY, claim.folder), spec=Knobs())
     server.start()
     try:
