@@ -11,7 +11,9 @@ Ring: edge (disk, a wandb process).
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tasks.traces.weave_sink import Delivery
 
 DELIVERED = "delivered.json"
 _PREFIX = "traces-"
+_DATA_DIR = "WANDB_DATA_DIR"
 _COLUMNS = (
     *("trace_id", "started_at", "endpoint", "route", "reason", "model", "status", "http_status", "streamed"),
     *("duration_ms", "first_token_ms", "prompt_tokens", "completion_tokens", "request", "response", "error"),
@@ -55,14 +58,15 @@ class WandbOfflineSink:
         self._folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
         name = f"{_PREFIX}{records[0].trace_id}"
-        with wandb.init(
+        run_of_batch = wandb.init(
             mode="offline",
             project=self._project,
             dir=str(self._folder),
             id=name,
             job_type="ingest-traces",
             settings=settings,
-        ) as run:
+        )
+        with _data_folder(Path(run_of_batch.dir).parent), run_of_batch as run:
             table = wandb.Table(columns=list(_COLUMNS))
             for step, record in enumerate(records):
                 row = _row(record)
@@ -86,6 +90,21 @@ class WandbOfflineSink:
             if not (run / DELIVERED).exists():
                 run.rename(run.with_name(f"abandoned-{run.name}"))
                 logger.warning("set %s aside: its drain died before it was finished", run)
+
+
+@contextmanager
+def _data_folder(folder: Path) -> Iterator[None]:
+    """Have W&B stage what `wandb sync` will upload in the run's own folder.
+
+    Its default is ~/.local/share/wandb, where copies of the traces would outlive their run.
+    """
+    before = os.environ.get(_DATA_DIR)
+    os.environ[_DATA_DIR] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(_DATA_DIR)
+        os.environ.update({_DATA_DIR: before} if before else {})
 
 
 def _row(record: TraceRecord) -> dict[str, Any]:  # Any: cells of a table

@@ -33,7 +33,8 @@ def read_back(run):
     return history, json.loads(table.read_text())
 
 
-def test_a_drain_without_an_account_leaves_one_finished_run_that_reads_back(tmp_path, make_record):
+def test_a_drain_without_an_account_leaves_one_finished_run_that_reads_back(tmp_path, make_record, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "elsewhere"))
     queue = FileQueue(tmp_path / "q.jsonl")
     queue.append(make_record(n).to_line() for n in range(4))
     sink = WandbOfflineSink(tmp_path / "runs", "tatara")
@@ -45,6 +46,8 @@ def test_a_drain_without_an_account_leaves_one_finished_run_that_reads_back(tmp_
     assert {row["duration_ms"] for row in history if "duration_ms" in row} == {2.5}
     assert [row[0] for row in table["data"]] == [make_record(n).trace_id for n in range(4)]
     assert json.loads((run / DELIVERED).read_text()) == [make_record(n).trace_id for n in range(4)]
+    assert any((run / "artifacts/staging").iterdir())  # what `wandb sync` uploads is nowhere but in the run's folder
+    assert not (tmp_path / "elsewhere").exists() and os.environ["WANDB_DATA_DIR"] == str(tmp_path / "elsewhere")
 
 
 KILLED = """
