@@ -31,6 +31,7 @@ from tasks.artifacts import (
 )
 from tasks.errors import CapacityError, CorruptError, MissingError, ShapeError
 from tasks.gptoss.mxfp4 import QUANTIZATION_CONFIG
+from tasks.merge.output import goes_past_cache
 from tasks.merge.peft_check import PeftSide
 from tasks.merge.plan import MergePlan, Output, plan_merge, shard_names
 from tasks.merge.reader import Reader
@@ -185,12 +186,13 @@ def _write_shards(
 ) -> list[dict[str, Any]]:  # Any: JSON values
     """Write the shards, a few at a time (one sha256 runs at 1.3 GB/s), and return their records in order."""
     num_cores = len(os.sched_getaffinity(0))
+    past_cache = goes_past_cache(plan.total_bytes, base.place(next(iter(base.headers)))[0], folder)
 
     def make(name: str, outputs: tuple[Output, ...], pool: Executor) -> dict[str, Any]:  # Any: as above
         record = folder.parent / f"{name}.ledger.json"  # beside the shard, renamed first: a shard without it is redone
         size = (folder / name).stat().st_size if (folder / name).exists() else -1
         if not (record.exists() and files.read_json(record)["bytes"] == size):
-            write_shard(outputs, base, deltas, folder / name, record, pool)
+            write_shard(outputs, base, deltas, folder / name, record, pool=pool, past_cache=past_cache)
         logger.info("merged shard %s of %d, %.2f GB", name, len(names), (folder / name).stat().st_size / 1e9)
         return files.read_json(record)
 

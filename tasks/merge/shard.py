@@ -13,21 +13,29 @@ from typing import Any
 import torch
 
 from tasks import files
+from tasks.merge.output import BLOCK_BYTES, CachedFile, DirectFile
 from tasks.merge.plan import Output, Stored
 from tasks.merge.reader import Buffers, Reader
 from tasks.merge.report import ledger_rows
 from tasks.merge.stream import BUFFER_BYTES, Range, Tally, shard_parts
-from tasks.merge.writer import BLOCK_BYTES, ShardWriter, in_order
+from tasks.merge.writer import ShardWriter, in_order
 
 _WORTH_SHARING_BYTES = 1 << 20
 
 
 def write_shard(
-    outputs: tuple[Output, ...], base: Reader, deltas: Reader, path: Path, record: Path, pool: Executor
+    outputs: tuple[Output, ...],
+    base: Reader,
+    deltas: Reader,
+    path: Path,
+    record: Path,
+    *,
+    pool: Executor,
+    past_cache: bool,
 ) -> None:
     """Stream one shard to disk, hashing as it goes; then write down its size, digest and ledger rows.
 
-    Its pieces are made in `pool`.
+    Its pieces are made in `pool`. With `past_cache` the page cache does not hold it afterwards (`output.py`).
 
     Raises: CorruptError, ShapeError (`stream.py`); OSError when the disk is full.
     """
@@ -43,7 +51,8 @@ def write_shard(
 
     with files.aside(path) as temporary, temporary.open("w+b", buffering=0) as handle:
         buffers = Buffers(BUFFER_BYTES)
-        with ShardWriter.opened(handle.fileno(), name_at, buffers) as writer:
+        output = (DirectFile if past_cache else CachedFile)(handle.fileno())
+        with ShardWriter.opened(output, name_at, buffers) as writer:
             writer.write(torch.frombuffer(bytearray(head), dtype=torch.uint8))
             for part in in_order(shard_parts(outputs, base, deltas, tallies, buffers), pool):
                 if isinstance(part, Range):

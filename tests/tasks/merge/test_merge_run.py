@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tasks import files
 from tasks.artifacts import ArtifactStore, FetchedDataset, MergedModel, PackedDataset, TrainedAdapter, digest_files
 from tasks.errors import CapacityError, CorruptError, MissingError, ServiceError, ShapeError
+from tasks.merge import output
 from tasks.merge import run as subject
-from tasks.merge import writer
 from tasks.merge.report import ledger_markdown
 from tasks.specs import BaseModelSpec, FetchSpec, GptOssShape, LoraSpec, MergeSpec, PackSpec, TrainSpec
 from tasks.train.run import find_adapter
@@ -268,7 +268,7 @@ def test_a_large_copied_tensor_lies_in_its_blocks_as_in_the_base(tmp_path: Path)
     for path in (base / "model-00001-of-00001.safetensors", tmp_path / "merged/model.safetensors"):
         header, start = files.read_safetensors_header(path)
         places.append(start + header["model.embed_tokens.weight"]["data_offsets"][0])
-    assert places[0] % writer.BLOCK_BYTES == places[1] % writer.BLOCK_BYTES
+    assert places[0] % output.BLOCK_BYTES == places[1] % output.BLOCK_BYTES
 
 
 def test_a_base_that_changed_or_went_is_not_merged_into(tmp_path: Path):
