@@ -9,12 +9,13 @@ Ring: edge (disk).  Units: bytes.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.traces.segments import active_number, read_cursor, sealed_segments
 
-_PIECE_BYTES = 1 << 20
+_BUFFER_BYTES = 256 << 10
 _STARTED = re.compile(rb'"started_at":\s?"([0-9TZ:.-]{10,40})"')
 
 
@@ -34,6 +35,9 @@ class Backlog:
         self._path = path.absolute()
         self._counted: dict[int, tuple[int, int]] = {}  # segment -> bytes looked at, line ends in them
         self._acked = (0, 0, 0)  # segment, bytes acknowledged in it, line ends in them
+        # Read into again and again: looks come from any thread of a pool, and pieces made anew left a megabyte each in
+        # the heap of every thread, which malloc never gave back.
+        self._buffer = bytearray(_BUFFER_BYTES)
 
     def look(self) -> BacklogState:
         """Count what waits now. Raises CorruptError when the cursor can't be read."""
@@ -54,10 +58,10 @@ class Backlog:
 
     def _count(self, number: int, place: Path) -> int:
         at, lines = self._counted.get(number, (0, 0))
-        read, found = _line_ends(place, at, None)
+        read, found = self._line_ends(place, at, None)
         if read < 0:  # shorter than it was: a person emptied it, or it is another file now
             at, lines = 0, 0
-            read, found = _line_ends(place, 0, None)
+            read, found = self._line_ends(place, 0, None)
         self._counted[number] = (at + max(0, read), lines + found)
         return lines + found
 
@@ -67,25 +71,24 @@ class Backlog:
         known, at, lines = self._acked
         if known != number or at > offset:
             at, lines = 0, 0
-        _, found = _line_ends(place, at, offset)
+        _, found = self._line_ends(place, at, offset)
         self._acked = (number, offset, lines + found)
         return lines + found
 
-
-def _line_ends(place: Path, start: int, end: int | None) -> tuple[int, int]:
-    """Count line ends between two offsets; (bytes read, line ends). (-1, 0) when the file is shorter."""
-    read = found = 0
-    try:
-        with place.open("rb") as handle:
-            if handle.seek(0, 2) < start:
-                return -1, 0
-            handle.seek(start)
-            while piece := handle.read(_PIECE_BYTES if end is None else min(_PIECE_BYTES, end - start - read)):
-                read += len(piece)
-                found += piece.count(b"\n")
-    except FileNotFoundError:
-        return 0, 0
-    return read, found
+    def _line_ends(self, place: Path, start: int, end: int | None) -> tuple[int, int]:
+        """Count line ends between two offsets; (bytes read, line ends). (-1, 0) when the file is shorter."""
+        read, found, size = 0, 0, sys.maxsize if end is None else end - start
+        try:
+            with place.open("rb", buffering=0) as handle, memoryview(self._buffer) as view:
+                if handle.seek(0, 2) < start:
+                    return -1, 0
+                handle.seek(start)
+                while count := handle.readinto(view[: size - read]):
+                    read += count
+                    found += self._buffer.count(b"\n", 0, count)
+        except FileNotFoundError:
+            return 0, 0
+        return read, found
 
 
 def _first_start(segments: dict[int, Path], number: int, offset: int) -> str | None:

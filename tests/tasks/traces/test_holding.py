@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.traces.backlog import Backlog
+from tasks.traces.backlog import _BUFFER_BYTES, Backlog
 from tasks.traces.holding import HoldingWriter
 from tasks.traces.queue import FileQueue
 from tasks.traces.segments import SegmentWriter
@@ -107,6 +107,18 @@ def test_the_backlog_counts_what_a_drain_would_read(tmp_path_factory, make_recor
             assert state.oldest_at == (make_record(done).started_at if made > done else None)
             assert (state.waiting_bytes > 0) is (made > done)
     assert backlog.look().waiting == Backlog(queue.path).look().waiting == made - done
+    queue.close()
+
+
+def test_a_backlog_of_many_buffers_is_counted_to_the_record(tmp_path, make_record):
+    queue = FileQueue(tmp_path / "q.jsonl")
+    line = make_record(0).to_line()
+    count = 3 * _BUFFER_BYTES // len(line)
+    queue.append([line] * count)
+    assert queue.lock()
+    queue.ack(queue.read(count - 7))
+    state = Backlog(queue.path).look()
+    assert (state.waiting, state.waiting_bytes) == (7, 7 * len(line))
     queue.close()
 
 
