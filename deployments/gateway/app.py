@@ -32,10 +32,12 @@ logger = logging.getLogger(__name__)
 class GatewayApp(FastAPI):
     """FastAPI, with the hot routes taken out before its middleware."""
 
+    gateway: Gateway
+
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> "CoroutineType[Any, Any, None]":
         """See ASGI. Returns the coroutine itself: one less to go through at each step of a request."""
         if scope["type"] == "http" and scope["path"] in _HOT and scope["method"] == "POST":
-            return Exchange(self.state.gateway, scope["path"], scope).run(receive, send)
+            return Exchange(self.gateway, scope["path"], scope).run(receive, send)
         return super().__call__(scope, receive, send)
 
 
@@ -63,7 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.gateway = gateway
+    app.gateway = app.state.gateway = gateway
     app.include_router(router)
     app.add_exception_handler(HTTPException, _say_http_error)
     app.add_exception_handler(RefusedError, _say_refused)

@@ -231,6 +231,13 @@ class Exchange:
         self.finish("upstream_error" if refused.status == 502 else "error", refused.status, body, error=str(refused))
         await self.send_whole(send, refused.status, [*replies.JSON, *refused.headers], replies.encode(body))
 
+    def answer(self, status: int, headers: Headers, data: bytes) -> bool:
+        """Send a whole answer at once; False where that can't be, and `send_whole` has to."""
+        if self._line is None or not self._line.answer(self._scope, status, [*headers, *self.headers()], data):
+            return False
+        self.started = True
+        return True
+
     async def send_whole(self, send: Send, status: int, headers: Headers, data: bytes | None) -> None:
         """Send an answer of known length; None is one that may have no body, as 204."""
         self.started = True

@@ -53,7 +53,8 @@ async def _forward_whole(exchange: "Exchange", reply: Reply, send: Send) -> None
         exchange.finish("upstream_error", status, body, error=_error_of(body, status))
     if status in (204, 304):
         return await exchange.send_whole(send, status, forwarded(reply.headers), None)
-    return await exchange.send_whole(send, status, forwarded(reply.headers), data)
+    headers = forwarded(reply.headers)
+    return None if exchange.answer(status, headers, data) else await exchange.send_whole(send, status, headers, data)
 
 
 async def _forward_stream(exchange: "Exchange", reply: Reply, send: Send) -> None:

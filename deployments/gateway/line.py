@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deployments.gateway import replies
+from deployments.gateway.wire import Headers
 
 LINE = "tatara.line"
 
@@ -24,11 +26,12 @@ LINE = "tatara.line"
 class _Transport:
     """A transport that can keep back one write, to send it with the next: one system call and packet, not two."""
 
-    __slots__ = ("_held", "_transport", "_write", "holds_next")
+    __slots__ = ("_held", "_transport", "_write", "holds_next", "is_closing")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._write = transport.write
+        self.is_closing = transport.is_closing
         self._held = b""
         self.holds_next = False
 
@@ -107,6 +110,34 @@ class ClientConnection(HttpToolsProtocol):
     def abort(self) -> None:
         """Cut the connection at once, whatever is still to be sent."""
         self.transport.abort()
+
+    def answer(self, scope: Scope, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer in one write; uvicorn does it header by header, for twenty times the cost.
+
+        False, with nothing sent, where uvicorn has more to do: another request's turn, a client that reads slowly or
+        wants the connection closed.
+
+        Args:
+            scope: of the request.
+            status: of the answer; one that has a body.
+            headers: without `content-length` and `connection`.
+            body: all of it.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or cycle.response_started or cycle.disconnected:
+            return False
+        if not cycle.keep_alive or self.flow.write_paused or self.transport.is_closing():
+            return False
+        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
+        head = b"%bcontent-length: %d\r\n%b\r\n" % (STATUS_LINE[status], len(body), b"".join(lines))
+        if head.count(b"\n") != len(lines) + 3:
+            raise ValueError("a line end in a header of the answer")
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        self.transport.write(head + body)
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def hold_head(self) -> None:
         """Send the answer's head with the first piece of its body."""

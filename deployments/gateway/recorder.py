@@ -38,6 +38,7 @@ from tasks.traces.record import (
 from tasks.traces.redaction import Redactor, read_patterns
 from tasks.traces.segments import SegmentWriter, sync_and_close
 
+_UNREAD = Choice(route="none", reason="bad-request")
 ALWAYS = -1  # GATEWAY_TRACE_FSYNC_MS=always
 _TEND_S = 1.0
 _TEND_FULL_S = 0.1  # while traces wait in memory
@@ -72,7 +73,7 @@ class Recording:
         self.trace_id = uuid7(self.started_us, random.getrandbits(62))
         self.first_us: int | None = None
         self.request: Json | None = None
-        self.choice = Choice(route="none", reason="bad-request")
+        self.choice = _UNREAD
         self.finished = False
         self.key_name: str | None = None  # who asked: the name of the API key
         self.upstream: str | None = None  # which of several servers answered
@@ -83,7 +84,8 @@ class Recording:
     def note_upstream(self, name: str | None, ids: tuple[str, str, str]) -> None:
         """Note which server is asked: its name, and the digests of model and adapter and the run behind it."""
         self.upstream = name
-        self.model_digest, self.adapter_digest, self.run_id = (each or None for each in ids)
+        model, adapter, run = ids
+        self.model_digest, self.adapter_digest, self.run_id = model or None, adapter or None, run or None
 
     def note_first(self) -> None:
         """Note that the first piece of the answer is here."""

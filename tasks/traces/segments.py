@@ -88,9 +88,8 @@ class SegmentWriter:
     def append(self, lines: Iterable[bytes]) -> None:
         """Write the lines, all in one write. Raises OSError (disk full) when none of them is there."""
         data = b"".join(lines)
-        self._lock_current()
+        size = self._lock_current()
         try:
-            size = os.lseek(self._fd, 0, os.SEEK_END)
             if size and size != self._end and os.pread(self._fd, 1, size - 1) != b"\n":
                 data = b"\n" + data  # a writer died inside its write: end its line, it counts as malformed
             written = os.write(self._fd, data) if data else 0
@@ -126,15 +125,16 @@ class SegmentWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def _lock_current(self) -> None:
-        """Lock the file that is at `path` now, opening it anew when it was sealed or removed."""
+    def _lock_current(self) -> int:
+        """Lock the file that is at `path` now, opening it anew when it was sealed or removed; return its size."""
         while True:
             if self._fd < 0:
                 self._open()
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
-                if os.stat(self.path).st_ino == self._inode:  # noqa: PTH116 - half the time of Path.stat
-                    return
+                found = os.stat(self.path)  # noqa: PTH116 - half the time of Path.stat
+                if found.st_ino == self._inode:
+                    return found.st_size
             except FileNotFoundError:
                 pass
             os.close(self._fd)
@@ -150,8 +150,7 @@ class SegmentWriter:
             self._to_sync.append(os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC))
 
     def _seal(self) -> None:
-        self._lock_current()
-        if os.fstat(self._fd).st_size < self._segment_bytes:  # another writer was faster
+        if self._lock_current() < self._segment_bytes:  # another writer was faster
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             return
         self.path.rename(f"{self.path}.{active_number(self.path):06d}")
