@@ -47,7 +47,7 @@ def choose_rollouts(
         transformers generates then.
     """
     if spec.rollouts == "continuous":
-        require_continuous(spec)
+        require_continuous(spec, config)
         return Rollouts(is_continuous=True)
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
@@ -61,12 +61,28 @@ def choose_rollouts(
         return Rollouts()
 
 
-def require_continuous(spec: ReinforceSpec) -> None:
-    """Raise SpecError for what transformers' continuous batching can't do."""
+def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
+    """Raise SpecError for what transformers' continuous batching can't do, or does wrongly without a word."""
     if spec.cuts_tail:
         raise SpecError(
             f"ReinforceSpec.rollouts = 'continuous' with top_p = {spec.top_p:g} and top_k = {spec.top_k}: it tells "
             "log-probabilities only behind them, which can't be held against the model's own; leave them, or use "
+            "'transformers'"
+        )
+    text = config.get("text_config") or config
+    layers = sorted({*(text.get("layer_types") or [])} - {"full_attention", "sliding_attention"})
+    trait = (
+        f"layers of {layers[0]}, which have no pages"
+        if layers
+        else "an attn_logit_softcapping, which its attention leaves out"
+        if text.get("attn_logit_softcapping")
+        else "a kv_lora_rank: keys and values of two widths, and its pages have one"
+        if text.get("kv_lora_rank")
+        else ""
+    )
+    if trait:
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'continuous' with a {config.get('model_type')}: it has {trait}; use "
             "'transformers'"
         )
 
