@@ -47,7 +47,7 @@ def choose_rollouts(
         transformers generates then.
     """
     if spec.rollouts == "continuous":
-        require_continuous(spec)
+        require_continuous(spec, config)
         return Rollouts(is_continuous=True)
     if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
         return Rollouts()
@@ -61,14 +61,31 @@ def choose_rollouts(
         return Rollouts()
 
 
-def require_continuous(spec: ReinforceSpec) -> None:
-    """Raise SpecError for what transformers' continuous batching can't do."""
+def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
+    """Raise SpecError for what transformers' continuous batching can't do, or does wrongly without a word."""
     if spec.cuts_tail:
         raise SpecError(
             f"ReinforceSpec.rollouts = 'continuous' with top_p = {spec.top_p:g} and top_k = {spec.top_k}: it tells "
             "log-probabilities only behind them, which can't be held against the model's own; leave them, or use "
             "'transformers'"
         )
+    if trait := _trait_without_pages(config):
+        raise SpecError(
+            f"ReinforceSpec.rollouts = 'continuous' with a {config.get('model_type')}: it has {trait}; use "
+            "'transformers'"
+        )
+
+
+def _trait_without_pages(config: Mapping[str, Any]) -> str:  # Any: as above
+    """Return what of a model continuous batching fails at or gets wrong without a word; empty: nothing known."""
+    text = config.get("text_config") or config
+    if layers := sorted({*(text.get("layer_types") or [])} - {"full_attention", "sliding_attention"}):
+        return f"layers of {layers[0]}, which have no pages"
+    if text.get("attn_logit_softcapping"):
+        return "an attn_logit_softcapping, which its attention leaves out"
+    if text.get("kv_lora_rank"):
+        return "a kv_lora_rank: keys and values of two widths, and its pages have one"
+    return ""
 
 
 def require_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Engine:  # Any: as above

@@ -168,7 +168,7 @@ def require_runnable(spec: ReinforceSpec, config: dict[str, Any]) -> None:  # An
     if spec.rollouts == "vllm":
         require_vllm(spec, config)
     if spec.rollouts == "continuous":
-        require_continuous(spec)
+        require_continuous(spec, config)
 
 
 def check_rewards(spec: ReinforceSpec) -> str:

@@ -34,6 +34,7 @@ from tasks.metrics import read_metrics
 from tasks.recorder import say
 from tasks.reinforce import vllm_engine
 from tasks.reinforce.attention import choose_attention
+from tasks.reinforce.continuous import require_pages
 from tasks.reinforce.group import GroupTrainer, Wanted
 from tasks.reinforce.own import load_reward
 from tasks.reinforce.prompts import Prompt, collect_prompts, completion_tokens, require_enough
@@ -89,6 +90,8 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     wanted.is_continuous = spec.rollouts == "continuous"
     if engine == "vllm":
         vllm_engine.set_up(spec)
+    if wanted.is_continuous:
+        require_pages(model)
     ends = end_tokens(model, tokenizer)
     model.generation_config.eos_token_id = ends
     trainer = GroupTrainer(

@@ -73,6 +73,20 @@ def test_continuous_batching_is_taken_when_it_is_named_and_refused_where_it_misl
         choose_rollouts(change(named, {"top_k": 5}), GPT_OSS, GPT_OSS_20B, H200)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "gemma2: it has an attn_logit_softcapping"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "kv_lora_rank"),
+    ],
+)
+def test_continuous_batching_is_refused_for_models_that_it_does_wrongly(config: dict[str, Any], says: str):
+    with pytest.raises(SpecError, match=f"{says}.*use 'transformers'"):
+        choose_rollouts(change(SPEC, {"rollouts": "continuous"}), config, GPT_OSS_20B, H200)
+    assert choose_rollouts(change(SPEC, {"rollouts": "transformers"}), config, GPT_OSS_20B, H200) == Rollouts()
+
+
 @pytest.fixture
 def on_an_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_commands(tmp_path / "bin", {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
