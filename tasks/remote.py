@@ -247,8 +247,8 @@ class Remote:
         try:
             self._fs.pipe_file(path, data, mode="create")
             return
-        except (TypeError, ValueError, NotImplementedError) as error:  # an fsspec package that has no such mode
-            why = type(error).__name__
+        except TypeError as error:  # s3fs, gcsfs and adlfs have this mode, ossfs hands it on to a call that has not
+            why = str(error)
         except OSError as error:
             self._fs.invalidate_cache()
             if self._fs.exists(path):

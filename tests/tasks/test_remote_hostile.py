@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from tasks import files
 from tasks.artifacts import ArtifactStore, BaseCheckpoint, FetchedDataset, TrainedAdapter
@@ -115,6 +117,36 @@ def test_who_sent_first_takes_over_what_was_made_there_since(tmp_path: Path, url
     _make_rows(there, "rows of b")
     assert _make_rows(here, "").source == "rows of b"
     assert _rows(here) == _rows(there) == "rows of b"
+
+
+class Plain(MemoryFileSystem):
+    """A store whose package knows no `mode`, as ossfs: its `pipe_file` hands it on to a call that has none."""
+
+    protocol = "oss"
+    store: ClassVar[dict[str, Any]] = {}  # Any: fsspec's files
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("oss://").strip("/")
+
+    def pipe_file(self, path: str, value: bytes) -> None:
+        super().pipe_file(path, value)
+
+
+def test_a_package_without_a_first_write_works_and_never_writes_over_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(_registry, "oss", Plain)
+    monkeypatch.setattr(Plain, "store", {})
+    caplog.set_level("INFO")
+    here, there = (_machine(tmp_path, name, "oss://furnace/team") for name in "ab")
+    _make_rows(here, "rows of a")
+    assert "knows no write that must be the first" in caplog.text and "mode" in caplog.text
+    told = Plain().cat_file(f"/furnace/team/dataset/{KEY[:16]}/manifest.json")
+    assert _make_rows(there, "").source == "rows of a"
+    late = Remote("oss://furnace/team")
+    late._announce(f"dataset/{KEY[:16]}", b"another machine's, in the same moment")
+    assert Plain().cat_file(f"/furnace/team/dataset/{KEY[:16]}/manifest.json") == told
 
 
 def test_what_is_made_anew_in_a_folder_that_was_sent_is_compared_again(tmp_path: Path, url: str):
