@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -123,13 +123,12 @@ class Plain(MemoryFileSystem):
     """A store whose package knows no `mode`, as ossfs: its `pipe_file` hands it on to a call that has none."""
 
     protocol = "oss"
-    store: ClassVar[dict[str, Any]] = {}  # Any: fsspec's files
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return "/" + path.removeprefix("oss://").strip("/")
 
-    def pipe_file(self, path: str, value: bytes) -> None:
+    def pipe_file(self, path: str, value: bytes) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().pipe_file(path, value)
 
 

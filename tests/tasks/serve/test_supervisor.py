@@ -80,7 +80,7 @@ def test_sigterm_ends_the_service_in_order(start, tmp_path: Path):
     process = start(told + SLEEPS)
     child = _child(tmp_path)
     process.send_signal(signal.SIGUSR1)
-    wait_for(lambda: "up" in (tmp_path / "log").read_text())
+    wait_for(lambda: "up\n" in (tmp_path / "log").read_text())  # else the signal may come between word and line end
     process.terminate()
     assert process.wait(20) == 0
     assert not runs(child) and (tmp_path / "log").read_text() == "up\nbye\n"
