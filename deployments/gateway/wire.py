@@ -24,6 +24,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_WHOLE_BYTES = 256 << 20
 _HIGH_WATER_BYTES = 256 << 10  # past this the server has to wait for the client
 _NO_STALE_AFTER_S = 0.25
+_LAST_STATUS = 599
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -261,6 +262,8 @@ class Connection(asyncio.Protocol):
         self._in_head = False
         if status == 101:
             raise BrokenReplyError("an upgrade that nobody asked for")
+        if status > _LAST_STATUS:
+            raise BrokenReplyError(f"there is no status {status}")  # nor can one be sent on
         if status < 200:
             reply.headers = []
             self._has_length = False

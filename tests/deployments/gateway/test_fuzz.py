@@ -78,6 +78,7 @@ heads = st.sampled_from(
         b"HTTP/1.1 418 \xe5\x96\x9d\r\ncontent-type: text/event-stream\r\nx-y: \xff\r\n\r\n",
         b"HTTP/1.1 204 No Content\r\n\r\n",
         b"HTTP/1.1 304 Not Modified\r\ncontent-length: 7\r\n\r\n",
+        b"HTTP/1.1 700 Odd\r\ncontent-type: text/event-stream\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n",
         b"HTTP/1.1 200 OK\r\nx-tatara-route: forged\r\nset-cookie: a\r\nset-cookie: b\r\ncontent-length: 2\r\n\r\n",
         b"",

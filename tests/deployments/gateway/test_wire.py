@@ -137,6 +137,7 @@ def test_a_connection_serves_again_only_after_a_whole_answer_that_keeps_it():
         [OK + b"x: " + b"y" * MAX_HEAD_BYTES + b"\r\n", b"z: " + b"y" * MAX_HEAD_BYTES],
         [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"],
         [b"HTTP/1.1 99999 What\r\n\r\n"],
+        [b"HTTP/1.1 600 What\r\ncontent-length: 2\r\n\r\nhi"],
     ],
 )
 def test_what_is_no_whole_http_answer_is_broken_never_a_hang(answer):
