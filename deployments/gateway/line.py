@@ -3,8 +3,9 @@
     uvicorn -> ClientConnection -> scope["extensions"]["tatara.line"] -> Exchange
 
 Adds: a bound on the size of a request's head (431), a time limit for it (a connection that never says what
-it wants is closed), errors in OpenAI's shape, and word of a client that hangs up at once instead of by a
-task per request that waits for it.
+it wants is closed), errors in OpenAI's shape, word of a client that hangs up at once instead of by a task
+per request that waits for it, and requests that offer another protocol beside HTTP/1.1 (`Upgrade: h2c`, which
+Java's HttpClient sends) are served as if they did not, as RFC 9110, 7.8 asks.
 
 Ring: edge (network).  Units: bytes, seconds.
 """
@@ -13,6 +14,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -74,7 +76,13 @@ class ClientConnection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         if self._head_since is not None:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrades(memoryview(data)[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._head_since is not None and self._head_bytes > self.max_head_bytes:
             self._refuse_head()
 
@@ -101,7 +109,8 @@ class ClientConnection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, in OpenAI's shape."""
+        """Refuse what is no HTTP, in OpenAI's shape; the message is for the log."""
+        self.logger.warning(msg)
         if self._too_large:
             self._refuse_head()
         else:
@@ -147,6 +156,42 @@ class ClientConnection(HttpToolsProtocol):
         """Close a connection on which a request's head takes too long."""
         if self._head_since is not None and now - self._head_since > self.head_timeout_s:
             self.abort()
+
+    def _should_upgrade(self) -> bool:
+        """Have uvicorn start nothing for a request with an upgrade: see _ignore_upgrades, which parses it again."""
+        return True
+
+    def _ignore_upgrades(self, rest: memoryview) -> None:
+        """Serve a request as if it offered no other protocol, and what follows it on the connection.
+
+        The parser ends such a message after its head and leaves the body as bytes (uvicorn's issue 2722, httptools'
+        124); it has no way back. So a fresh one reads the head again, without `Upgrade`: what frames the body is judged
+        by the same rules as ever, and a request that follows can't be hidden in it.
+
+        Args:
+            rest: what was received after the head.
+        """
+        try:
+            while True:
+                if self.parser.get_method() == b"CONNECT":  # an upgrade, too, whatever its headers say
+                    return self._refuse(400, "Bad Request", "CONNECT: this is no proxy", "bad_request")
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+                self.parser.feed_data(head)
+                try:
+                    return self.parser.feed_data(rest)
+                except httptools.HttpParserUpgrade as upgrade:  # of the next request
+                    rest = rest[upgrade.args[0] :]
+        except httptools.HttpParserError:
+            return self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        """Write the head again; the parser let no line end into any part of it."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"%b\r\n" % b"".join(lines)
 
     def _refuse_head(self) -> None:
         self._head_since = None
