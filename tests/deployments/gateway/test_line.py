@@ -1,6 +1,7 @@
 """The client's side of a connection, over raw sockets: what clients other than Python's send is answered, too."""
 
 import contextlib
+import gzip
 import json
 import socket
 import subprocess
@@ -167,3 +168,104 @@ def test_curl_asks_for_http_2_and_is_answered(gateway):
         pytest.skip("this curl knows no HTTP/2")
     done = subprocess.run([*argv, "--next", *argv[1:]], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout.count('"model": "m-7"') == 2
+
+
+def test_a_stream_to_an_http_1_0_client_is_not_chunked_and_ends_with_the_connection(gateway):
+    """nginx speaks HTTP/1.0 to what is behind it unless it is told otherwise."""
+    body = b'{"model": "tiny", "messages": [], "stream": true}'
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(body)
+    answer = talk(gateway, head + body)
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert events.startswith(b'data: {"id"')
+    assert events.endswith(b"data: [DONE]\n\n")
+    assert "Traceback" not in gateway.log.read_text()
+    for ending in (b"", b"connection: keep-alive\r\n"):
+        assert summary(talk(gateway, b"GET /health HTTP/1.0\r\n%b\r\n" % ending)) == [(200, "")]
+
+
+def test_a_fault_in_what_follows_a_request_does_not_answer_it(gateway):
+    """Two requests at once, the second none: a 400 now would be read as the first one's answer."""
+    slow, quick = (b"".join(chat(model, b"")) for model in ("slow", "m-0"))
+    large = b"GET /health HTTP/1.1\r\nx: " + b"y" * 200_000
+    tunnel = b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n"
+    for fault in (b"no http\r\n\r\n", tunnel, b"GET / HTTP/1.1\r\ncontent-length: -1\r\n\r\n" + LAST):
+        assert summary(talk(gateway, slow + fault)) == [(200, "slow")]
+        assert summary(talk(gateway, quick + fault)) == [(200, "m-0")]
+    assert summary(talk(gateway, slow + large)) == [(200, "slow")]
+    assert summary(talk(gateway, slow, b"no http\r\n\r\n", LAST)) == [(200, "slow")]
+    broken = b"POST /v1/generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n"
+    assert summary(talk(gateway, broken)) == [(400, "bad_request")]
+    with contextlib.suppress(ConnectionResetError):
+        assert talk(gateway, slow + broken) == b""  # not the first one's answer either
+
+
+def test_trailers_are_bounded_and_no_headers(start_gateway, upstream, make_key, tmp_path):
+    file = tmp_path / "keys.jsonl"
+    key = b"authorization: Bearer %b\r\n" % make_key(file, "alice").encode()
+    gateway = start_gateway(upstream.port, GATEWAY_KEYS_FILE=file, GATEWAY_MAX_HEADER_BYTES=8192)
+    head, body = chat("m-0", b"", chunked=True)
+    with_trailers = body[:-2] + key + b"x: y\r\n\r\n"
+    assert summary(talk(gateway, head + with_trailers + LAST)) == [(401, "missing_api_key"), (200, "")]
+    head = chat("m-0", key, chunked=True)[0]
+    assert summary(talk(gateway, head + with_trailers + LAST)) == [(200, "m-0"), (200, "")]
+    assert summary(talk(gateway, head, with_trailers[:-9], with_trailers[-9:] + LAST)) == [(200, "m-0"), (200, "")]
+    for lines in (b"x: y\r\n" * 200, b"x" * 1000):
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", gateway.port)) as client:
+            client.settimeout(5)
+            client.sendall(head + body[:-2])
+            for _ in range(20_000):
+                client.sendall(lines)
+            pytest.fail("trailers without end are taken")
+    large = b"%x\r\n%b\r\n" % (50_000, b" " * 50_000)
+    assert summary(talk(gateway, head, large[:7], large[7:20_000], large[20_000:] + body + LAST))[0] == (200, "m-0")
+
+
+@pytest.mark.long
+def test_what_stays_of_an_answered_body_has_a_time_limit(start_gateway, upstream):
+    gateway = start_gateway(upstream.port, GATEWAY_BODY_TIMEOUT_S=1)
+    head = b"POST /nowhere HTTP/1.1\r\nhost: x\r\n"
+    for first, rest in (
+        (head + b"content-length: 9\r\n\r\n", b"1234"),
+        (head + b"transfer-encoding: chunked\r\n\r\n", b"4\r\n12"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n"),
+    ):
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionResetError):
+            assert len(answers(talk(gateway, first, rest, timeout_s=8))) == 1
+        assert time.monotonic() - began < 6
+
+
+@pytest.mark.long
+def test_but_a_client_may_read_its_answer_as_slowly_as_it_likes(start_gateway, upstream):
+    gateway = start_gateway(upstream.port, GATEWAY_BODY_TIMEOUT_S=1)
+    body = b'{"input": [%b1]}' % (b"1," * 200_000)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", gateway.port))
+        client.sendall(head + body)
+        time.sleep(3.5)
+        got = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    (status, _, answer), *_ = answers(got)
+    assert (status, len(json.loads(answer)["data"])) == (200, 200_001)
+
+
+def test_head_is_get_without_a_body(gateway):
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/chat/completions", 405), ("/nowhere", 404)):
+        answer = talk(gateway, b"HEAD %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode() + LAST)
+        first, _, rest = answer.partition(b"\r\n\r\n")
+        assert first.startswith(b"HTTP/1.1 %d " % status), first
+        assert summary(rest) == [(200, "")]
+    gateway_says = talk(gateway, b"HEAD /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert b"content-length: 83\r\n" in gateway_says
+
+
+def test_a_compressed_body_is_refused_by_its_name(gateway):
+    body = gzip.compress(b'{"model": "m-0", "messages": []}')
+    status, headers, raw = gateway.post("/v1/chat/completions", body, {"content-encoding": "gzip"})
+    assert (status, json.loads(raw)["error"]["code"]) == (415, "unsupported_encoding")
+    assert headers["accept-encoding"] == "identity"
+    assert gateway.post("/v1/chat/completions", b"{", {"content-encoding": "identity"})[0] == 400
