@@ -16,6 +16,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ def load_reward(spec: RewardSpec) -> RewardFn:
 
 
 def _call(function: Callable[..., Any], asked: dict[str, Any], name: str) -> Any:  # Any: a user's function and values
-    """Return what a user's function gives, run to its end where it gives one by one. Raises RewardError."""
+    """Return what a user's function gives, as a list where it gives one by one. Raises RewardError."""
     try:
         given = function(**asked)
-        return list(given) if isinstance(given, Iterator) else given
+        most = len(asked["questions"]) + 1  # one may go on for ever
+        return list(islice(given, most)) if isinstance(given, Iterator) else given
     except TataraError:
         raise
     except SystemExit as error:

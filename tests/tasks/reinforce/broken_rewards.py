@@ -23,7 +23,7 @@ def fail_in_the_fourth(questions: list[str], completions: list[str], answers: li
     """Fail in the fourth step of a process, unless a file says that whatever it was has been mended."""
     _calls.append(len(completions))
     if len(_calls) == 4 and not Path(os.environ["MENDED"]).exists():
-        raise LookupError("the price list is not there")
+        raise LookupError("the price list is not there: \ud83d")  # half an emoji
     return digits(questions, completions, answers)
 
 

@@ -34,6 +34,8 @@ def unordered(questions, completions, answers): return {1.0, 0.0}
 def huge(questions, completions, answers): return [0.0, 1e30]
 def none_of_one(questions, completions, answers): return [1.0, None]
 def one_by_one(questions, completions, answers): yield from (1, 0)
+def endless(questions, completions, answers):
+    while True: yield 1.0
 def array(questions, completions, answers): return numpy.array([1, 0])
 async def later(questions, completions, answers): return [1.0, 0.0]
 def forwards(questions, completions, answers): return later(questions, completions, answers)
@@ -113,6 +115,7 @@ def test_what_cannot_be_loaded_says_why(name: str, says: str):
     ("name", "says"),
     [
         ("too_few", "returned 1 scores for 2 completions"),
+        ("endless", "returned 3 scores for 2 completions"),
         ("nan", "returned nan for completion 1"),
         ("text", r"returned 'good' for completion 0 \('8', asked 'q'\), expected a finite number .*: return 0.0"),
         ("numerals", "returned '1' for completion 0"),

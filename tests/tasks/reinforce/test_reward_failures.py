@@ -41,7 +41,10 @@ def test_a_reward_that_fails_costs_no_step_and_changes_nothing(
     with pytest.raises(RewardError) as error:
         learn(parts, spec, tmp_path / "home")
     told = str(error.value)
-    assert "your reward tests.tasks.reinforce.broken_rewards:fail_in_the_fourth failed: LookupError: the price" in told
+    assert (
+        "your reward tests.tasks.reinforce.broken_rewards:fail_in_the_fourth failed: LookupError: the price" in told
+        and "\\ud83d" in told
+    )
     assert "at broken_rewards.py:" in told and "about 8 completions of the questions" in told and "output.log" in told
     [folder] = (tmp_path / "home" / "adapter").glob("[0-9a-f]*")
     assert [path.name for path in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
