@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from deployments.gateway.exchange import Exchange
@@ -24,8 +25,10 @@ from deployments.gateway.replies import RefusedError
 from deployments.gateway.routes import error_response, refusal, router
 from deployments.gateway.routing import ENDPOINTS
 from deployments.gateway.settings import Settings
+from deployments.gateway.upstream import ID_HEADERS
 
 _HOT = frozenset(ENDPOINTS)
+_SHOWN_TO_PAGES = ("x-request-id", "x-tatara-route", "x-tatara-reason", "retry-after", *map(bytes.decode, ID_HEADERS))
 logger = logging.getLogger(__name__)
 
 
@@ -33,9 +36,18 @@ class GatewayApp(FastAPI):
     """FastAPI, with the hot routes taken out before its middleware."""
 
     gateway: Gateway
+    cors: CORSMiddleware | None = None
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> "CoroutineType[Any, Any, None]":
         """See ASGI. Returns the coroutine itself: one less to go through at each step of a request."""
+        if self.cors is not None and scope["type"] == "http":
+            asked_by_page = any(name == b"origin" for name, _ in scope["headers"])
+            if asked_by_page:  # without the short ways of line.py, past which its headers would not come
+                return self.cors({**scope, "extensions": {}}, receive, send)
+        return self.serve(scope, receive, send)
+
+    def serve(self, scope: Scope, receive: Receive, send: Send) -> "CoroutineType[Any, Any, None]":
+        """Answer, whoever asks."""
         if scope["type"] == "http" and scope["path"] in _HOT and scope["method"] == "POST":
             return Exchange(self.gateway, scope["path"], scope).run(receive, send)
         if scope["type"] == "http" and scope["method"] == "HEAD":  # the server leaves out the body
@@ -69,6 +81,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.gateway = app.state.gateway = gateway
     app.include_router(router)
+    if chosen.allowed_origins:
+        app.cors = CORSMiddleware(
+            app.serve,
+            allow_origins=chosen.allowed_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=_SHOWN_TO_PAGES,
+        )
     app.add_exception_handler(HTTPException, _say_http_error)
     app.add_exception_handler(RefusedError, _say_refused)
     app.add_exception_handler(Exception, _say_our_error)

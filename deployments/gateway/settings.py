@@ -96,6 +96,20 @@ def _lite(text: str) -> str:
     return base_url(text) if "://" in text else text
 
 
+def origins(text: str) -> tuple[str, ...]:
+    """Read the origins of web pages, or `*`.
+
+    >>> origins("https://app.example.com, http://localhost:3000")
+    ('https://app.example.com', 'http://localhost:3000')
+    """
+    found = tuple(part.strip() for part in text.split(","))
+    for origin in found:
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
+            raise ValueError("expected * or origins like https://app.example.com,http://localhost:3000, without a path")
+    return found
+
+
 def is_loopback(host: str) -> bool:
     """Say whether only this machine reaches what listens there.
 
@@ -144,6 +158,12 @@ class Settings:
     )
     allow_unauthenticated: bool = setting(
         "GATEWAY_ALLOW_UNAUTHENTICATED", False, flag, "serve others than this machine without keys"
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        "GATEWAY_ALLOWED_ORIGINS",
+        (),
+        origins,
+        "web pages whose scripts may ask (CORS): https://app.example.com,...; *: any page that a user opens",
     )
     lite_max_chars: int = setting("LITE_PROMPT_MAX_LEN", 120, _COUNT, "longest prompt for lite, characters")
     lite_model: str = setting(

@@ -58,7 +58,7 @@ def test_base_url_keeps_a_prefix_and_drops_the_route():
 
 def test_every_setting_is_in_the_table_once():
     names = [row.split("`")[1] for row in settings_table().splitlines()[2:]]
-    assert len(names) == len(set(names)) == 38
+    assert len(names) == len(set(names)) == 39
 
 
 def test_several_servers_with_weights():
