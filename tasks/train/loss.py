@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.costs import FROZEN_HEAD_ROWS
 from tasks.gptoss.head import block_rows, return_loss, score_block
 from tasks.gptoss.token_mean import TokenMean
 from tasks.train.sharding import average_gradients
@@ -27,7 +28,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the summed loss, float32. Cost: two GEMMs of M x H x V; K x V floats live at once."""
         grad_MH = torch.empty_like(hidden_MH)
         loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        size = block_rows(hidden_MH.device)
+        size = block_rows(hidden_MH.device, FROZEN_HEAD_ROWS)
         for start in range(0, len(hidden_MH), size):
             block = slice(start, start + size)
             block_loss, _, slope_KV = score_block(hidden_MH[block] @ weight_VH.T, target_M[block])

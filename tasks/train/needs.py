@@ -11,7 +11,7 @@ Ring: pure.  Units: bytes.  Shapes: L layers, T tokens of a forward pass, H hidd
 from collections.abc import Mapping
 from math import prod
 
-from tasks.costs import HEAD_ROWS
+from tasks.costs import FROZEN_HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
@@ -52,8 +52,9 @@ def training_needs(
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
+        needs["weights"] -= embedding_bytes(shapes, config, spec)
         kept, inside = _fused_activations(config, element, tokens, checkpointing, num_recomputed, unused)
-        logits = 2 * element * min(tokens, HEAD_ROWS) * config.get("vocab_size", 0)
+        logits = 2 * element * min(tokens, FROZEN_HEAD_ROWS) * config.get("vocab_size", 0)
         needs |= {"activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
     else:
         kept, inside = _stock_activations(config, spec, element, tokens, unused, is_full=is_full)
@@ -75,7 +76,7 @@ def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: i
     MXFP4 only the layers that do not rest. Weights that are stored as they are used are pages of their files, which
     processes share and the kernel takes back; unpacked or converted ones are a copy in each process.
     """
-    resting = sum(resting_bytes(shapes, config, spec, num_offloaded))
+    resting = sum(resting_bytes(shapes, config, spec, num_offloaded)) + embedding_bytes(shapes, config, spec)
     whole = (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
     if resting and rests_packed(config, spec):
         return resting + whole - sum(matrix_bytes(shapes, stored_sizes(shapes, spec), num_offloaded))
@@ -121,6 +122,22 @@ def uses_fused_kernels(config: Config, spec: TrainSpec) -> bool:
     False
     """
     return spec.kernels != "stock" and config.get("model_type") == MODEL_TYPE
+
+
+def embedding_bytes(shapes: Shapes, config: Config, spec: TrainSpec) -> int:
+    """Return what an embedding takes that rests in the host's memory (tasks/gptoss/embedding.py), 0 where none does.
+
+    DDP and FSDP2 hand parameters round as they start, and would not find it.
+    """
+    if not rests_embedding(config, spec):
+        return 0
+    return sum(2 * prod(shape) for name, shape in shapes.items() if name.endswith("embed_tokens.weight"))
+
+
+def rests_embedding(config: Config, spec: TrainSpec) -> bool:
+    """Say whether the input embedding rests on the host: one process with our kernels, on a GPU (bfloat16)."""
+    is_alone = spec.num_processes == 1 and spec.parallel == "ddp" and spec.dtype == "bfloat16"
+    return is_alone and uses_fused_kernels(config, spec) and not config.get("tie_word_embeddings", False)
 
 
 def choose_attention(model_type: str, spec: TrainSpec, *, on_gpu: bool) -> str:

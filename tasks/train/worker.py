@@ -26,7 +26,8 @@ from tasks import adapters, files
 from tasks.adapters import lora_config, remember_start, require_moved, require_text, save_adapter, widen_adapter
 from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
-from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tasks.gptoss.embedding import rest_embedding
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.gptoss.packed import load_packed
 from tasks.models import require_mxfp4
@@ -34,7 +35,7 @@ from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
-from tasks.train.needs import choose_attention, uses_fused_kernels
+from tasks.train.needs import choose_attention, rests_embedding, uses_fused_kernels
 from tasks.train.offload import let_rest
 from tasks.train.plan import StepPlan
 from tasks.train.sharding import HostConfig, share_base
@@ -139,8 +140,12 @@ def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a Pef
     extended_from = plan.num_offloaded if spec.parallel == "ddp" else None
     factor_experts(model, num_recomputed=plan.num_recomputed, extended_from=extended_from)
     fuse_norms(model)
+    if torch.cuda.is_available() and rests_embedding(model.config.to_dict(), spec):
+        rest_embedding(model)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
+        if extended_from is not None:
+            join_layers(model, first=extended_from)
     else:
         separate_documents(model)
 

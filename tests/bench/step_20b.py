@@ -1,6 +1,6 @@
 """One training step of the gpt-oss-20b architecture, taken apart: for work on the kernels, no baseline.
 
-    python tests/bench/step_20b.py ROWS CHECKPOINTING [TARGETS] [LAYERS]     e.g. 4 none all 24
+    python tests/bench/step_20b.py ROWS CHECKPOINTING [TARGETS] [LAYERS]     e.g. 1 selective-10 attention
 
 Random weights made on the GPU, plain AdamW, no Trainer; prints tokens/s, peak memory and the dearest GPU kernels.
 """
@@ -20,8 +20,9 @@ def main() -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
-    from tasks.train.loss import fuse_head
+    from tasks.gptoss.embedding import rest_embedding
+    from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
+    from tasks.train import loss as head
     from tests.bench.bench_train_20b import ATTENTION, EXPERTS, SEEDS, build
 
     rows, checkpointing = int(sys.argv[1]), sys.argv[2]
@@ -33,13 +34,18 @@ def main() -> None:
     attention = ATTENTION if targets == "attention" else []
     config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=names)
     peft = get_peft_model(model, config)
-    factor_experts(model, num_recomputed=num_layers * (checkpointing == "selective"))
+    layers = checkpointing.partition("-")[2] or num_layers
+    factor_experts(model, num_recomputed=int(layers) if checkpointing.startswith("selective") else 0)
     fuse_norms(model)
     flash_attention(model)
-    fuse_head(model)
+    if "apart" not in os.environ.get("WITHOUT", ""):
+        join_layers(model)
+    if "host" not in os.environ.get("WITHOUT", ""):
+        rest_embedding(model)
+    head.FROZEN_HEAD_ROWS = int(os.environ.get("HEAD_ROWS", head.FROZEN_HEAD_ROWS))
+    head.fuse_head(model)
     if checkpointing == "full":
         peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    peft.enable_input_require_grads()
     peft.train()
     trained = [p for p in peft.parameters() if p.requires_grad]
     for p in trained:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from tasks.gptoss.documents import separate_documents
-from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
 from tests.tiny import make_model
 
 IDS = torch.arange(60)[None] * 4 % 256
@@ -17,6 +17,12 @@ POSITIONS = torch.tensor([[*range(25), *range(35)]])
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 CONFIGS = {
     "experts and attention": {"target_parameters": list(EXPERTS), "target_modules": ["q_proj", "o_proj"]},
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "experts, k and v, other ranks": {
+        "target_parameters": list(EXPERTS),
+        "target_modules": ["k_proj", "v_proj"],
+        "rank_pattern": {"v_proj": 5},
+    },
     "one layer, down only": {"target_parameters": ["1.mlp.experts.down_proj"], "target_modules": []},
     "rslora": {"target_parameters": list(EXPERTS), "target_modules": [], "use_rslora": True},
 }
@@ -33,10 +39,12 @@ def adapted(settings: dict[str, Any], seed: int = 1) -> PeftModel:
     return peft
 
 
-def with_kernels(model: PeftModel, *, flash: bool = True, **options: Any) -> PeftModel:
+def with_kernels(model: PeftModel, *, flash: bool = True, join: bool = True, **options: Any) -> PeftModel:
     factor_experts(model, **options)
     fuse_norms(model)
     flash_attention(model) if flash else separate_documents(model)
+    if flash and join:
+        join_layers(model)
     return model
 
 
@@ -54,8 +62,8 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
-    ids=["all", "eager", "recompute", "plain"],
+    [{}, {"join": False}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
+    ids=["all", "apart", "eager", "recompute", "plain"],
 )
 def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):
     expected, expected_grads = run(stock(adapted(settings)))

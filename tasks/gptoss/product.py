@@ -1,0 +1,130 @@
+"""A frozen expert tensor, its adapter in PEFT's own layout, and both in the shape that a grouped GEMM wants.
+
+    [W; B; bias; 0]     rows of the weight, of the adapter's second half, one of the bias, zeros
+
+Ring: edge (live tensors).  Shapes: E experts, I in, O out, R rank, P = E * R expert-major, Q = R * E rank-major,
+X = R rounded up to 8, and 8, rows appended (8 without adapter).
+Source: layout of the adapter: PEFT 0.21 ParamWrapper.get_delta_weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from tasks.errors import ShapeError
+from tasks.gptoss.fused import fused
+from tasks.gptoss.gate import NUM_PLAIN
+
+_ALIGNED = 8  # grouped_mm wants rows of 16 bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """An adapter of one expert tensor, in PEFT's own layout.
+
+    Args:
+        a_PI: row e*R + k is rank k of expert e.
+        b_OQ: column k*E + e is rank k of expert e.
+        scale: alpha / R, or alpha / sqrt(R).
+        num_experts: E.
+    """
+
+    a_PI: torch.Tensor
+    b_OQ: torch.Tensor
+    scale: float
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if self.a_PI.shape[0] != self.b_OQ.shape[1] or self.a_PI.shape[0] % self.num_experts:
+            raise ShapeError(
+                f"LoRA pair does not fit {self.num_experts} experts: A is (E*R, I) = {tuple(self.a_PI.shape)}, "
+                f"B is (O, R*E) = {tuple(self.b_OQ.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a_PI.shape[0] // self.num_experts
+
+
+class Extended:
+    """[W; (B;) bias; 0] (E, I + X, O), kept; it knows for which pass B was written there."""
+
+    def __init__(self, whole_EXO: torch.Tensor) -> None:
+        """Hold what `keep_extended` made."""
+        self.whole_EXO = whole_EXO
+        self.written_for: object = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """One frozen expert tensor with its bias and, maybe, an adapter.
+
+    `extended` is [W; (B;) bias; 0] when it is kept (`keep_extended`), else it is made for each pass.
+    """
+
+    w_EIO: torch.Tensor
+    bias_EO: torch.Tensor
+    pair: Pair | None = None
+    extended: Extended | None = None
+
+    @property
+    def rank(self) -> int:
+        """R rounded up to 8, 0 without adapter."""
+        return 0 if self.pair is None else round_up(self.pair.rank)
+
+    @torch.no_grad()
+    def extend(self, call: object = None) -> torch.Tensor:
+        """Return [W; B; bias; 0] (E, I + X, O) with today's B; the halves of one `call` write it once."""
+        num_in = self.w_EIO.shape[1]
+        if self.extended is None:
+            lines = self.w_EIO.new_zeros(len(self.w_EIO), self.rank + NUM_PLAIN, self.w_EIO.shape[2])
+            whole = torch.cat([self.w_EIO, lines], dim=1)
+            whole[:, num_in + self.rank] = self.bias_EO
+        else:
+            whole = self.extended.whole_EXO
+            if call is not None and self.extended.written_for is call:
+                return whole
+            self.extended.written_for = call
+        if self.pair is not None:
+            b_ORE = self.pair.b_OQ.view(len(self.pair.b_OQ), self.pair.rank, -1)
+            whole[:, num_in : num_in + self.pair.rank].copy_(b_ORE.permute(2, 1, 0))
+        return whole
+
+
+def keep_extended(w_EIO: torch.nn.Parameter, bias_EO: torch.Tensor, rank: int) -> Extended:
+    """Move a frozen weight into the first rows of [W; B; bias; 0] and return that; the parameter stays as a view of it.
+
+    Costs (R + 8) / I more memory and saves a copy of the weight in each pass.
+    """
+    product = Product(w_EIO=w_EIO.data, bias_EO=bias_EO)
+    whole = pad(product.extend(), (0, 0, 0, round_up(rank)))
+    whole[:, w_EIO.shape[1] :] = whole[:, w_EIO.shape[1] :].roll(round_up(rank), dims=1)
+    w_EIO.data = whole[:, : w_EIO.shape[1]]
+    return Extended(whole)
+
+
+@fused
+def scaled(a: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return scale * a in `dtype`."""
+    return (a.float() * scale).to(dtype)
+
+
+def by_rank(a_PI: torch.Tensor, pair: Pair, dtype: torch.dtype) -> torch.Tensor:
+    """Return scale * A as (E, R rounded up, I)."""
+    a_ERI = scaled(a_PI, pair.scale, dtype).unflatten(0, (-1, pair.rank))
+    missing = round_up(pair.rank) - pair.rank
+    return pad(a_ERI, (0, 0, 0, missing)) if missing else a_ERI
+
+
+def rank_major(db_ERO: torch.Tensor, pair: Pair) -> torch.Tensor:
+    """Return B's gradient as the parameter lies (O, R*E): one kernel."""
+    db_OQ = torch.empty_like(pair.b_OQ)
+    db_OQ.view(len(db_OQ), pair.rank, -1).copy_(db_ERO[:, : pair.rank].permute(2, 1, 0))
+    return db_OQ
+
+
+def round_up(rank: int) -> int:
+    """Return the next multiple of 8."""
+    return -(-rank // _ALIGNED) * _ALIGNED
