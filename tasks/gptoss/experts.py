@@ -29,8 +29,19 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from tasks.gptoss.gate import apply_gate, gate_backward
-from tasks.gptoss.product import Product, by_rank, rank_major, scaled
-from tasks.gptoss.rows import by_expert, combine, gather_sum, pick, sort_rows, spend, spread, times, weight_slope
+from tasks.gptoss.product import Era, Product, by_rank, rank_major
+from tasks.gptoss.rows import (
+    by_expert,
+    combine,
+    down_slopes,
+    gather_sum,
+    sort_rows,
+    spend,
+    spread,
+    spread_again,
+    spread_with,
+    weight_slope,
+)
 
 
 def run_experts(
@@ -45,6 +56,7 @@ def run_experts(
     recompute: bool = False,
     residual_NH: torch.Tensor | None = None,
     remake: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    era: Era | None = None,
 ) -> torch.Tensor:
     """Return the layer's output (N, H); gradients reach the input, the routing weights, the residual and the pairs.
 
@@ -60,10 +72,13 @@ def run_experts(
             backward pass.
         residual_NH: is added to the output.
         remake: makes the input from the residual once more, so that it need not be kept.
+        era: whoever says when adapters change; None: they may, before each pass.
     Cost: forward 3 S H F multiply-adds, backward the same; 2 S H F more with `recompute`. One backward pass only: it
     writes over what was kept.
     """
-    call = _Call(gate_up=gate_up, down=down, alpha=alpha, limit=limit, recompute=recompute, remake=remake)
+    call = _Call(
+        gate_up=gate_up, down=down, alpha=alpha, limit=limit, recompute=recompute, remake=remake, era=era and era.name
+    )
     halves = [
         half for each in (gate_up, down) for half in ((each.pair.a_PI, each.pair.b_OQ) if each.pair else (None,) * 2)
     ]
@@ -72,7 +87,7 @@ def run_experts(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
-    """What a pass needs beside tensors; itself the name under which B is written."""
+    """What a pass needs beside tensors; outside of an era itself the name under which the adapter's halves are made."""
 
     gate_up: Product
     down: Product
@@ -80,6 +95,12 @@ class _Call:
     limit: float
     recompute: bool
     remake: Callable[[torch.Tensor], torch.Tensor] | None
+    era: object
+
+    @property
+    def name(self) -> object:
+        """For how long the adapters are what they are."""
+        return self.era or self
 
 
 class _Experts(torch.autograd.Function):
@@ -99,19 +120,20 @@ class _Experts(torch.autograd.Function):
         del b1_GQ, b2_HQ  # Product.extend reads them
         gate_up, down = call.gate_up, call.down
         order_S, place_NK, ends_E = sort_rows(index_NK, len(gate_up.w_EIO))
-        a1_PH = None if a1_PH is None or gate_up.pair is None else scaled(a1_PH, gate_up.pair.scale, x_NH.dtype)
-        a2_ERF = None if a2_PF is None or down.pair is None else by_rank(a2_PF, down.pair, x_NH.dtype)
-        u1_SR = None
-        if gate_up.pair is not None and a1_PH is not None:
-            u1_SR = pick(x_NH @ a1_PH.t(), index_NK, order_S, gate_up.pair.rank, gate_up.rank)
-        h_SG = _gate_argument(x_NH, u1_SR, order_S, ends_E, call)
+        a1_PH, a2_PF = gate_up.first_half(call.name), down.first_half(call.name)
+        u1_SR = u2_SR = a2_ERF = None
+        if gate_up.pair is None or a1_PH is None:
+            x_SX = spread(x_NH, order_S, index_NK.shape[1])
+        else:
+            x_SX, u1_SR = spread_with(x_NH, x_NH @ a1_PH.t(), index_NK, order_S, gate_up.pair.rank, gate_up.rank)
+        h_SG = grouped_mm(x_SX, gate_up.extend(call.name), offs=ends_E)
+        del x_SX
         g_SX = apply_gate(h_SG, down.rank, call.alpha, call.limit)
-        u2_SR = None
-        if a2_ERF is not None:
-            num_inner = a2_ERF.shape[2]
+        if down.pair is not None and a2_PF is not None:
+            num_inner, a2_ERF = a2_PF.shape[1], by_rank(a2_PF, down.pair.rank)
             u2_SR = grouped_mm(g_SX[:, :num_inner], a2_ERF.transpose(1, 2), offs=ends_E)
             g_SX[:, num_inner : num_inner + down.rank] = u2_SR
-        out_SH = grouped_mm(g_SX, down.extend(call), offs=ends_E)
+        out_SH = grouped_mm(g_SX, down.extend(call.name), offs=ends_E)
         ctx.call = call
         kept_x = x_NH if call.remake is None else residual_NH
         kept_h = None if call.recompute else h_SG
@@ -131,40 +153,40 @@ class _Experts(torch.autograd.Function):
         if call.remake is not None:
             x_NH = call.remake(x_NH)
         if h_SG is None:
-            h_SG = _gate_argument(x_NH, u1_SR, order_S, ends_E, call)
+            x_SX = (
+                spread(x_NH, order_S, num_chosen) if u1_SR is None else spread_again(x_NH, u1_SR, order_S, num_chosen)
+            )
+            h_SG = grouped_mm(x_SX, gate_up.extend(call.name), offs=ends_E)
+            del x_SX
 
         dy_NH = grads[0].contiguous()
         w_S = weight_NK.reshape(-1)[order_S]
-        dg_SX = grouped_mm(dy_NH[order_S // num_chosen], down.extend(call).transpose(1, 2), offs=ends_E)
+        dg_SX = grouped_mm(dy_NH[order_S // num_chosen], down.extend(call.name).transpose(1, 2), offs=ends_E)
         da1 = db1 = da2 = db2 = detour_SF = du2_SR = None
         if a2_ERF is not None:
             du2_SR = dg_SX[:, num_inner : num_inner + down.rank]
             detour_SF = grouped_mm(du2_SR, a2_ERF, offs=ends_E)
         g_SF, dh_SG, dot_S = gate_backward(h_SG, dg_SX, detour_SF, w_S, call.alpha, call.limit)
-        dw_NK = weight_slope(dot_S, dg_SX[:, num_inner + down.rank], place_NK, weight_NK)
-        if down.pair is not None and du2_SR is not None:
-            da2_ERF = grouped_mm(times(du2_SR, w_S).t(), g_SF, offs=ends_E)
-            da2 = scaled(da2_ERF[:, : down.pair.rank].flatten(0, 1), down.pair.scale, down.pair.a_PI.dtype)
-            u2_NQ = by_expert(u2_SR, place_NK, index_NK, weight_NK, num_experts, down.pair.rank, rank_major=True)
+        dbias_S = dg_SX[:, num_inner + down.rank]
+        if down.pair is None or du2_SR is None:
+            dw_NK = weight_slope(dot_S, dbias_S, place_NK, weight_NK)
+        else:
+            rank, scale = down.pair.rank, down.pair.scale
+            weighted_SR, dw_NK, u2_NQ = down_slopes(
+                du2_SR, u2_SR, w_S, dot_S, dbias_S, place_NK, index_NK, weight_NK, num_experts, rank, scale
+            )
+            da2 = grouped_mm(weighted_SR.t(), g_SF, offs=ends_E)[:, :rank].flatten(0, 1)
             db2 = dy_NH.t() @ u2_NQ
-        del g_SF, dg_SX, detour_SF, du2_SR
+        del g_SF, dg_SX, detour_SF, du2_SR, dbias_S
 
-        dx_SX = grouped_mm(dh_SG, gate_up.extend(call).transpose(1, 2), offs=ends_E)
+        dx_SX = grouped_mm(dh_SG, gate_up.extend(call.name).transpose(1, 2), offs=ends_E)
         detour_NH = None
         if gate_up.pair is not None and u1_SR is not None:
-            rank = gate_up.pair.rank
             du1_SR = dx_SX[:, num_hidden : num_hidden + gate_up.rank]
-            du1_NP = by_expert(du1_SR, place_NK, index_NK, None, num_experts, rank, rank_major=False)
+            du1_NP = by_expert(du1_SR, place_NK, index_NK, num_experts, gate_up.pair.rank)
             detour_NH = du1_NP @ a1_PH
-            da1 = scaled(du1_NP.t() @ x_NH, gate_up.pair.scale, gate_up.pair.a_PI.dtype)
+            da1 = du1_NP.t() @ x_NH
             db1 = rank_major(grouped_mm(u1_SR.t(), dh_SG, offs=ends_E), gate_up.pair)
         dx_NH = gather_sum(dx_SX, detour_NH, place_NK, num_hidden)
-        return dx_NH, None, dw_NK, None if not ctx.needs_input_grad[3] else dy_NH, da1, db1, da2, db2, None
-
-
-def _gate_argument(
-    x_NH: torch.Tensor, u1_SR: torch.Tensor | None, order_S: torch.Tensor, ends_E: torch.Tensor, call: _Call
-) -> torch.Tensor:
-    """Return x W + (x A) B + bias (S, G)."""
-    num_chosen = len(order_S) // len(x_NH)
-    return grouped_mm(spread(x_NH, u1_SR, order_S, num_chosen), call.gate_up.extend(call), offs=ends_E)
+        dresidual_NH = dy_NH if ctx.needs_input_grad[3] else None
+        return dx_NH, None, dw_NK, dresidual_NH, da1, db1, da2, db2, None

@@ -21,8 +21,8 @@ from tasks.gptoss.attention import attend_with_sinks, find_documents
 from tasks.gptoss.experts import run_experts
 from tasks.gptoss.gate import NUM_PLAIN
 from tasks.gptoss.joint import JointAttention, can_join
-from tasks.gptoss.norm import SplitNorm, normed
-from tasks.gptoss.product import Pair, Product, keep_extended
+from tasks.gptoss.norm import normed
+from tasks.gptoss.product import Era, Pair, Product, keep_extended
 from tasks.gptoss.rotation import rotate_heads
 
 
@@ -31,7 +31,9 @@ def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes
     return next((module for module in model.modules() if type(module).__name__ == "GptOssModel"), None)
 
 
-def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0) -> None:
+def factor_experts(
+    model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0, era: Era | None = None
+) -> None:
     """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
 
     Args:
@@ -39,11 +41,12 @@ def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extended_from: 
         num_recomputed: in so many layers, the first ones, save memory for a third more work in the experts.
         extended_from: hold the weights of this layer and those above it in the layout that the GEMMs want; None where
             something else owns them (FSDP).
+        era: says when adapters change; None: they may, before each pass.
     """
     for number, layer in enumerate(find_decoder(model).layers):
         outer = layer.mlp.experts
         outer.forward = MethodType(_experts_forward, outer)
-        outer.recompute_gate = number < num_recomputed
+        outer.recompute_gate, outer.era = number < num_recomputed, era
         if extended_from is not None and number >= extended_from:
             _extend_weights(outer)
 
@@ -78,15 +81,15 @@ def flash_attention(model: nn.Module) -> None:
         layer.self_attn.forward = MethodType(_attention_forward, layer.self_attn)
 
 
-def join_layers(model: nn.Module, *, first: int = 0) -> None:
+def join_layers(model: nn.Module, *, first: int = 0, era: Era | None = None) -> None:
     """Let each frozen layer from `first` on be two steps that keep little, with its adapters in the same GEMMs.
 
     After `factor_experts` and `flash_attention`. A layer that `can_join` refuses (a dropout, a trained norm, weights of
-    4 bits) stays as it is.
+    4 bits) stays as it is. `era` as for `factor_experts`.
     """
     for layer in find_decoder(model).layers[first:]:
         if can_join(layer):
-            layer.joint = JointAttention(layer)
+            layer.joint = JointAttention(layer, era or Era())
             layer.forward = MethodType(_layer_forward, layer)
 
 
@@ -100,14 +103,13 @@ def _layer_forward(
 ) -> torch.Tensor:
     del args, kwargs
     norm = self.post_attention_layernorm
-    y_NH = self.joint(hidden_states.flatten(0, 1), position_embeddings, documents)
-    residual_NH, x_NH = SplitNorm.apply(y_NH, norm.weight, norm.variance_epsilon)
+    y_NH, x_NH = self.joint(hidden_states.flatten(0, 1), position_embeddings, documents)
     _, weight_NK, index_NK = self.mlp.router(x_NH)
 
     def remake(made_from_NH: torch.Tensor) -> torch.Tensor:
         return normed(made_from_NH, norm.weight, norm.variance_epsilon)
 
-    out_NH = self.mlp.experts(x_NH, index_NK, weight_NK, residual_NH=residual_NH, remake=remake)
+    out_NH = self.mlp.experts(x_NH, index_NK, weight_NK, residual_NH=y_NH, remake=remake)
     return out_NH.view_as(hidden_states)
 
 
@@ -165,6 +167,7 @@ def _experts_forward(
         alpha=module.alpha,
         limit=module.limit,
         recompute=self.recompute_gate,
+        era=self.era,
         **kept,
     )
 

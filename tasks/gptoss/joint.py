@@ -1,6 +1,6 @@
 """The attention half of a frozen gpt-oss layer with its adapters, as one step that keeps little.
 
-    x -> x + o(attention(rotate(q, k, v of norm(x))))
+    x -> y = x + o(attention(rotate(q, k, v of norm(x)))), norm(y)
 
 q, k and v are one GEMM: their weights lie side by side, and as in tasks/gptoss/experts.py the adapters' second
 halves and the biases ride along as more columns of them:
@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
-from torch.nn.functional import pad
 
 from tasks.gptoss.attention import Documents, forward_of
-from tasks.gptoss.fused import fused
 from tasks.gptoss.gate import NUM_PLAIN
-from tasks.gptoss.norm import norm_back, norm_wide, normed
-from tasks.gptoss.product import round_up, scaled
+from tasks.gptoss.norm import add_norm, norm_back, norm_wide, normed
+from tasks.gptoss.product import Era, round_up
 from tasks.gptoss.rotation import rotate, rotate_back
 
 
@@ -84,6 +82,8 @@ class Joined:
             outputs = slice(num_outputs, num_outputs + base.out_features)
             self.halves.append(_Half(module=module, outputs=outputs, ranks=slice(num_ranks, num_ranks + rank)))
             num_outputs, num_ranks = outputs.stop, num_ranks + rank
+        self.a_RI: torch.Tensor | None = None
+        self.made_for: object = None
         self.num_inputs, self.num_ranks = bases[0].in_features, num_ranks
         self.whole_OX = bases[0].weight.new_zeros(num_outputs, self.num_inputs + NUM_PLAIN + round_up(num_ranks))
         for half, base in zip(self.halves, bases, strict=True):
@@ -101,49 +101,69 @@ class Joined:
         return [each for half in self.halves for each in (half.adapter or (None, None, 0.0))[:2]]
 
     @torch.no_grad()
-    def stack(self) -> torch.Tensor | None:
-        """Write today's B and return scale * A of all (R, I), in the weights' dtype; None without any."""
+    def stack(self, name: object) -> torch.Tensor | None:
+        """Write today's scale * B and return A of all (R, I) in the weights' dtype, under one `name` once."""
+        if name is not None and self.made_for is name:
+            return self.a_RI
         parts = []
         for half in self.halves:
-            size = half.ranks.stop - half.ranks.start
             if half.adapter is None:
-                parts.append(self.whole_OX.new_zeros(size, self.num_inputs))
+                parts.append(self.whole_OX.new_zeros(half.ranks.stop - half.ranks.start, self.num_inputs))
                 continue
             a_RI, b_OR, scale = half.adapter
-            parts.append(scaled(a_RI, scale, self.whole_OX.dtype))
-            self.whole_OX[half.outputs, self.first_rank :][:, half.ranks].copy_(b_OR)
+            parts.append(a_RI)
+            torch.mul(b_OR, scale, out=self.whole_OX[half.outputs, self.first_rank :][:, half.ranks])
         is_used = any(half.adapter is not None for half in self.halves)
-        return torch.cat(parts) if is_used else None
+        self.a_RI = torch.cat(parts).to(self.whole_OX.dtype) if is_used else None
+        self.made_for = name
+        return self.a_RI
 
     def slopes(self, da_RI: torch.Tensor | None, db_OR: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Return the gradient of each of `adapters`, from those of scale * A and of all columns of B."""
+        """Return the gradient of each of `adapters`, from those of A and of all columns of scale * B."""
         found: list[torch.Tensor | None] = []
         for half in self.halves:
             if half.adapter is None or da_RI is None or db_OR is None:
                 found += [None, None]
-                continue
-            a_RI, b_OR, scale = half.adapter
-            found += [scaled(da_RI[half.ranks], scale, a_RI.dtype), db_OR[half.outputs, half.ranks].to(b_OR.dtype)]
+            else:
+                found += [da_RI[half.ranks], _rescaled(db_OR[half.outputs, half.ranks], half.adapter)]
         return found
+
+
+def _rescaled(slope_OR: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> torch.Tensor:
+    """Return B's gradient from that of scale * B: one kernel."""
+    _, b_OR, scale = adapter
+    return torch.mul(slope_OR, scale, out=torch.empty_like(b_OR))
 
 
 class JointAttention:
     """The attention half of one layer, with the weights of q, k and v side by side."""
 
-    def __init__(self, layer: Any) -> None:  # Any: GptOssDecoderLayer
-        """Take a layer that `can_join`."""
+    def __init__(self, layer: Any, era: Era) -> None:  # Any: GptOssDecoderLayer
+        """Take a layer that `can_join`; `era` says when adapters change."""
         attention = layer.self_attn
-        self.attention, self.norm = attention, layer.input_layernorm
+        self.attention, self.norm, self.next_norm = attention, layer.input_layernorm, layer.post_attention_layernorm
+        self.era = era
         self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = _Half(module=attention.o_proj, outputs=slice(None), ranks=slice(None))
+        self.o_halves: tuple[object, torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self, x_NH: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], documents: Documents
-    ) -> torch.Tensor:
-        """Return x + attention (N, H)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y = x + attention and its norm, (N, H) each."""
         cos_ND, sin_ND = (part.flatten(0, 1) for part in position_embeddings)
         adapters = [*self.qkv.adapters(), *(self.o.adapter or (None, None))[:2]]
         return _Attend.apply(x_NH, self, documents, cos_ND, sin_ND, *adapters)
+
+    @torch.no_grad()
+    def last_halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return o's A and scale * B in `dtype`, None without adapter; made once in an era."""
+        if self.o.adapter is None:
+            return None
+        if self.o_halves is None or self.era.name is None or self.o_halves[0] is not self.era.name:
+            a_RO, b_HR, scale = self.o.adapter
+            self.o_halves = self.era.name, a_RO.to(dtype), (b_HR * scale).to(dtype)
+        return self.o_halves[1:]
 
 
 class _Attend(torch.autograd.Function):
@@ -156,11 +176,11 @@ class _Attend(torch.autograd.Function):
         cos_ND: torch.Tensor,
         sin_ND: torch.Tensor,
         *adapters: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         del adapters  # read where they lie
         attention, qkv, norm = joint.attention, joint.qkv, joint.norm
         heads, size = attention.q_proj.out_features // attention.head_dim, attention.head_dim
-        a_RH = qkv.stack()
+        a_RH = qkv.stack(joint.era.name)
         x_NX = norm_wide(x_NH, norm.weight, norm.variance_epsilon, qkv.whole_OX.shape[1] - x_NH.shape[1])
         u_NR = None
         if a_RH is not None:
@@ -173,43 +193,35 @@ class _Attend(torch.autograd.Function):
         out_NAD, lse_AN, engine, state = forward_of(q_NAD, k_NGD, v_NGD, attention.sinks, documents, window, scale)
         out_NO = out_NAD.flatten(1)
         base = _base(attention.o_proj)
-        y_NH = torch.addmm(x_NH, out_NO, base.weight.t())
-        uo_NR = ao_RO = None
-        if joint.o.adapter is None:
-            y_NH += base.bias
-        else:
-            a_RO, b_HR, o_scale = joint.o.adapter
-            ao_RO = scaled(a_RO, o_scale, out_NO.dtype)
-            uo_NR = out_NO @ ao_RO.t()
-            y_NH.addmm_(_with_one(uo_NR), _with_bias(b_HR, base.bias, uo_NR.dtype).t())
-        ctx.rest = joint, documents, engine, window, scale, heads, size
-        ctx.save_for_backward(x_NH, qkv_NO, out_NO, lse_AN, cos_ND, sin_ND, u_NR, a_RH, uo_NR, ao_RO, *state)
-        return y_NH
+        more_NH = torch.addmm(base.bias, out_NO, base.weight.t())
+        uo_NR, last = None, joint.last_halves(out_NO.dtype)
+        if last is not None:
+            uo_NR = out_NO @ last[0].t()
+            more_NH.addmm_(uo_NR, last[1].t())
+        after = joint.next_norm
+        y_NH, normed_NH = add_norm(x_NH, more_NH, after.weight, after.variance_epsilon)
+        ctx.rest = joint, documents, engine, window, scale, heads, size, last
+        ctx.save_for_backward(x_NH, y_NH, qkv_NO, out_NO, lse_AN, cos_ND, sin_ND, u_NR, a_RH, uo_NR, *state)
+        return y_NH, normed_NH
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:  # Any: torch's context; tensors or None
-        joint, documents, engine, window, scale, heads, size = ctx.rest
-        x_NH, qkv_NO, out_NO, lse_AN, cos_ND, sin_ND, u_NR, a_RH, uo_NR, ao_RO, *state = ctx.saved_tensors
-        attention, qkv, norm = joint.attention, joint.qkv, joint.norm
-        dy_NH = grads[0].contiguous()
+        joint, documents, engine, window, scale, heads, size, last = ctx.rest
+        x_NH, y_NH, qkv_NO, out_NO, lse_AN, cos_ND, sin_ND, u_NR, a_RH, uo_NR, *state = ctx.saved_tensors
+        attention, qkv, norm, after = joint.attention, joint.qkv, joint.norm, joint.next_norm
+        dy_NH = norm_back(y_NH, after.weight, grads[1], grads[0], after.variance_epsilon)
         dout_NO = dy_NH @ _base(attention.o_proj).weight
-        dao = dbo = None
+        dao = dbo = da_RH = db_OR = None
         if uo_NR is not None:
-            a_RO, b_HR, o_scale = joint.o.adapter
-            duo_NR = dy_NH @ b_HR.to(dy_NH.dtype)
-            dout_NO.addmm_(duo_NR, ao_RO)
-            dao = scaled(duo_NR.t() @ out_NO, o_scale, a_RO.dtype)
-            dbo = (dy_NH.t() @ uo_NR).to(b_HR.dtype)
+            duo_NR = dy_NH @ last[1]
+            dout_NO.addmm_(duo_NR, last[0])
+            dao, dbo = duo_NR.t() @ out_NO, _rescaled(dy_NH.t() @ uo_NR, joint.o.adapter)
         q_NAD, k_NGD, v_NGD = _heads(qkv_NO, heads, size)
         dout_NAD, out_NAD = (each.unflatten(1, (heads, size)) for each in (dout_NO, out_NO))
         dq, dk, dv = engine.backward(dout_NAD, q_NAD, k_NGD, v_NGD, out_NAD, lse_AN, state, documents, window, scale)
-        del dout_NO, dout_NAD
         dqkv_NO = rotate_back(dq, dk, dv, cos_ND, sin_ND)
-        del dq, dk, dv
-        da_RH = db_OR = None
+        del dout_NO, dout_NAD, dq, dk, dv
         num_hidden = x_NH.shape[1]
-        if not ctx.needs_input_grad[0] and u_NR is None:
-            return (None,) * (5 + 2 * len(qkv.halves)) + (dao, dbo)
         dx_NX = dqkv_NO @ qkv.whole_OX
         dnormed_NH = dx_NX[:, :num_hidden]
         if u_NR is not None:
@@ -230,17 +242,3 @@ def _heads(qkv_NO: torch.Tensor, heads: int, size: int) -> tuple[torch.Tensor, t
 
 def _base(module: Any) -> Any:  # Any: a Linear, or PEFT's around one; what it gives, a Linear
     return module.get_base_layer() if isinstance(module, LoraLinear) else module
-
-
-@fused
-def _with_one(u_NR: torch.Tensor) -> torch.Tensor:
-    """Return [u | 1 | 0], its width a multiple of 8."""
-    more = round_up(u_NR.shape[1] + 1) - u_NR.shape[1]
-    return torch.cat((u_NR, pad(u_NR.new_ones(len(u_NR), 1), (0, more - 1))), dim=1)
-
-
-@fused
-def _with_bias(b_HR: torch.Tensor, bias_H: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return [B | bias | 0] to match."""
-    more = round_up(b_HR.shape[1] + 1) - b_HR.shape[1]
-    return torch.cat((b_HR.to(dtype), pad(bias_H[:, None].to(dtype), (0, more - 1))), dim=1)

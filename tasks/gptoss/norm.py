@@ -3,34 +3,10 @@
 Ring: edge (live tensors).  Shapes: N tokens, H hidden.
 """
 
-from typing import Any
-
 import torch
 from torch.nn.functional import pad
 
 from tasks.gptoss.fused import fused
-
-
-class SplitNorm(torch.autograd.Function):
-    """x -> x, norm(x): the gradients of both meet in one kernel, and x is all that is kept. The weight is frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # Any: torch's context
-        x_NH: torch.Tensor,
-        weight_H: torch.Tensor,
-        epsilon: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a view of x, and norm(x)."""
-        ctx.save_for_backward(x_NH, weight_H)
-        ctx.epsilon = epsilon
-        return x_NH.view_as(x_NH), normed(x_NH, weight_H, epsilon)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Return the sum of the gradients of both."""
-        x_NH, weight_H = ctx.saved_tensors
-        return norm_back(x_NH, weight_H, grads[1], grads[0], ctx.epsilon), None, None
 
 
 @fused
@@ -46,6 +22,16 @@ def norm_wide(x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, num_mo
     wide = x_NH.float()
     normed_NH = (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)
     return torch.cat((normed_NH, pad(x_NH.new_ones(len(x_NH), 1), (0, num_more - 1))), dim=1)
+
+
+@fused
+def add_norm(
+    x_NH: torch.Tensor, more_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum in x's dtype, and the norm of that."""
+    sum_NH = x_NH + more_NH
+    wide = sum_NH.float()
+    return sum_NH, (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)
 
 
 @fused

@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import pad
 
 from tasks.errors import ShapeError
-from tasks.gptoss.fused import fused
 from tasks.gptoss.gate import NUM_PLAIN
 
 _ALIGNED = 8  # grouped_mm wants rows of 16 bytes
@@ -48,13 +47,33 @@ class Pair:
         return self.a_PI.shape[0] // self.num_experts
 
 
+class Era:
+    """A time in which adapters stay as they are, so that what is made of them may be kept: the passes of one step.
+
+    `name` is None outside of it, as it is for whoever does not say when weights change.
+    """
+
+    def __init__(self) -> None:
+        """Begin outside."""
+        self.name: object = None
+
+    def begin(self) -> None:
+        """Say that the adapters stay as they are from now on; nothing if that was said."""
+        self.name = self.name or object()
+
+    def end(self) -> None:
+        """Say that they may change."""
+        self.name = None
+
+
 class Extended:
-    """[W; (B;) bias; 0] (E, I + X, O), kept; it knows for which pass B was written there."""
+    """[W; (B;) bias; 0] (E, I + X, O), kept, and what was made of the adapter for the era, or the pass, `made_for`."""
 
     def __init__(self, whole_EXO: torch.Tensor) -> None:
         """Hold what `keep_extended` made."""
         self.whole_EXO = whole_EXO
-        self.written_for: object = None
+        self.a_PI: torch.Tensor | None = None
+        self.made_for: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +94,8 @@ class Product:
         return 0 if self.pair is None else round_up(self.pair.rank)
 
     @torch.no_grad()
-    def extend(self, call: object = None) -> torch.Tensor:
-        """Return [W; B; bias; 0] (E, I + X, O) with today's B; the halves of one `call` write it once."""
+    def extend(self, name: object = None) -> torch.Tensor:
+        """Return [W; scale * B; bias; 0] (E, I + X, O) with today's B; under one `name` it is written once."""
         num_in = self.w_EIO.shape[1]
         if self.extended is None:
             lines = self.w_EIO.new_zeros(len(self.w_EIO), self.rank + NUM_PLAIN, self.w_EIO.shape[2])
@@ -84,13 +103,25 @@ class Product:
             whole[:, num_in + self.rank] = self.bias_EO
         else:
             whole = self.extended.whole_EXO
-            if call is not None and self.extended.written_for is call:
+            if name is not None and self.extended.made_for is name:
                 return whole
-            self.extended.written_for = call
+            self.extended.a_PI, self.extended.made_for = None, name
         if self.pair is not None:
             b_ORE = self.pair.b_OQ.view(len(self.pair.b_OQ), self.pair.rank, -1)
-            whole[:, num_in : num_in + self.pair.rank].copy_(b_ORE.permute(2, 1, 0))
+            torch.mul(b_ORE.permute(2, 1, 0), self.pair.scale, out=whole[:, num_in : num_in + self.pair.rank])
         return whole
+
+    @torch.no_grad()
+    def first_half(self, name: object = None) -> torch.Tensor | None:
+        """Return today's A (P, I) in the weights' dtype; under one `name` it is cast once. None without adapter."""
+        if self.pair is None:
+            return None
+        if self.extended is None:
+            return self.pair.a_PI.to(self.w_EIO.dtype)
+        if self.extended.made_for is not name or self.extended.a_PI is None:
+            self.extend(name)
+            self.extended.a_PI = self.pair.a_PI.to(self.w_EIO.dtype)
+        return self.extended.a_PI
 
 
 def keep_extended(w_EIO: torch.nn.Parameter, bias_EO: torch.Tensor, rank: int) -> Extended:
@@ -105,23 +136,18 @@ def keep_extended(w_EIO: torch.nn.Parameter, bias_EO: torch.Tensor, rank: int) -
     return Extended(whole)
 
 
-@fused
-def scaled(a: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return scale * a in `dtype`."""
-    return (a.float() * scale).to(dtype)
-
-
-def by_rank(a_PI: torch.Tensor, pair: Pair, dtype: torch.dtype) -> torch.Tensor:
-    """Return scale * A as (E, R rounded up, I)."""
-    a_ERI = scaled(a_PI, pair.scale, dtype).unflatten(0, (-1, pair.rank))
-    missing = round_up(pair.rank) - pair.rank
+def by_rank(a_PI: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return A as (E, R rounded up, I)."""
+    a_ERI = a_PI.unflatten(0, (-1, rank))
+    missing = round_up(rank) - rank
     return pad(a_ERI, (0, 0, 0, missing)) if missing else a_ERI
 
 
 def rank_major(db_ERO: torch.Tensor, pair: Pair) -> torch.Tensor:
-    """Return B's gradient as the parameter lies (O, R*E): one kernel."""
+    """Return B's gradient as the parameter lies (O, R*E), from that of scale * B: one kernel."""
     db_OQ = torch.empty_like(pair.b_OQ)
-    db_OQ.view(len(db_OQ), pair.rank, -1).copy_(db_ERO[:, : pair.rank].permute(2, 1, 0))
+    db_ORE = db_OQ.view(len(db_OQ), pair.rank, -1)
+    torch.mul(db_ERO[:, : pair.rank].permute(2, 1, 0), pair.scale, out=db_ORE)
     return db_OQ
 
 

@@ -23,26 +23,29 @@ def sort_rows(index_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, t
 
 
 @fused
-def spread(x_NH: torch.Tensor, u_SR: torch.Tensor | None, order_S: torch.Tensor, num_chosen: int) -> torch.Tensor:
-    """Return the rows that the experts read: [x | x A | 1 | 0] (S, H + X)."""
-    parts = [x_NH[order_S // num_chosen]]
-    if u_SR is not None:
-        parts.append(u_SR)
-    parts.append(pad(x_NH.new_ones(len(order_S), 1), (0, NUM_PLAIN - 1)))
-    return torch.cat(parts, dim=1)
+def spread(x_NH: torch.Tensor, order_S: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """Return the rows that experts without adapter read: [x | 1 | 0] (S, H + 8)."""
+    return torch.cat([x_NH[order_S // num_chosen], _one(x_NH, len(order_S))], dim=1)
 
 
 @fused
-def pick(u_NP: torch.Tensor, index_NK: torch.Tensor, order_S: torch.Tensor, rank: int, wide: int) -> torch.Tensor:
-    """Return the columns of each row's own expert (S, R), with zeros up to `wide` columns."""
-    u_NER = u_NP.unflatten(1, (-1, rank))
-    return pad(u_NER[order_S // index_NK.shape[1], index_NK.reshape(-1)[order_S]], (0, wide - rank))
+def spread_with(
+    x_NH: torch.Tensor, u_NP: torch.Tensor, index_NK: torch.Tensor, order_S: torch.Tensor, rank: int, wide: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows that experts read, [x | x A | 1 | 0] (S, H + X), and x A of each row's expert (S, `wide`)."""
+    token_S, u_NER = order_S // index_NK.shape[1], u_NP.unflatten(1, (-1, rank))
+    u_SR = pad(u_NER[token_S, index_NK.reshape(-1)[order_S]], (0, wide - rank))
+    return torch.cat([x_NH[token_S], u_SR, _one(x_NH, len(order_S))], dim=1), u_SR
 
 
 @fused
-def times(u_SR: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
-    """Return each row times its weight."""
-    return (u_SR.float() * w_S[:, None].float()).to(u_SR.dtype)
+def spread_again(x_NH: torch.Tensor, u_SR: torch.Tensor, order_S: torch.Tensor, num_chosen: int) -> torch.Tensor:
+    """Return the rows of `spread_with` once more."""
+    return torch.cat([x_NH[order_S // num_chosen], u_SR, _one(x_NH, len(order_S))], dim=1)
+
+
+def _one(like: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return pad(like.new_ones(num_rows, 1), (0, NUM_PLAIN - 1))
 
 
 @fused
@@ -54,27 +57,41 @@ def weight_slope(
 
 
 @fused
-def by_expert(
-    rows_SR: torch.Tensor,
+def down_slopes(
+    du_SR: torch.Tensor,
+    u_SR: torch.Tensor,
+    w_S: torch.Tensor,
+    dot_S: torch.Tensor,
+    dbias_S: torch.Tensor,
     place_NK: torch.Tensor,
     index_NK: torch.Tensor,
-    weight_NK: torch.Tensor | None,
+    weight_NK: torch.Tensor,
     num_experts: int,
     rank: int,
-    *,
-    rank_major: bool,
-) -> torch.Tensor:
-    """Return each token's rows at the columns of their experts (N, P) or (N, Q), zeros elsewhere; weighted if so."""
-    experts_E = torch.arange(num_experts, device=rows_SR.device)
-    experts = experts_E if rank_major else experts_E[:, None]
-    total = torch.zeros((), device=rows_SR.device)
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return w du (S, R), d loss / d weight (N, K), and scale w u of each token at its experts' columns (N, Q)."""
+    weighted_SR = (du_SR.float() * w_S[:, None].float()).to(du_SR.dtype)
+    dw_NK = (dot_S + dbias_S)[place_NK].to(weight_NK.dtype)
+    experts_E = torch.arange(num_experts, device=u_SR.device)
+    total_NRE = torch.zeros((), device=u_SR.device)
     for choice in range(index_NK.shape[1]):  # a loop over few: no tensor (N, K, E, R) on a CPU
-        rows_NR = rows_SR[place_NK[:, choice], :rank].float()
-        if weight_NK is not None:
-            rows_NR = rows_NR * weight_NK[:, choice, None].float()
-        is_mine = index_NK[:, choice, None, None] == experts
-        total = total + torch.where(is_mine, rows_NR[:, :, None] if rank_major else rows_NR[:, None], 0.0)
-    return total.flatten(1).to(rows_SR.dtype)
+        rows_NR = u_SR[place_NK[:, choice], :rank].float() * (scale * weight_NK[:, choice, None].float())
+        total_NRE = total_NRE + torch.where(index_NK[:, choice, None, None] == experts_E, rows_NR[:, :, None], 0.0)
+    return weighted_SR, dw_NK, total_NRE.flatten(1).to(u_SR.dtype)
+
+
+@fused
+def by_expert(
+    du_SR: torch.Tensor, place_NK: torch.Tensor, index_NK: torch.Tensor, num_experts: int, rank: int
+) -> torch.Tensor:
+    """Return each token's rows at the columns of its experts (N, P), zeros elsewhere."""
+    experts_E1 = torch.arange(num_experts, device=du_SR.device)[:, None]
+    total_NER = torch.zeros((), device=du_SR.device, dtype=du_SR.dtype)
+    for choice in range(index_NK.shape[1]):
+        rows_NR = du_SR[place_NK[:, choice], :rank]
+        total_NER = total_NER + torch.where(index_NK[:, choice, None, None] == experts_E1, rows_NR[:, None], 0.0)
+    return total_NER.flatten(1)
 
 
 @fused

@@ -105,7 +105,7 @@ class _TrainedExperts(torch.autograd.Function):
         dw2_EFH, dbias2_EH = dw2_EXH[:, :num_inner], dw2_EXH[:, num_inner]
         del g_SF, dy_SH, dw2_EXH
 
-        x_SX = spread(x_NH, None, order_S, num_chosen)
+        x_SX = spread(x_NH, order_S, num_chosen)
         dw1_EXG = grouped_mm(x_SX.t(), dh_SG, offs=ends_E)
         dw1_EHG, dbias1_EG = dw1_EXG[:, :num_hidden], dw1_EXG[:, num_hidden]
         del x_SX, dw1_EXG
@@ -122,7 +122,7 @@ def _gate_argument(
     w1_EHG: torch.Tensor,
     bias1_EG: torch.Tensor,
 ) -> torch.Tensor:
-    x_SX = spread(x_NH, None, order_S, num_chosen)
+    x_SX = spread(x_NH, order_S, num_chosen)
     return grouped_mm(x_SX, Product(w_EIO=w1_EHG, bias_EO=bias1_EG).extend(), offs=ends_E)
 
 
