@@ -70,6 +70,18 @@ class TrainingError(TataraError, RuntimeError):
     """The trainer stopped without a usable result (NaN, crash, nothing moved)."""
 
 
+class RolloutError(TrainingError):
+    """What generates the rollouts failed, or was another model than the one that learns; another engine may do it."""
+
+
+class RewardError(TrainingError):
+    """A reward failed, or gave what is no score. Another engine would meet the same."""
+
+
+class LostError(TrainingError):
+    """The trainer's process died without a word: killed, crashed, or ended by the kernel for want of memory."""
+
+
 class ServiceError(TataraError, RuntimeError):
     """A service did not start, or died; the message carries the last lines of its log."""
 

@@ -46,6 +46,7 @@ class Lifeline:
         self._told_at: float | None = None
         self._grace_s, self._interval_s = 25.0, _INTERVAL_S
         self._asked = Path(STOP_ASKED)
+        self._target: int | None = None
 
     def start(self, folder: Path, grace_s: float, *, rank: int = 0) -> None:
         """Begin to beat and to obey SIGTERM. Only the main thread may call it."""
@@ -59,14 +60,21 @@ class Lifeline:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         path = folder / HEARTBEAT if rank == 0 else folder / _OTHERS / f"{rank}.json"
         path.parent.mkdir(exist_ok=True)
-        target = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        threading.Thread(target=self._run, args=(read, target), name="heartbeat", daemon=True).start()
+        self._target = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        threading.Thread(target=self._run, args=(read,), name="heartbeat", daemon=True).start()
 
     def beat(self, phase: str, step: int) -> None:
         """Say what the process does now; each call is progress."""
         count = self._state["count"]
         assert isinstance(count, int)
         self._state = {**self._state, "phase": phase, "step": step, "count": count + 1}
+
+    def mark(self, phase: str) -> None:
+        """Beat within the same step, written before what comes next: that may end the process without a word."""
+        step = self._state["step"]
+        assert isinstance(step, int)
+        self.beat(phase, step)
+        self._write()
 
     @property
     def phase(self) -> str:
@@ -79,10 +87,14 @@ class Lifeline:
             self._is_stopping = True  # a second signal must not cut off the last words after the first
             raise Stopped
 
-    def _run(self, signals: int, target: int) -> None:
-        while True:
+    def _write(self) -> None:
+        if self._target is not None:
             with contextlib.suppress(OSError):
-                os.pwrite(target, (json.dumps(self._state | {"time": time.time()})).ljust(_BYTES).encode(), 0)
+                os.pwrite(self._target, (json.dumps(self._state | {"time": time.time()})).ljust(_BYTES).encode(), 0)
+
+    def _run(self, signals: int) -> None:
+        while True:
+            self._write()
             ready, _, _ = select.select([signals], [], [], self._interval_s if self._told_at is None else _INTERVAL_S)
             if ready and signal.SIGTERM in os.read(signals, 64) and self._told_at is None:
                 self._told_at = time.monotonic()

@@ -81,8 +81,8 @@ def run_trainer(
     """Run `module` on `job` in `folder` until its result is there; return the result.
 
     A trainer that an earlier, killed parent left running is followed, not started again.
-    Raises: the error class that the trainer named in failure.json; TrainingError with its last lines
-        when it died without a word (SIGKILL, out of memory by the kernel).
+    Raises: the error class that the trainer named in failure.json; LostError with its last lines
+        when it died without a word (SIGKILL, out of memory by the kernel); TrainingError when it hangs.
     """
     result, launcher = folder / "result.json", terms.launch.launcher
     # A job in a queue would write into a folder that is whole, or beside us.
@@ -134,7 +134,7 @@ def run_trainer(
             f"down why; free some space and run again, it goes on from its last checkpoint. Its last lines:\n"
             f"{last_lines(child.log)}"
         )
-    raise errors.TrainingError(
+    raise errors.LostError(
         f"{module} died without a result (killed, or out of memory?); the next try goes on from its last checkpoint. "
         f"Its last lines:\n{last_lines(child.log)}"
     )

@@ -185,4 +185,5 @@ def _failure_file(folder: Path) -> Path:
 
 
 def _fail(folder: Path, kind: str, message: str) -> None:
-    files.write_json(_failure_file(folder), {"error": kind, "message": message})
+    sayable = message.encode(errors="backslashreplace").decode()  # half a character, as models write some, is no UTF-8
+    files.write_json(_failure_file(folder), {"error": kind, "message": sayable})

@@ -10,7 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from deployments.gateway.app import create_app
-from deployments.gateway.line import ClientConnection, Server
+from deployments.gateway.line import ClientConnection
+from deployments.gateway.server import Server
 from deployments.gateway.settings import Settings
 from tasks.errors import PortTakenError, TataraError
 

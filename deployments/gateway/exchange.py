@@ -21,7 +21,7 @@ from deployments.gateway import replies
 from deployments.gateway.admission import BusyError
 from deployments.gateway.asking import body_for, lines_for
 from deployments.gateway.forward import assembled, forward
-from deployments.gateway.intake import HungUpError, authenticate, check_budget, read_body, read_head
+from deployments.gateway.intake import HungUpError, authenticate, check_budget, read_body, read_head, refuse_body
 from deployments.gateway.keys import Key
 from deployments.gateway.line import LINE
 from deployments.gateway.pool import ConnectFailedError
@@ -143,7 +143,7 @@ class Exchange:
         try:
             ask = self.ask = read_ask(self.endpoint, raw)
         except BadRequestError as error:
-            raise RefusedError(400, str(error), "invalid_body") from None
+            raise refuse_body(str(error), self._scope["headers"]) from None
         self.recording.request = ask.body
         if self.key is not None:
             check_budget(self.key, gateway.budgets, ask.body.get("model"))

@@ -67,6 +67,15 @@ def _check_size(size: int, limit_bytes: int) -> None:
         raise RefusedError(413, message, "body_too_large")
 
 
+def refuse_body(message: str, headers: list[tuple[bytes, bytes]]) -> RefusedError:
+    """Return the refusal of a body that can't be read: a compressed one is no JSON because of that."""
+    coding = b", ".join(value for name, value in headers if name == b"content-encoding").decode("latin-1")
+    if coding.lower() in ("", "identity"):
+        return RefusedError(400, message, "invalid_body")
+    message = f"the body is encoded ({coding}): send it as plain JSON"
+    return RefusedError(415, message, "unsupported_encoding", [(b"accept-encoding", b"identity")])
+
+
 def authenticate(keys: KeyRing | None, authorization: bytes) -> Key | None:
     """Return whose request it is; None where no keys are asked for. Raises RefusedError."""
     if keys is None:

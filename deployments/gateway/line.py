@@ -3,18 +3,21 @@
     uvicorn -> ClientConnection -> scope["extensions"]["tatara.line"] -> Exchange
 
 Adds: a bound on the size of a request's head (431), a time limit for it (a connection that never says what
-it wants is closed), errors in OpenAI's shape, and word of a client that hangs up at once instead of by a
-task per request that waits for it.
+it wants is closed), errors in OpenAI's shape, word of a client that hangs up at once instead of by a task
+per request that waits for it, and requests that offer another protocol beside HTTP/1.1 (`Upgrade: h2c`, which
+Java's HttpClient sends) are served as if they did not, as RFC 9110, 7.8 asks. Trailers of a chunked body are
+bounded as a head is, and dropped; answers to HTTP/1.0 are not chunked, which it does not know.
 
 Ring: edge (network).  Units: bytes, seconds.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import uvicorn
-from starlette.types import Scope
+import httptools
+from starlette.types import Message, Scope
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deployments.gateway import replies
@@ -54,6 +57,13 @@ class _Transport:
         return getattr(self._transport, name)
 
 
+class _Deaf:
+    """A parser that takes nothing in: for what follows a message after which there is no next one."""
+
+    def feed_data(self, data: bytes) -> None:
+        """Drop it."""
+
+
 class ClientConnection(HttpToolsProtocol):
     """One client's connection."""
 
@@ -63,6 +73,7 @@ class ClientConnection(HttpToolsProtocol):
     on_hang_up: Callable[[], None] | None = None
     _head_bytes = 0
     _head_since: float | None = None
+    _rest_since: float | None = None
     _too_large = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,7 +85,13 @@ class ClientConnection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         if self._head_since is not None:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrades(memoryview(data)[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._head_since is not None and self._head_bytes > self.max_head_bytes:
             self._refuse_head()
 
@@ -99,9 +116,32 @@ class ClientConnection(HttpToolsProtocol):
             raise ValueError("head too large")
         self._head_since, self._head_bytes = None, 0
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self._end_by_closing()
+
+    def on_chunk_header(self) -> None:
+        """Parser: a chunk begins. The last one has no body but trailers, which count as a head and are dropped."""
+        self._head_since, self._head_bytes = self.loop.time(), 0
+        self.headers = []  # not those that the application has: RFC 9110, 6.5.1
+
+    def on_chunk_complete(self) -> None:
+        """Parser: a chunk ends, the last one with its trailers."""
+        self._head_since = None
+
+    def on_body(self, body: bytes) -> None:
+        """Parser: a piece of the body. As uvicorn's, less what it asks about upgrades."""
+        self._head_since = None
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, in OpenAI's shape."""
+        """Refuse what is no HTTP, in OpenAI's shape; the message is for the log."""
+        self.logger.warning(msg)
         if self._too_large:
             self._refuse_head()
         else:
@@ -144,9 +184,68 @@ class ClientConnection(HttpToolsProtocol):
         self.transport.holds_next = True  # type: ignore[attr-defined]  # see connection_made
 
     def close_if_slow(self, now: float) -> None:
-        """Close a connection on which a request's head takes too long."""
-        if self._head_since is not None and now - self._head_since > self.head_timeout_s:
+        """Close a connection on which a request's head takes too long, or the rest of a body that was answered."""
+        has_rest = self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None
+        has_rest = has_rest and not self.transport.is_closing()  # then it is the client's turn: it reads
+        self._rest_since = (self._rest_since or now) if has_rest else None
+        since = self._head_since or self._rest_since
+        if since is not None and now - since > self.head_timeout_s:
             self.abort()
+
+    def _end_by_closing(self) -> None:
+        """Have an answer of unknown length to HTTP/1.0 end with the connection: RFC 9112, 6.1."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not self.scope:
+            return
+        cycle.waiting_for_100_continue = False
+        send_framed, has_length = cycle.send, False
+
+        async def send(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                cycle.chunked_encoding = None if has_length else False
+            elif not has_length:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send_framed(message)  # type: ignore[arg-type]  # starlette's name for the same messages
+
+        cycle.send = send  # type: ignore[method-assign]  # the cycle is uvicorn's to make
+
+    def _should_upgrade(self) -> bool:
+        """Have uvicorn start nothing for a request with an upgrade: see _ignore_upgrades, which parses it again."""
+        return True
+
+    def _ignore_upgrades(self, rest: memoryview) -> None:
+        """Serve a request as if it offered no other protocol, and what follows it on the connection.
+
+        The parser ends such a message after its head and leaves the body as bytes (uvicorn's issue 2722, httptools'
+        124); it has no way back. So a fresh one reads the head again, without `Upgrade`: what frames the body is judged
+        by the same rules as ever, and a request that follows can't be hidden in it.
+
+        Args:
+            rest: what was received after the head.
+        """
+        try:
+            while True:
+                if self.parser.get_method() == b"CONNECT":  # an upgrade, too, whatever its headers say
+                    return self._refuse(400, "Bad Request", "CONNECT: this is no proxy", "bad_request")
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+                self.parser.feed_data(head)
+                try:
+                    return self.parser.feed_data(rest)
+                except httptools.HttpParserUpgrade as upgrade:  # of the next request
+                    rest = rest[upgrade.args[0] :]
+        except httptools.HttpParserError:
+            return self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        """Write the head again; the parser let no line end into any part of it."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"%b\r\n" % b"".join(lines)
 
     def _refuse_head(self) -> None:
         self._head_since = None
@@ -156,9 +255,16 @@ class ClientConnection(HttpToolsProtocol):
     def _refuse(self, status: int, phrase: str, message: str, code: str) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.abort()  # in the middle of an answer there is no place for another
-            return
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not cycle.more_body:  # the fault is of what follows: a refusal now would be taken for its answer
+                cycle.keep_alive = False
+                self._head_since = None
+                self.parser = cast(httptools.HttpRequestParser, _Deaf())  # all of one that is asked from here on
+                return
+            if cycle.response_started or self.pipeline:
+                self.abort()  # in the middle of an answer, or before one that is due, there is no place for another
+                return
         body = replies.encode(replies.error_body(status, message, code))
         head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -167,33 +273,3 @@ class ClientConnection(HttpToolsProtocol):
 
 def _size_of(headers: list[tuple[bytes, bytes]]) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server; closes silent connections, and can say "not ready" before it stops listening."""
-
-    def __init__(self, config: uvicorn.Config, drain_delay_s: float, on_drain: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._drain_delay_s = drain_delay_s
-        self._on_drain = on_drain
-        self._stop_at: float | None = None
-
-    def handle_exit(self, sig: int, frame: Any) -> None:  # Any: as in uvicorn
-        """First signal: drain. Second: stop at once."""
-        self._on_drain()
-        if self._stop_at is None and self._drain_delay_s and self.started:
-            self._captured_signals.append(sig)
-            self._stop_at = asyncio.get_running_loop().time() + self._drain_delay_s
-        else:
-            super().handle_exit(sig, frame)
-
-    async def on_tick(self, counter: int) -> bool:
-        """Every 0.1 s, see uvicorn."""
-        now = asyncio.get_running_loop().time()
-        if counter % 10 == 0:
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, ClientConnection):
-                    connection.close_if_slow(now)
-        if self._stop_at is not None and now >= self._stop_at:
-            self.should_exit = True
-        return await super().on_tick(counter)

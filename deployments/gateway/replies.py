@@ -20,6 +20,7 @@ _KINDS = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_re
     403: "permission_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "service_unavailable_error",

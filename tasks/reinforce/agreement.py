@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tasks.errors import TrainingError
+from tasks.errors import RolloutError
 
 _SURE = 4.0  # standard errors: each step is looked at, and an engine that is broken stays so
 _LEAST_TOKENS = 16
@@ -85,11 +85,11 @@ def measure_agreement(
 
 
 def require_adapter(found: Agreement, least_share: float, step: int, engine: str) -> None:
-    """Raise TrainingError when the rollouts show less than `least_share` of the adapter's change, beyond chance."""
+    """Raise RolloutError when the rollouts show less than `least_share` of the adapter's change, beyond chance."""
     if found.share is None or found.num_tokens < _LEAST_TOKENS or found.num_telling < _LEAST_TELLING:
         return
     if found.share + _SURE * found.share_error < least_share:
-        raise TrainingError(
+        raise RolloutError(
             f"the rollouts of step {step} ignore the adapter: over {found.num_tokens} tokens that {engine} generated, "
             f"their log-probabilities show {100 * found.share:.0f} % (± {100 * found.share_error:.0f}) of what the "
             f"adapter changes ({found.change:.3g} nats a token; ReinforceSpec.min_adapter_share is "

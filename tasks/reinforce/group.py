@@ -18,14 +18,17 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from tasks.errors import RewardError
 from tasks.lifeline import lifeline
+from tasks.reinforce import vllm_engine
 from tasks.reinforce.agreement import Agreement, measure_agreement, require_adapter
 from tasks.reinforce.continuous import generate_continuously
 from tasks.reinforce.own import require_scores
 from tasks.reinforce.prompts import Prompt
 from tasks.reinforce.rewards import RewardFn
-from tasks.reinforce.said import Said, answer_text
+from tasks.reinforce.said import IN_REWARD, Said, answer_text
 
+_MOST_NAMED = 8  # questions in a message
 Row = dict[str, Any]  # Any: a row of generations.csv
 
 
@@ -98,8 +101,19 @@ class Wanted:
                     read_completion(ids, self.prompts[number], tokenizer, ends)
                     for ids, number in zip(completion_ids, row, strict=True)
                 ]
-            lifeline.beat(f"reward {name}", 0)
-            return require_scores(score(self.said), len(self.said), name)
+            lifeline.mark(f"{IN_REWARD} {name}")
+            try:
+                return require_scores(score(self.said), self.said, name)
+            except RewardError as error:
+                asked = sorted({*row})
+                more = f" and {len(asked) - _MOST_NAMED} more" if len(asked) > _MOST_NAMED else ""
+                numbers = ", ".join(map(str, asked[:_MOST_NAMED]))
+                raise RewardError(
+                    f"{error}. It was asked about {len(row)} completions of the questions {numbers}{more} (`prompt` in "
+                    "the generations' CSV)"
+                ) from error
+            finally:
+                lifeline.mark("scored")
 
         reward.__name__ = name
         return reward
@@ -132,8 +146,10 @@ class GroupTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:  # Any: TRL's signature
         """Generate, with the log-probability of each sampled token."""
         started = time.monotonic()
+        lifeline.mark("rollout")
         if self.use_vllm:
-            ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with vllm_engine.blamed():
+                ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         elif self.wanted.is_continuous:
             ids, logprobs = generate_continuously(self, prompt_ids)
         else:
@@ -153,7 +169,7 @@ class GroupTrainer(GRPOTrainer):
         return ids, logprobs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:  # Any: TRL's batch
-        """Generate and score a batch, then see that it was generated with the adapter. Raises TrainingError."""
+        """Generate and score a batch, then see that it was generated with the adapter. Raises RolloutError."""
         started = time.monotonic()
         output = super()._generate_and_score_completions(inputs)
         step = self.state.global_step + 1

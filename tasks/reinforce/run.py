@@ -21,7 +21,8 @@ from tasks.artifacts import (
     TrainedAdapter,
     make_key,
 )
-from tasks.errors import OutOfMemoryError, SpecError, TrainingError
+from tasks.errors import LostError, OutOfMemoryError, RewardError, RolloutError, SpecError, TrainingError
+from tasks.lifeline import HEARTBEAT
 from tasks.machine import list_gpus
 from tasks.metrics import read_metrics
 from tasks.models import base_shapes
@@ -30,10 +31,12 @@ from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
 from tasks.reinforce.rollouts import Rollouts, choose_rollouts, require_continuous, require_vllm
+from tasks.reinforce.said import IN_REWARD
 from tasks.reinforce.streams import read_rows
 from tasks.reinforce.vllm_python import Engine
 from tasks.reinforce.vllm_python import variables as engine_variables
 from tasks.specs import ReinforceSpec
+from tasks.supervision import read_beat
 from tasks.targets import Target, find_targets
 from tasks.trainer_job import ProgressFn, Terms, made_adapter, run_trainer
 
@@ -64,8 +67,8 @@ def reinforce_adapter(
         on_progress: called with each step's record.
         start: an adapter of this base to go on from; without one the adapter begins at zero.
         make_room: frees a GPU that is ours to free.
-    Raises: SpecError (a reward, a target, the attention), DataError, OutOfMemoryError, TrainingError,
-        TransientError (a judge that stays away).
+    Raises: SpecError (a reward, a target, the attention), DataError, OutOfMemoryError, TrainingError
+        (RewardError of a reward that failed), TransientError (a judge that stays away).
     """
     targets = check_reinforcement(base, spec, start)
     pins = {reward.column: digest for reward in spec.rewards if (digest := source_digest(reward))}
@@ -102,7 +105,10 @@ def _run(
     spec: ReinforceSpec,
     on_progress: ProgressFn,
 ) -> dict[str, Any]:  # Any: JSON values
-    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers to the end."""
+    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers to the end.
+
+    Only for what vLLM did, or may have done: a reward that fails would fail again, the slow way.
+    """
     folder = Path(job["folder"])
     gpu = next(iter(list_gpus()), None) if spec.device_map == "auto" else None
     element = 4 if spec.dtype == "float32" else 2
@@ -114,10 +120,25 @@ def _run(
     try:
         return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
     except (TrainingError, OutOfMemoryError) as error:
-        if not chosen.engine or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
+        why = _blame_vllm(error)
+        if not why or not chosen.engine or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
             raise
-        logger.warning("vLLM could not generate (%s); transformers does, several times slower", error)
+        logger.warning("%s (%s); transformers generates, several times slower", why, error)
     return _run_with(Rollouts(), job, spec, on_progress, on_gpu=gpu is not None)
+
+
+def _blame_vllm(error: Exception) -> str:
+    """Return in what way a worker's end before its first step may be vLLM's doing; empty: in none."""
+    if isinstance(error, RolloutError):
+        return "vLLM could not generate"
+    if isinstance(error, OutOfMemoryError):
+        return "the memory did not suffice with vLLM beside the model"
+    return "the worker ended beside vLLM without saying why" if _is_silent(error) else ""
+
+
+def _is_silent(error: Exception) -> bool:
+    """Say whether a worker died or hung, so that only its heartbeat tells where."""
+    return isinstance(error, LostError) or isinstance(error.__cause__, TimeoutError)
 
 
 def _transformers_began(folder: Path) -> bool:
@@ -138,7 +159,25 @@ def _run_with(
     told = {"rollouts": chosen.name, "vllm_memory_share": chosen.memory_share}
     module = BESIDE_VLLM if chosen.engine and chosen.engine.packages else TRAINER
     work = {**job, "spec": {**job["spec"], **told}}
-    return run_trainer(module, Path(job["folder"]), work, _terms(spec, chosen.engine, on_gpu=on_gpu), on_progress)
+    folder = Path(job["folder"])
+    try:
+        return run_trainer(module, folder, work, _terms(spec, chosen.engine, on_gpu=on_gpu), on_progress)
+    except TrainingError as error:
+        phase, _, reward = str(read_beat(folder / HEARTBEAT).get("phase", "")).partition(" ")
+        if phase != IN_REWARD or not _is_silent(error):
+            raise
+        raise RewardError(_say_silence(reward, error, spec)) from error
+
+
+def _say_silence(reward: str, error: TrainingError, spec: ReinforceSpec) -> str:
+    """Return what is to be done about a reward in which the worker died or hung."""
+    if isinstance(error, LostError):
+        way_out = "see that it neither ends the process (os._exit) nor crashes it, and what memory it takes"
+        return f"the process ended inside the reward {reward}: {way_out}. {error}"
+    return (
+        f"the reward {reward} did not come back: give it a time limit of its own, or raise "
+        f"ReinforceSpec.stall_timeout_s ({spec.stall_timeout_s:g} s). {error}"
+    )
 
 
 def check_reinforcement(base: BaseCheckpoint, spec: ReinforceSpec, start: TrainedAdapter | None = None) -> list[Target]:

@@ -9,6 +9,7 @@ Ring: pure.
 import re
 from dataclasses import dataclass
 
+IN_REWARD = "reward"  # the phase of the heartbeat, with the reward's name behind
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")
 _CHANNEL = re.compile(r"<\|channel\|>\w+[^<]*<\|message\|>")
 _USER = re.compile(r"<\|start\|>user<\|message\|>(.*?)<\|end\|>", re.DOTALL)

@@ -17,13 +17,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 
-from tasks.errors import TrainingError
+from tasks.errors import RolloutError, TataraError
+from tasks.lifeline import lifeline
 from tasks.specs import ReinforceSpec
 
 _EXPERT_PARTS = {  # ours -> vLLM's
@@ -39,6 +41,18 @@ _WARNERS = (  # of vLLM 0.26 and 0.32: they name at each step what was not sent,
 )
 
 
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Let what vLLM raises inside be a RolloutError; memory that ran out stays what it is, and so do errors of ours."""
+    try:
+        yield
+    except (TataraError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise RolloutError(f"vLLM failed: {type(error).__name__}: {str(error)[:1000]}") from error
+
+
+@blamed()
 def set_up(spec: ReinforceSpec) -> None:
     """Let TRL open vLLM in the dtype of the spec, and on a CPU without what only a GPU has.
 
@@ -56,12 +70,15 @@ def set_up(spec: ReinforceSpec) -> None:
     opened.LLM = partial(_open, opened.LLM, more)
 
 
+@blamed()
 def _open(llm: Any, more: dict[str, Any], **kwargs: Any) -> Any:  # Any: vLLM's
     """Open vLLM where the system gives it a port: TRL's choice, 29500, two runs that begin together make alike."""
+    lifeline.mark("open vLLM")
     os.environ["MASTER_PORT"] = "0"
     return llm(**{**kwargs, **more})
 
 
+@blamed()
 def keep_in_step(trainer: Any) -> None:  # Any: a GroupTrainer with vLLM
     """Let TRL's synchronisation, before the first rollout and after each step, be ours."""
     trainer.vllm_generation.sync_weights = EngineWeights(trainer.vllm_generation.llm, trainer.model).send
@@ -70,7 +87,7 @@ def keep_in_step(trainer: Any) -> None:  # Any: a GroupTrainer with vLLM
 class EngineWeights:
     """Sends what a model has learnt to a vLLM in the same process, which has just read the same base.
 
-    Raises: TrainingError when its experts are stored otherwise.
+    Raises: RolloutError when its experts are stored otherwise.
     """
 
     def __init__(self, llm: Any, model: Any) -> None:  # Any: a vllm.LLM; a PeftModel
@@ -93,17 +110,17 @@ class EngineWeights:
         for theirs, module in self._runner.get_model().named_modules():
             if theirs.startswith(name) and hasattr(module, "w13_weight"):
                 return module
-        raise TrainingError(f"vLLM has no experts called {name}: use rollouts='transformers'")
+        raise RolloutError(f"vLLM has no experts called {name}: use rollouts='transformers'")
 
     def _require_known_experts(self) -> None:
-        """Raise TrainingError unless a GPU's vLLM stores experts as it read them: it may pad or shuffle them."""
+        """Raise RolloutError unless a GPU's vLLM stores experts as it read them: it may pad or shuffle them."""
         for name, module in self._model.named_modules():
             if not isinstance(module, ParamWrapper) or not next(module.parameters()).is_cuda:
                 continue
             theirs = getattr(self._find(base_name(name)), _EXPERT_PARTS[module.parameter_name]).data
             mine = module.get_param().transpose(1, 2)
             if theirs.shape != mine.shape or not torch.equal(theirs, mine.to(theirs.dtype)):
-                raise TrainingError(
+                raise RolloutError(
                     f"vLLM's kernels keep {base_name(name)}.{module.parameter_name} in a form of their own "
                     f"{tuple(theirs.shape)}, into which nothing can be copied: use rollouts='transformers'"
                 )

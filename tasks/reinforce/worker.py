@@ -26,7 +26,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from tasks import files
 from tasks.adapters import load_base, lora_config, remember_start, require_moved, save_adapter, widen_adapter
 from tasks.checkpoints import is_complete, latest_checkpoint
-from tasks.errors import TransientError
+from tasks.errors import AccessError, DataError, RewardError, TransientError
 from tasks.gptoss.forward import factor_experts, fuse_norms
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.lifeline import lifeline
@@ -240,7 +240,7 @@ def answer_loss(trainer: GroupTrainer, documents: list[dict[str, Any]]) -> float
 class StepStart(TrainerCallback):
     """Keeps the random generators as they were after the last whole step.
 
-    A judge that stays away is found out in the middle of the next one: the checkpoint that is written then must be
+    A reward that fails is found out in the middle of the next one: the checkpoint that is written then must be
     that of the step before, generators included, or a run that goes on from it would be another.
     """
 
@@ -267,8 +267,8 @@ class StepStart(TrainerCallback):
 def run_to_end(trainer: GroupTrainer, checkpoint: Path | None, spec: ReinforceSpec) -> None:
     """Learn, or resume, or only load a run that is finished: Trainer would add one more step to it.
 
-    Raises: Stopped when it returned before its end; TransientError of a judge that stays away, with a checkpoint of
-        the last whole step.
+    Raises: Stopped when it returned before its end; RewardError of a reward that failed, TransientError, AccessError
+        or DataError of a judge, with a checkpoint of the last whole step.
     """
     planned = planned_steps(trainer)
     if checkpoint is not None:
@@ -282,7 +282,7 @@ def run_to_end(trainer: GroupTrainer, checkpoint: Path | None, spec: ReinforceSp
     trainer.add_callback(begun)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except TransientError:
+    except (RewardError, TransientError, AccessError, DataError):  # of rewards: nothing of the step was learnt yet
         keep_last_step(trainer, begun)
         raise
     require_end(trainer.state, planned, is_over=is_good_enough(trainer.state, spec))

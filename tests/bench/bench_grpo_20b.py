@@ -6,7 +6,8 @@ Runs tasks.reinforce.worker exactly as the flow does (TRL, PEFT, rewards, stream
 bf16 weights in the shapes of openai/gpt-oss-20b. Random weights hardly ever end an answer, so each completion has all
 its tokens: the dearest case. Needs a CUDA device with 80 GB, torch, transformers, peft, trl, datasets, pydantic and
 httpx; no Prefect, no network; the cases with vLLM need vLLM beside them. Cases that start from an adapter, a random
-one that says something, show whether an engine runs it. BENCH_DIR: where 42 GB of weights go (default: temporary).
+one that says something, show whether an engine runs it. BENCH_DIR: where 42 GB of weights go (default: temporary);
+BENCH_LIMIT_S: seconds that a case may take.
 """
 
 import json
@@ -24,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.bench.bench_train_20b import ATTENTION, EXPERTS  # noqa: E402
+from tests.bench.worker_case import in_child  # noqa: E402
 
-STEPS, LIMIT_S = 4, 900
+STEPS, LIMIT_S = 4, int(os.environ.get("BENCH_LIMIT_S", "900"))
 VLLM: dict[str, Any] = {"rollouts": "vllm", "vllm_memory_share": 0.4}  # Any: fields of ReinforceSpec
 SEEDS = [f"{layer}.mlp.experts.{name}" for layer in (7, 15, 23) for name in ("gate_up_proj", "down_proj")]
 
@@ -52,8 +54,12 @@ CASES = {
     "stock-256": case(128, 256, kernels="stock"),
     "seed-256-vllm": case(128, 256, **VLLM),
     "32-rows-256-vllm": case(128, 256, rows_per_device=4, **VLLM),
+    "32-rows-256-continuous": case(128, 256, rows_per_device=4, rollouts="continuous"),
     "started": case(128, 256, parameters=EXPERTS, rows_per_device=4, start=True, max_steps=2),
     "started-vllm": case(128, 256, parameters=EXPERTS, rows_per_device=4, start=True, max_steps=2, **VLLM),
+    "started-continuous": case(
+        128, 256, parameters=EXPERTS, rows_per_device=4, start=True, max_steps=2, rollouts="continuous"
+    ),
 }
 
 
@@ -88,13 +94,17 @@ def write_start(work: Path, lora: dict[str, Any]) -> str:  # Any: JSON values
     return str(work / "start")
 
 
-def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
-    """Run the worker on one case; return what it measured."""
-    wanted = CASES[name]
-    packed, run = work / f"questions-{wanted['prompt_tokens']}", work / name
+def need_base(work: Path) -> None:
+    """Write the base unless it is there; in a child: the parent must leave the GPU to the worker."""
+    if not (work / "base" / "config.json").exists():
+        in_child("bench_train_20b", work / "base")
+
+
+def make_job(wanted: dict[str, Any], work: Path, run: Path) -> dict[str, Any]:  # Any: JSON values
+    """Return the worker's job for one case, with what it reads written."""
+    packed = work / f"questions-{wanted['prompt_tokens']}"
     if not packed.exists():
         write_questions(packed, wanted["prompt_tokens"])
-    run.mkdir()
     spec = {
         "rewards": [{"name": "length", "arguments": {"most": 100000}}, {"name": "characters"}],
         "max_sequence_tokens": wanted["prompt_tokens"] + wanted["completion_tokens"] + 8,
@@ -104,13 +114,20 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
         "quantization": "none",
         **wanted["changes"],
     }
-    job = {
+    return {
         "folder": str(run),
         "spec": spec,
         "base_folder": str(work / "base"),
         "packed_folder": str(packed),
         "start_adapter": write_start(work, spec["lora"]) if wanted["start"] else None,
     }
+
+
+def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
+    """Run the worker on one case; return what it measured."""
+    wanted, run = CASES[name], work / name
+    run.mkdir()
+    job = make_job(wanted, work, run)
     (run / "job.json").write_text(json.dumps(job))
     start = time.perf_counter()
     argv = [sys.executable, "-m", "tasks.reinforce.worker", str(run / "job.json")]
@@ -183,10 +200,7 @@ def main() -> None:
 
     work = Path(os.environ.get("BENCH_DIR") or tempfile.mkdtemp(prefix="bench-grpo-"))
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "base" / "config.json").exists():  # in a child: the parent must leave the GPU to the worker
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.bench.bench_train_20b import write_base; "
-        code += f"from pathlib import Path; write_base(Path({str(work / 'base')!r}))"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    need_base(work)
     names = sys.argv[1:] or list(CASES)
     report: dict[str, Any] = {
         "command": " ".join(["python tests/bench/bench_grpo_20b.py", *names]),

@@ -15,6 +15,7 @@ from tasks.artifacts import ArtifactStore, BaseCheckpoint, PackedDataset, Traine
 from tasks.errors import TrainingError
 from tasks.reinforce.streams import read_rows
 from tasks.specs import LoraSpec, ReinforceSpec, RewardSpec
+from tests.commands import write_commands
 from tests.waiting import wait_for
 
 LORA = LoraSpec(
@@ -133,6 +134,13 @@ def kill_at(process: BaseProcess, folder: Path, step: int) -> None:
 def last_step(folder: Path) -> int:
     rows = read_rows(folder / "metrics.csv")
     return int(rows[-1]["step"]) if rows else 0
+
+
+def show_an_h200(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what looks for a GPU find one: `rollouts: auto` chooses vLLM for it."""
+    write_commands(folder, {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def ignore_the_adapter() -> None:

@@ -69,7 +69,7 @@ def test_the_streams_hold_every_step_and_completion(learnt: Path):
 
 def test_a_run_whose_rollouts_ignore_the_adapter_is_stopped(inputs: dict[str, Any], tmp_path: Path):
     told = subject.run(inputs, tmp_path, SPEC.model_copy(update={"max_steps": 12}), "ignore_the_adapter")
-    assert told.get("error") == "TrainingError", told
+    assert told.get("error") == "RolloutError", told
     assert "ignore the adapter" in told["message"] and "rollouts='transformers'" in told["message"]
     assert 1 <= subject.last_step(tmp_path) <= 4  # found as soon as the adapter differs from nothing
     assert not (tmp_path / "adapter").exists()

@@ -2,16 +2,17 @@
 
 import json
 import logging
-import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks import errors
 from tasks.artifacts import ArtifactStore
-from tasks.errors import CapacityError, SpecError, TrainingError
+from tasks.errors import CapacityError, RewardError, SpecError, TrainingError
 from tasks.machine import Gpu
 from tasks.reinforce.rollouts import Rollouts, choose_rollouts
 from tasks.reinforce.run import reinforce_adapter
@@ -28,10 +29,14 @@ GPT_OSS_20B = 42 * 10**9
 
 @pytest.fixture(autouse=True)
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vLLM's interpreter that tells its versions, and fails as one does in its first rollout."""
+    """A vLLM's interpreter that tells its versions, and fails as one does in its first rollout.
+
+    The worker that it runs leaves what the file $TOLD says of its end.
+    """
     told = json.dumps([platform.python_version(), version("torch"), "0.32.0"])
     fails = '{ touch "$(dirname "$3")/metrics.jsonl"; echo no CUDA here; exit 1; }'
-    write_commands(tmp_path / "vllm", {"python": f"[ \"$1\" = -I ] && echo '{told}' || {fails}"})
+    says = '[ -e "$TOLD" ] && cp "$TOLD" "$(dirname "$3")/failure.json"; echo began >> "$(dirname "$3")/began"'
+    write_commands(tmp_path / "vllm", {"python": f"[ \"$1\" = -I ] && echo '{told}' || {{ {says}; {fails}; }}"})
     monkeypatch.setenv("TATARA_VLLM_PYTHON", str(tmp_path / "vllm/python"))
 
 
@@ -89,9 +94,7 @@ def test_continuous_batching_is_refused_for_models_that_it_does_wrongly(config: 
 
 @pytest.fixture
 def on_an_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_commands(tmp_path / "bin", {"nvidia-smi": "echo GPU-a1, NVIDIA H200, 143771, 143000"})
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runs.show_an_h200(tmp_path / "bin", monkeypatch)
 
 
 @pytest.mark.long
@@ -106,10 +109,59 @@ def test_a_vllm_that_was_our_choice_and_fails_is_replaced_to_the_end(tmp_path: P
         if record["step"] == 2:
             raise KeyboardInterrupt
 
-    spec = change(SPEC, {"max_steps": 4, "learning_rate": 1e-3})
+    spec = change(SPEC, {"max_steps": 16, "learning_rate": 1e-3})  # four are over before anybody looks
     with pytest.raises(KeyboardInterrupt):
         reinforce_adapter(packed, base, spec, store, cancel)
-    assert "vLLM could not generate" in caplog.text and "no CUDA here" in caplog.text
+    assert "the worker ended beside vLLM without saying why" in caplog.text and "no CUDA here" in caplog.text
     adapter = reinforce_adapter(packed, base, spec, store, lambda record: None)
-    assert adapter.num_steps == 4
+    assert adapter.num_steps == 16
     assert "resuming from checkpoint-" in (adapter.path / "output.log").read_text()
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Any, ...]:
+    store = ArtifactStore(tmp_path / "home")
+    return (*runs.make_artifacts(store, tmp_path / "sources"), store)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("on_an_h200")
+@pytest.mark.parametrize("kind", ["RewardError", "TrainingError", "DataError"])
+def test_what_is_not_vllms_doing_is_raised_at_once_as_what_it_is(
+    kind: str, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    packed, base, store = parts
+    (tmp_path / "told.json").write_text(json.dumps({"error": kind, "message": "your reward my:own failed"}))
+    monkeypatch.setenv("TOLD", str(tmp_path / "told.json"))
+    with pytest.raises(getattr(errors, kind), match=r"^your reward my:own failed"):
+        reinforce_adapter(packed, base, SPEC, store, lambda record: None)
+    [began] = store.root.rglob("began")
+    assert began.read_text() == "began\n" and "transformers generates" not in caplog.text
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("on_an_h200")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("RolloutError", r"vLLM could not generate \(no blocks left"),
+        ("OutOfMemoryError", r"the memory did not suffice with vLLM beside the model \(no blocks left"),
+    ],
+)
+def test_what_is_vllms_doing_is_done_by_transformers(
+    kind: str,
+    says: str,
+    parts: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    packed, base, store = parts
+    (tmp_path / "told.json").write_text(json.dumps({"error": kind, "message": "no blocks left"}))
+    monkeypatch.setenv("TOLD", str(tmp_path / "told.json"))
+    failing = {"rewards": [{"name": "tests.tasks.reinforce.broken_rewards:fail_at_once"}]}
+    with pytest.raises(
+        RewardError, match=r"your reward .*:fail_at_once failed: ValueError: no score"
+    ):  # by transformers
+        reinforce_adapter(packed, base, change(SPEC, failing), store, lambda record: None)
+    assert re.search(says, caplog.text) and "transformers generates, several times slower" in caplog.text

@@ -1,5 +1,6 @@
 """GRPO whose rollouts a real vLLM generates in the trainer's process: it runs the adapter, all of it."""
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import pytest
 
 from tasks.artifacts import ArtifactStore, TrainedAdapter
-from tasks.errors import TrainingError
+from tasks.errors import RewardError
 from tasks.metrics import read_metrics
 from tasks.reinforce.run import reinforce_adapter
-from tasks.specs import change
+from tasks.specs import ReinforceSpec, change
 from tests.flows.line import need_vllm
 from tests.tasks.reinforce import runs
 
@@ -59,9 +60,43 @@ def test_of_likely_tokens_alone_the_whole_models_log_probabilities_are_told(
     changes = {"top_k": 4, "rewards": [{"name": "tests.tasks.reinforce.failing_reward:score", "label": "digits"}]}
     with socket.create_server(("127.0.0.1", 0)) as busy:
         monkeypatch.setenv("MASTER_PORT", str(busy.getsockname()[1]))
-        with pytest.raises(TrainingError, match="ValueError: no third step"):
+        with pytest.raises(RewardError, match="ValueError: no third step"):
             reinforce_adapter(packed, base, change(SPEC, changes), ArtifactStore(tmp_path), lambda record: None)
     (lines,) = tmp_path.rglob("metrics.jsonl")
     first, second = read_metrics(lines)
     assert all(record["ratio_min"] > 0.999 and record["ratio_max"] < 1.001 for record in (first, second))
     assert second["adapter_share"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReinforceSpec:
+    """A spec with which `auto` chooses vLLM, on a machine that seems to have a GPU and has none."""
+    runs.show_an_h200(tmp_path / "bin", monkeypatch)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    failing = [{"name": "tests.tasks.reinforce.broken_rewards:fail_at_once"}]
+    return change(SPEC, {"rollouts": "auto", "rewards": failing})
+
+
+def test_a_reward_that_fails_in_the_first_step_is_not_vllms_fault(
+    parts: Any, chosen: ReinforceSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    _, packed, base = parts
+    with caplog.at_level(logging.INFO), pytest.raises(RewardError, match=r"fail_at_once failed: ValueError: no score"):
+        reinforce_adapter(packed, base, chosen, ArtifactStore(tmp_path), lambda record: None)
+    assert "tokens by vllm" in caplog.text and "transformers generates" not in caplog.text
+
+
+def test_a_vllm_that_does_not_open_says_so_and_transformers_generate(
+    parts: Any,
+    chosen: ReinforceSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    """The reward, which fails, is then asked about what transformers generated."""
+    _, packed, base = parts
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000000")  # GiB
+    with caplog.at_level(logging.INFO), pytest.raises(RewardError, match="fail_at_once failed"):
+        reinforce_adapter(packed, base, chosen, ArtifactStore(tmp_path), lambda record: None)
+    assert "vLLM could not generate (vLLM failed: " in caplog.text and "tokens by transformers" in caplog.text
