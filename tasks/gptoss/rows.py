@@ -15,8 +15,10 @@ from tasks.gptoss.gate import NUM_PLAIN
 
 def sort_rows(index_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return which (token, choice) each row is, the row of each (token, choice), and where each expert's rows end."""
-    expert_S, order_S = index_NK.reshape(-1).sort(stable=True)
-    ends_E = torch.searchsorted(expert_S, torch.arange(num_experts, device=expert_S.device), right=True).int()
+    narrow = torch.uint8 if num_experts <= 256 else torch.int16  # a radix sort takes a pass a byte
+    expert_S, order_S = index_NK.reshape(-1).to(narrow).sort(stable=True)
+    experts_E = torch.arange(num_experts, device=expert_S.device, dtype=narrow)
+    ends_E = torch.searchsorted(expert_S, experts_E, right=True).int()
     rows_S = torch.arange(len(order_S), device=order_S.device)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, rows_S)
     return order_S, place_S.view(index_NK.shape), ends_E

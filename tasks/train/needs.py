@@ -53,7 +53,7 @@ def training_needs(
     }
     if uses_fused_kernels(config, spec):
         needs["weights"] -= embedding_bytes(shapes, config, spec)
-        kept, inside = _fused_activations(config, element, tokens, checkpointing, num_recomputed, unused)
+        kept, inside = _fused_activations(config, spec, tokens, checkpointing, num_recomputed, unused)
         logits = 2 * element * min(tokens, FROZEN_HEAD_ROWS) * config.get("vocab_size", 0)
         needs |= {"activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
     else:
@@ -195,22 +195,24 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
 
 
 def _fused_activations(
-    config: Config, element: int, tokens: int, checkpointing: str, num_recomputed: int, unused: int
+    config: Config, spec: TrainSpec, tokens: int, checkpointing: str, num_recomputed: int, unused: int
 ) -> tuple[int, int]:
     """Return what a pass keeps for its backward half, and what the widest moment of one layer adds.
 
     The backward pass ends at the lowest adapter: the `unused` layers below it keep nothing.
 
-    Kept of a layer: both norms' inputs and the experts' input (H each), q, k, v, the attention's output and its
-    log-sum-exp, and for each of K experts the gate's argument (2 F), which `selective` makes again.
+    Kept of a layer: both norms' inputs (H each), q, k, v, the attention's output and its log-sum-exp, and for each of K
+    experts the gate's argument (2 F), which `selective` makes again; where layers are not joined (joint.py)
+    the experts' input, too.
     """
     num_layers, hidden, inner = (config.get(n, 0) for n in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     heads, chosen = config.get("num_attention_heads", 0), config.get("num_experts_per_tok") or 1
     keys = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // max(1, heads)
-    plain = tokens * (element * (3 * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
+    element, num_inputs = 4 if spec.dtype == "float32" else 2, 2 if spec.parallel == "ddp" else 3
+    plain = tokens * (element * (num_inputs * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
     gate = tokens * chosen * 2 * inner * element
-    inside = tokens * chosen * (hidden + 7 * inner) * element
+    inside = tokens * chosen * (hidden + 4 * inner) * element
     if checkpointing == "full":
         return (num_layers - unused) * tokens * hidden * element, inside + plain + gate
     with_gate = num_layers - max(unused, num_recomputed)
