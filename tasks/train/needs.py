@@ -76,13 +76,14 @@ def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: i
     MXFP4 only the layers that do not rest. Weights that are stored as they are used are pages of their files, which
     processes share and the kernel takes back; unpacked or converted ones are a copy in each process.
     """
-    resting = sum(resting_bytes(shapes, config, spec, num_offloaded)) + embedding_bytes(shapes, config, spec)
+    resting = sum(resting_bytes(shapes, config, spec, num_offloaded))
     whole = (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
     if resting and rests_packed(config, spec):
         return resting + whole - sum(matrix_bytes(shapes, stored_sizes(shapes, spec), num_offloaded))
+    resting += embedding_bytes(shapes, config, spec)
     stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
-    is_made_there = spec.parallel == "fsdp2" or (resting and spec.quantization == "none")
+    is_made_there = spec.parallel == "fsdp2" or (num_offloaded > 0 and spec.quantization == "none")
     if not is_made_there or not is_copied:
         return resting
     return max(resting, spec.num_processes * whole)
