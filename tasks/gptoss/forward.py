@@ -22,7 +22,7 @@ from tasks.gptoss.experts import run_experts
 from tasks.gptoss.gate import NUM_PLAIN
 from tasks.gptoss.joint import JointAttention, can_join
 from tasks.gptoss.norm import normed
-from tasks.gptoss.product import Era, Pair, Product, keep_extended
+from tasks.gptoss.product import Era, Pair, Product, active_adapter, keep_extended
 from tasks.gptoss.rotation import rotate_heads
 
 
@@ -45,10 +45,17 @@ def factor_experts(
     """
     for number, layer in enumerate(find_decoder(model).layers):
         outer = layer.mlp.experts
-        outer.forward = MethodType(_experts_forward, outer)
-        outer.recompute_gate, outer.era = number < num_recomputed, era
+        for module in (outer, _inmost(outer)):  # the latter is what is left when PEFT has taken its own off again
+            module.forward = MethodType(_experts_forward, module)
+            module.recompute_gate, module.era = number < num_recomputed, era
         if extended_from is not None and number >= extended_from:
             _extend_weights(outer)
+
+
+def _inmost(module: Any) -> Any:  # Any: GptOssExperts, or a ParamWrapper around it
+    while isinstance(module, ParamWrapper):
+        module = module.base_layer
+    return module
 
 
 @torch.no_grad()
@@ -85,7 +92,8 @@ def join_layers(model: nn.Module, *, first: int = 0, era: Era | None = None) -> 
     """Let each frozen layer from `first` on be two steps that keep little, with its adapters in the same GEMMs.
 
     After `factor_experts` and `flash_attention`. A layer that `can_join` refuses (a dropout, a trained norm, weights of
-    4 bits) stays as it is. `era` as for `factor_experts`.
+    4 bits) stays as it is. `era` as for `factor_experts`. The weights of q, k and v become views of one matrix, which
+    transformers' `save_pretrained` can't write; PEFT's writes the adapter as ever.
     """
     for layer in find_decoder(model).layers[first:]:
         if can_join(layer):
@@ -142,7 +150,8 @@ def _attention_forward(
 
 
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:  # Any: GptOssRMSNorm
-    return normed(hidden_states, self.weight, self.variance_epsilon)
+    x_NH = hidden_states.flatten(0, -2)  # as everywhere else: another number of dimensions is another graph
+    return normed(x_NH, self.weight, self.variance_epsilon).view_as(hidden_states)
 
 
 def _experts_forward(
@@ -181,10 +190,10 @@ def _product(module: Any, name: str, pair: Pair | None) -> Product:  # Any: GptO
 
 
 def _active_pair(wrapper: ParamWrapper) -> dict[str, Pair]:
-    """Return {parameter: pair}; nothing while adapters are switched off. PEFT allows one adapter on parameters."""
-    if wrapper.disable_adapters or wrapper.merged:
+    """Return {parameter: pair}; nothing while adapters are switched off."""
+    name = active_adapter(wrapper)
+    if name is None:
         return {}
-    (name,) = wrapper.active_adapters
     a: Any = wrapper.lora_A[name]  # Any: a Linear in a ModuleDict
     b: Any = wrapper.lora_B[name]  # Any: as above
     num_experts = len(wrapper.get_param())

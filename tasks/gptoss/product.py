@@ -8,6 +8,7 @@ Source: layout of the adapter: PEFT 0.21 ParamWrapper.get_delta_weight.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -154,3 +155,16 @@ def rank_major(db_ERO: torch.Tensor, pair: Pair) -> torch.Tensor:
 def round_up(rank: int) -> int:
     """Return the next multiple of 8."""
     return -(-rank // _ALIGNED) * _ALIGNED
+
+
+def active_adapter(module: Any) -> str | None:  # Any: one of PEFT's LoRA layers
+    """Return which adapter a layer uses now: None while they are switched off or merged, or it has none that is active.
+
+    Raises ValueError for several at once: their sum is not computed here.
+    """
+    if module.disable_adapters or module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) > 1:
+        raise ValueError(f"adapters {', '.join(names)} are active at once: our kernels take one")
+    return names[0] if names else None

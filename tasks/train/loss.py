@@ -80,6 +80,13 @@ class TokenMeanTrainer(TokenMean, SFTTrainer):
         super().__init__(*args, **kwargs)
         self.era = Era()  # for kernels that keep what they made of the adapters: the passes of one step
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # Any: Trainer's signature
+        """Train; however that ends, adapters may change from there on."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.era.end()
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one pass; after the last of a step average the gradients where DDP does not."""
         self.era.begin()
