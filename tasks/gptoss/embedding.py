@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.recorder import say
 
-
-def rest_embedding(model: Any) -> None:  # Any: a PeftModel or transformers model of gpt-oss
-    """Move the input embedding into pinned memory of the host, where that can be done.
+def rest_embedding(model: Any) -> str:  # Any: a PeftModel or transformers model of gpt-oss
+    """Move the input embedding into pinned memory of the host, where that can be done; return what is to be said of it.
 
     Not a table that is trained, or that the head shares. What is left of it on the GPU is one NaN, so that nothing
     else can read it unnoticed.
@@ -23,15 +21,14 @@ def rest_embedding(model: Any) -> None:  # Any: a PeftModel or transformers mode
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = embedding.weight
     if type(embedding) is not nn.Embedding or weight.requires_grad or not weight.is_cuda or head.weight is weight:
-        return
+        return ""
     table_VH = weight.data.cpu()
     cudart: Any = torch.cuda.cudart()  # Any: its stubs may be None
     if int(cudart.cudaHostRegister(table_VH.data_ptr(), table_VH.nbytes, 0)):
-        say("the embedding stays on the GPU: the system refused to pin its memory")
-        return
+        return "the embedding stays on the GPU: the system refused to pin its memory"
     weight.data = torch.full((1, 1), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
     embedding.forward = MethodType(_Lookup(table_VH), embedding)
-    say(f"the embedding rests in the host's memory: {table_VH.nbytes:,} bytes")
+    return f"the embedding rests in the host's memory: {table_VH.nbytes:,} bytes"
 
 
 class _Lookup:

@@ -141,8 +141,8 @@ def speed_up(model: Any, spec: TrainSpec, plan: StepPlan, era: Era) -> None:  # 
     extended_from = plan.num_offloaded if spec.parallel == "ddp" else None
     factor_experts(model, num_recomputed=plan.num_recomputed, extended_from=extended_from, era=era)
     fuse_norms(model)
-    if torch.cuda.is_available() and rests_embedding(model.config.to_dict(), spec):
-        rest_embedding(model)
+    if torch.cuda.is_available() and rests_embedding(model.config.to_dict(), spec) and (told := rest_embedding(model)):
+        say(told)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
         if extended_from is not None:
