@@ -3,8 +3,10 @@
 Ring: edge (live tensors).
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -38,7 +40,13 @@ def compile_chain(function: Callable[P, R], backend: Any = "inductor") -> Callab
     tensor. Detached they are all the same to it.
     """
     compiler: Any = torch.compile  # Any: its overloads don't know the limit
-    compiled: Any = compiler(function, backend=backend, recompile_limit=_MOST_GRAPHS)
+    limit: dict[str, int] = {}
+    if "recompile_limit" in inspect.signature(compiler).parameters:
+        limit["recompile_limit"] = _MOST_GRAPHS
+    else:  # torch 2.11: one for the process
+        config: Any = import_module("torch._dynamo").config  # Any: made at run time
+        config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
+    compiled: Any = compiler(function, backend=backend, **limit)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.is_grad_enabled():

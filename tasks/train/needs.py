@@ -20,6 +20,7 @@ from tasks.train.weights import Config, matrix_bytes, resting_bytes, rests_packe
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
+_OUR_ATTENTION = ("auto", "flash")
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 
 
@@ -210,7 +211,11 @@ def _fused_activations(
     heads, chosen = config.get("num_attention_heads", 0), config.get("num_experts_per_tok") or 1
     keys = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // max(1, heads)
-    element, num_inputs = 4 if spec.dtype == "float32" else 2, 2 if spec.parallel == "ddp" else 3
+    is_joined = spec.parallel == "ddp" and spec.quantization == "none" and not spec.lora.dropout
+    element, num_inputs = (
+        4 if spec.dtype == "float32" else 2,
+        2 if is_joined and spec.attention in _OUR_ATTENTION else 3,
+    )
     plain = tokens * (element * (num_inputs * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
     gate = tokens * chosen * 2 * inner * element
     inside = tokens * chosen * (hidden + 4 * inner) * element
