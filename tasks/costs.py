@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HEAD_ROWS = 2048  # rows of logits that exist at once on a GPU (tasks/gptoss/head.py)
+FROZEN_HEAD_ROWS = 512  # the same for a frozen head, whose gradient no block adds to
 _PEAKS = (  # dense bf16 without sparsity, from the makers' data sheets; the first that fits counts
     ("GB200|B200", 2.25e15),
     ("GH200|H200|H100.*(SXM|HBM3|80GB)", 989e12),

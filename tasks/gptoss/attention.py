@@ -70,6 +70,21 @@ def attend_with_sinks(
     return _SinkAttention.apply(q_NAD, k_NGD, v_NGD, sinks_A, documents, window, scale)
 
 
+def forward_of(
+    q_NAD: torch.Tensor,
+    k_NGD: torch.Tensor,
+    v_NGD: torch.Tensor,
+    sinks_A: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, Any, tuple[torch.Tensor, ...]]:
+    """Return the attention's output and log-sum-exp, the engine whose `backward` takes them, and its state."""
+    engine = _choose_engine(q_NAD, documents, window)
+    out_NAD, lse_AN, state = engine.forward(q_NAD, k_NGD, v_NGD, documents, window, scale)
+    return *_shrink(out_NAD, lse_AN, sinks_A), engine, state
+
+
 class _SinkAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,9 +97,7 @@ class _SinkAttention(torch.autograd.Function):
         window: int | None,
         scale: float,
     ) -> torch.Tensor:
-        engine = _choose_engine(q_NAD, documents, window)
-        out_NAD, lse_AN, state = engine.forward(q_NAD, k_NGD, v_NGD, documents, window, scale)
-        out_NAD, lse_AN = _shrink(out_NAD, lse_AN, sinks_A)
+        out_NAD, lse_AN, engine, state = forward_of(q_NAD, k_NGD, v_NGD, sinks_A, documents, window, scale)
         ctx.save_for_backward(q_NAD, k_NGD, v_NGD, sinks_A, out_NAD, lse_AN, *state)
         ctx.rest = (engine, documents, window, scale)
         return out_NAD

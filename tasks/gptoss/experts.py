@@ -9,97 +9,39 @@ the frozen weights; the adapter's second half and the bias ride along as more ro
     [x | x A | 1] @ [W; B; bias] = x W + (x A) B + bias          one GEMM, one rounding
     dy @ [W; B; bias]^T = [dy W^T | d(x A) | dy . bias]          and its gradients
 
-Kept for the backward pass are the input, the gate's argument and the R columns of x A. The output of
+What touches the layer's input or output only, where a token has one row and not K, is a dense GEMM with
+the halves of all experts at once: their E R columns cost less arithmetic than K copies of a row cost memory.
+
+Kept for the backward pass are the input (or what it is made from), the gate's argument and x A. The output of
 `down` is not: d loss / d weight is the gradient that reaches the gate, times the gate.
 
 Ring: edge (live tensors).  Shapes: N tokens, K experts per token, S = N * K rows sorted by expert,
-E experts, H hidden, F inner, I in, O out, R rank rounded up to 8, X = R + 8 rows appended (8 without adapter).
+E experts, H hidden, F inner, I in, O out, R rank, P = E * R expert-major, Q = R * E rank-major,
+X = R rounded up to 8, and 8, rows appended (8 without adapter).
 Source: Hu et al., arXiv:2106.09685; layout of the adapter: PEFT 0.21 ParamWrapper.get_delta_weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import grouped_mm, pad
+from torch.nn.functional import grouped_mm
 
-from tasks.errors import ShapeError
-from tasks.gptoss.fused import fused
 from tasks.gptoss.gate import apply_gate, gate_backward
-
-_ALIGNED = 8  # grouped_mm wants rows of 16 bytes
-NUM_PLAIN = _ALIGNED  # rows behind a weight without adapter: its bias, and zeros
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Product:
-    """One frozen expert tensor with its bias and, maybe, an adapter.
-
-    `extended` is [W; (B;) bias; 0] when it is kept (`keep_extended`), else it is made for each pass.
-    """
-
-    w_EIO: torch.Tensor
-    bias_EO: torch.Tensor
-    a_EIR: torch.Tensor | None = None
-    b_ERO: torch.Tensor | None = None
-    extended_EXO: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """R, 0 without adapter."""
-        return 0 if self.a_EIR is None else self.a_EIR.shape[2]
-
-    @torch.no_grad()
-    def extend(self) -> torch.Tensor:
-        """Return [W; B; bias; 0] (E, I + X, O) with today's B."""
-        num_in = self.w_EIO.shape[1]
-        if self.extended_EXO is None:
-            lines = self.w_EIO.new_zeros(len(self.w_EIO), self.rank + _ALIGNED, self.w_EIO.shape[2])
-            whole = torch.cat([self.w_EIO, lines], dim=1)
-            whole[:, num_in + self.rank] = self.bias_EO
-        else:
-            whole = self.extended_EXO
-        if self.b_ERO is not None:
-            whole[:, num_in : num_in + self.rank] = self.b_ERO
-        return whole
-
-
-def keep_extended(w_EIO: torch.nn.Parameter, bias_EO: torch.Tensor, rank: int) -> torch.Tensor:
-    """Move a frozen weight into the first rows of [W; B; bias; 0] and return that; the parameter stays as a view of it.
-
-    Costs (R + 8) / I more memory and saves a copy of the weight in each pass.
-    """
-    product = Product(w_EIO=w_EIO.data, bias_EO=bias_EO)
-    whole = pad(product.extend(), (0, 0, 0, _round_up(rank)))
-    whole[:, w_EIO.shape[1] :] = whole[:, w_EIO.shape[1] :].roll(_round_up(rank), dims=1)
-    w_EIO.data = whole[:, : w_EIO.shape[1]]
-    return whole
-
-
-def lora_pair(
-    a_RI: torch.Tensor, b_OR: torch.Tensor, num_experts: int, scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return PEFT's pair as A (E, I, R) and scale * B (E, R, O); the rank is rounded up to 8 with zeros.
-
-    Args:
-        a_RI: (E*R, I), row e*R + k is rank k of expert e.
-        b_OR: (O, R*E), column k*E + e is rank k of expert e.
-        num_experts: E.
-        scale: alpha / R, or alpha / sqrt(R).
-        dtype: that of the weights.
-    Differentiable: gradients reach `a_RI` and `b_OR`.
-    """
-    if a_RI.shape[0] != b_OR.shape[1] or a_RI.shape[0] % num_experts:
-        raise ShapeError(
-            f"LoRA pair does not fit {num_experts} experts: A is (E*R, I) = {tuple(a_RI.shape)}, "
-            f"B is (O, R*E) = {tuple(b_OR.shape)}"
-        )
-    rank = a_RI.shape[0] // num_experts
-    a_EIR = a_RI.view(num_experts, rank, -1).transpose(1, 2)
-    b_ERO = (b_OR * scale).view(-1, rank, num_experts).permute(2, 1, 0)
-    if missing := _round_up(rank) - rank:
-        a_EIR, b_ERO = pad(a_EIR, (0, missing)), pad(b_ERO, (0, 0, 0, missing))
-    return a_EIR.to(dtype).contiguous(), b_ERO.to(dtype).contiguous()
+from tasks.gptoss.product import Era, Product, by_rank, rank_major
+from tasks.gptoss.rows import (
+    by_expert,
+    combine,
+    down_slopes,
+    gather_sum,
+    sort_rows,
+    spend,
+    spread,
+    spread_again,
+    spread_with,
+    weight_slope,
+)
 
 
 def run_experts(
@@ -112,12 +54,15 @@ def run_experts(
     alpha: float,
     limit: float,
     recompute: bool = False,
+    residual_NH: torch.Tensor | None = None,
+    remake: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    era: Era | None = None,
 ) -> torch.Tensor:
-    """Return the layer's output (N, H).
+    """Return the layer's output (N, H); gradients reach the input, the routing weights, the residual and the pairs.
 
     Args:
         x_NH: input, in the dtype of the weights.
-        index_NK: chosen experts.
+        index_NK: chosen experts, K different ones a token.
         weight_NK: their routing weights.
         gate_up: H -> 2 F, gate and up columns interleaved.
         down: F -> H.
@@ -125,12 +70,37 @@ def run_experts(
         limit: of the gate.
         recompute: make the gate's argument (4 F bytes a row in bf16, by far the most that is kept) again in the
             backward pass.
-    Cost: forward 3 S H F multiply-adds, backward the same; 2 S H F more with `recompute`.
+        residual_NH: is added to the output.
+        remake: makes the input from the residual once more, so that it need not be kept.
+        era: whoever says when adapters change; None: they may, before each pass.
+    Cost: forward 3 S H F multiply-adds, backward the same; 2 S H F more with `recompute`. One backward pass only: it
+    writes over what was kept.
     """
-    return _Experts.apply(
-        x_NH, index_NK, weight_NK, gate_up.a_EIR, gate_up.b_ERO, down.a_EIR, down.b_ERO,
-        (gate_up, down, alpha, limit, recompute),
-    )  # fmt: skip
+    call = _Call(
+        gate_up=gate_up, down=down, alpha=alpha, limit=limit, recompute=recompute, remake=remake, era=era and era.name
+    )
+    halves = [
+        half for each in (gate_up, down) for half in ((each.pair.a_PI, each.pair.b_OQ) if each.pair else (None,) * 2)
+    ]
+    return _Experts.apply(x_NH, index_NK, weight_NK, residual_NH, *halves, call)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    """What a pass needs beside tensors; outside of an era itself the name under which the adapter's halves are made."""
+
+    gate_up: Product
+    down: Product
+    alpha: float
+    limit: float
+    recompute: bool
+    remake: Callable[[torch.Tensor], torch.Tensor] | None
+    era: object
+
+    @property
+    def name(self) -> object:
+        """For how long the adapters are what they are."""
+        return self.era or self
 
 
 class _Experts(torch.autograd.Function):
@@ -140,112 +110,83 @@ class _Experts(torch.autograd.Function):
         x_NH: torch.Tensor,
         index_NK: torch.Tensor,
         weight_NK: torch.Tensor,
-        a1: torch.Tensor | None,
-        b1: torch.Tensor | None,
-        a2: torch.Tensor | None,
-        b2: torch.Tensor | None,
-        rest: tuple[Product, Product, float, float, bool],
+        residual_NH: torch.Tensor | None,
+        a1_PH: torch.Tensor | None,
+        b1_GQ: torch.Tensor | None,
+        a2_PF: torch.Tensor | None,
+        b2_HQ: torch.Tensor | None,
+        call: _Call,
     ) -> torch.Tensor:
-        gate_up, down, alpha, limit, recompute = rest
+        del b1_GQ, b2_HQ  # Product.extend reads them
+        gate_up, down = call.gate_up, call.down
         order_S, place_NK, ends_E = sort_rows(index_NK, len(gate_up.w_EIO))
-        h_SG, u1 = _gate_argument(x_NH, order_S, ends_E, gate_up, index_NK.shape[1])
-        g_SX = apply_gate(h_SG, down.rank + _ALIGNED, alpha, limit)
-        u2 = _append(g_SX, ends_E, down)
-        out_SH = grouped_mm(g_SX, down.extend(), offs=ends_E)
-        ctx.rest = rest
-        ctx.save_for_backward(x_NH, weight_NK, order_S, place_NK, ends_E, None if recompute else h_SG, u1, u2, a1, a2)
-        return combine(out_SH, weight_NK, place_NK)
+        a1_PH, a2_PF = gate_up.first_half(call.name), down.first_half(call.name)
+        u1_SR = u2_SR = a2_ERF = None
+        if gate_up.pair is None or a1_PH is None:
+            x_SX = spread(x_NH, order_S, index_NK.shape[1])
+        else:
+            x_SX, u1_SR = spread_with(x_NH, x_NH @ a1_PH.t(), index_NK, order_S, gate_up.pair.rank, gate_up.rank)
+        h_SG = grouped_mm(x_SX, gate_up.extend(call.name), offs=ends_E)
+        del x_SX
+        g_SX = apply_gate(h_SG, down.rank, call.alpha, call.limit)
+        if down.pair is not None and a2_PF is not None:
+            num_inner, a2_ERF = a2_PF.shape[1], by_rank(a2_PF, down.pair.rank)
+            u2_SR = grouped_mm(g_SX[:, :num_inner], a2_ERF.transpose(1, 2), offs=ends_E)
+            g_SX[:, num_inner : num_inner + down.rank] = u2_SR
+        out_SH = grouped_mm(g_SX, down.extend(call.name), offs=ends_E)
+        ctx.call = call
+        kept_x = x_NH if call.remake is None else residual_NH
+        kept_h = None if call.recompute else h_SG
+        ctx.save_for_backward(
+            kept_x, index_NK, weight_NK, order_S, place_NK, ends_E, kept_h, u1_SR, u2_SR, a1_PH, a2_ERF
+        )
+        return combine(out_SH, weight_NK, place_NK, residual_NH)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, weight_NK, order_S, place_NK, ends_E, h_SG, u1, u2, a1, a2 = ctx.saved_tensors
-        gate_up, down, alpha, limit, _ = ctx.rest
-        num_chosen, num_hidden, num_inner = weight_NK.shape[1], x_NH.shape[1], down.w_EIO.shape[1]
-        token_S, w_S = order_S // num_chosen, weight_NK.reshape(-1)[order_S]
+        spend(ctx)
+        x_NH, index_NK, weight_NK, order_S, place_NK, ends_E, h_SG, u1_SR, u2_SR, a1_PH, a2_ERF = ctx.saved_tensors
+        call: _Call = ctx.call
+        gate_up, down = call.gate_up, call.down
+        num_experts, num_hidden = gate_up.w_EIO.shape[:2]
+        num_inner, num_chosen = down.w_EIO.shape[1], index_NK.shape[1]
+        if call.remake is not None:
+            x_NH = call.remake(x_NH)
         if h_SG is None:
-            h_SG, u1 = _gate_argument(x_NH, order_S, ends_E, gate_up, num_chosen)
+            x_SX = (
+                spread(x_NH, order_S, num_chosen) if u1_SR is None else spread_again(x_NH, u1_SR, order_S, num_chosen)
+            )
+            h_SG = grouped_mm(x_SX, gate_up.extend(call.name), offs=ends_E)
+            del x_SX
 
-        dy_SH = grads[0][token_S]
-        dg_SX = grouped_mm(dy_SH, down.extend().transpose(1, 2), offs=ends_E)
-        da1 = db1 = da2 = db2 = du2 = detour = None
-        if a2 is not None:
-            du2 = dg_SX[:, num_inner : num_inner + down.rank]
-            detour = grouped_mm(du2, a2.transpose(1, 2), offs=ends_E)
-        g_SF, dh_SG, dot_S = gate_backward(h_SG, dg_SX, detour, w_S, alpha, limit)
-        dw_NK = (dot_S + dg_SX[:, num_inner + down.rank])[place_NK].to(weight_NK.dtype)
-        if du2 is not None:
-            da2 = grouped_mm(g_SF.t(), _times(du2, w_S), offs=ends_E)
-            db2 = grouped_mm(_times(u2, w_S).t(), dy_SH, offs=ends_E)
-        del h_SG, g_SF, dy_SH, dg_SX, detour
+        dy_NH = grads[0].contiguous()
+        w_S = weight_NK.reshape(-1)[order_S]
+        dg_SX = grouped_mm(dy_NH[order_S // num_chosen], down.extend(call.name).transpose(1, 2), offs=ends_E)
+        da1 = db1 = da2 = db2 = detour_SF = du2_SR = None
+        if a2_ERF is not None:
+            du2_SR = dg_SX[:, num_inner : num_inner + down.rank]
+            detour_SF = grouped_mm(du2_SR, a2_ERF, offs=ends_E)
+        g_SF, dh_SG, dot_S = gate_backward(h_SG, dg_SX, detour_SF, w_S, call.alpha, call.limit)
+        dbias_S = dg_SX[:, num_inner + down.rank]
+        if down.pair is None or du2_SR is None:
+            dw_NK = weight_slope(dot_S, dbias_S, place_NK, weight_NK)
+        else:
+            rank, scale = down.pair.rank, down.pair.scale
+            weighted_SR, dw_NK, u2_NQ = down_slopes(
+                du2_SR, u2_SR, w_S, dot_S, dbias_S, place_NK, index_NK, weight_NK, num_experts, rank, scale
+            )
+            da2 = grouped_mm(weighted_SR.t(), g_SF, offs=ends_E)[:, :rank].flatten(0, 1)
+            db2 = dy_NH.t() @ u2_NQ
+        del g_SF, dg_SX, detour_SF, du2_SR, dbias_S
 
-        dx_SX = grouped_mm(dh_SG, gate_up.extend().transpose(1, 2), offs=ends_E)
-        detour = None
-        if u1 is not None:
-            du1 = dx_SX[:, num_hidden : num_hidden + gate_up.rank]
-            detour = grouped_mm(du1, a1.transpose(1, 2), offs=ends_E)
-            da1 = grouped_mm(x_NH[token_S].t(), du1, offs=ends_E)
-            db1 = grouped_mm(u1.t(), dh_SG, offs=ends_E)
-        dx_NH = gather_sum(dx_SX, detour, place_NK, num_hidden)
-        return dx_NH, None, dw_NK, da1, db1, da2, db2, None
-
-
-def sort_rows(index_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return which (token, choice) each row is, the row of each (token, choice), and where each expert's rows end."""
-    expert_S, order_S = index_NK.reshape(-1).sort(stable=True)
-    ends_E = torch.searchsorted(expert_S, torch.arange(num_experts, device=expert_S.device), right=True).int()
-    rows_S = torch.arange(len(order_S), device=order_S.device)
-    place_S = torch.empty_like(order_S).scatter_(0, order_S, rows_S)
-    return order_S, place_S.view(index_NK.shape), ends_E
-
-
-def _gate_argument(
-    x_NH: torch.Tensor, order_S: torch.Tensor, ends_E: torch.Tensor, gate_up: Product, num_chosen: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return x W + (x A) B + bias (S, G), and x A."""
-    x_SX = spread(x_NH, order_S, num_chosen, gate_up.rank + _ALIGNED)
-    u1 = _append(x_SX, ends_E, gate_up)
-    return grouped_mm(x_SX, gate_up.extend(), offs=ends_E), u1
-
-
-def _append(x_SX: torch.Tensor, ends_E: torch.Tensor, product: Product) -> torch.Tensor | None:
-    """Write [x A | 1 | 0] behind x; return x A."""
-    num_in = product.w_EIO.shape[1]
-    x_SX[:, num_in + product.rank :] = 0
-    x_SX[:, num_in + product.rank] = 1
-    if product.a_EIR is None:
-        return None
-    u = grouped_mm(x_SX[:, :num_in], product.a_EIR, offs=ends_E)
-    x_SX[:, num_in : num_in + product.rank] = u
-    return u
-
-
-@fused
-def spread(x_NH: torch.Tensor, order_S: torch.Tensor, num_chosen: int, num_extra: int) -> torch.Tensor:
-    """Return the rows (S, H + extra) that the experts read; what is extra is zero."""
-    return pad(x_NH[order_S // num_chosen], (0, num_extra))
-
-
-@fused
-def _times(u_SR: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
-    return (u_SR.float() * w_S[:, None].float()).to(u_SR.dtype)
-
-
-@fused
-def combine(out_SH: torch.Tensor, weight_NK: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
-    """Add up what the experts of a token say: a gather and a sum, whose order does not depend on threads."""
-    return (out_SH[place_NK].float() * weight_NK[:, :, None].float()).sum(1).to(out_SH.dtype)
-
-
-@fused
-def gather_sum(
-    rows_SX: torch.Tensor, detour_SH: torch.Tensor | None, place_NK: torch.Tensor, num_hidden: int
-) -> torch.Tensor:
-    """Return the sum over the choices of a token (N, H): the way back of `spread`."""
-    each_NKH = rows_SX[:, :num_hidden][place_NK].float()
-    if detour_SH is not None:
-        each_NKH = each_NKH + detour_SH[place_NK].float()
-    return each_NKH.sum(1).to(rows_SX.dtype)
-
-
-def _round_up(rank: int) -> int:
-    return -(-rank // _ALIGNED) * _ALIGNED
+        dx_SX = grouped_mm(dh_SG, gate_up.extend(call.name).transpose(1, 2), offs=ends_E)
+        detour_NH = None
+        if gate_up.pair is not None and u1_SR is not None:
+            du1_SR = dx_SX[:, num_hidden : num_hidden + gate_up.rank]
+            du1_NP = by_expert(du1_SR, place_NK, index_NK, num_experts, gate_up.pair.rank)
+            detour_NH = du1_NP @ a1_PH
+            da1 = du1_NP.t() @ x_NH
+            db1 = rank_major(grouped_mm(u1_SR.t(), dh_SG, offs=ends_E), gate_up.pair)
+        dx_NH = gather_sum(dx_SX, detour_NH, place_NK, num_hidden)
+        dresidual_NH = dy_NH if ctx.needs_input_grad[3] else None
+        return dx_NH, None, dw_NK, dresidual_NH, da1, db1, da2, db2, None

@@ -18,8 +18,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from tasks.gptoss.attention import attend_with_sinks, find_documents
-from tasks.gptoss.experts import NUM_PLAIN, Product, keep_extended, lora_pair, run_experts
-from tasks.gptoss.fused import fused
+from tasks.gptoss.experts import run_experts
+from tasks.gptoss.gate import NUM_PLAIN
+from tasks.gptoss.joint import JointAttention, can_join
+from tasks.gptoss.norm import normed
+from tasks.gptoss.product import Era, Pair, Product, active_adapter, keep_extended
+from tasks.gptoss.rotation import rotate_heads
 
 
 def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes nn.Module doesn't know
@@ -27,7 +31,9 @@ def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes
     return next((module for module in model.modules() if type(module).__name__ == "GptOssModel"), None)
 
 
-def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0) -> None:
+def factor_experts(
+    model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0, era: Era | None = None
+) -> None:
     """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
 
     Args:
@@ -35,13 +41,21 @@ def factor_experts(model: nn.Module, *, num_recomputed: int = 0, extended_from: 
         num_recomputed: in so many layers, the first ones, save memory for a third more work in the experts.
         extended_from: hold the weights of this layer and those above it in the layout that the GEMMs want; None where
             something else owns them (FSDP).
+        era: says when adapters change; None: they may, before each pass.
     """
     for number, layer in enumerate(find_decoder(model).layers):
         outer = layer.mlp.experts
-        outer.forward = MethodType(_experts_forward, outer)
-        outer.recompute_gate = number < num_recomputed
+        for module in (outer, _inmost(outer)):  # the latter is what is left when PEFT has taken its own off again
+            module.forward = MethodType(_experts_forward, module)
+            module.recompute_gate, module.era = number < num_recomputed, era
         if extended_from is not None and number >= extended_from:
             _extend_weights(outer)
+
+
+def _inmost(module: Any) -> Any:  # Any: GptOssExperts, or a ParamWrapper around it
+    while isinstance(module, ParamWrapper):
+        module = module.base_layer
+    return module
 
 
 @torch.no_grad()
@@ -74,6 +88,39 @@ def flash_attention(model: nn.Module) -> None:
         layer.self_attn.forward = MethodType(_attention_forward, layer.self_attn)
 
 
+def join_layers(model: nn.Module, *, first: int = 0, era: Era | None = None) -> None:
+    """Let each frozen layer from `first` on be two steps that keep little, with its adapters in the same GEMMs.
+
+    After `factor_experts` and `flash_attention`. A layer that `can_join` refuses (a dropout, a trained norm, weights of
+    4 bits) stays as it is. `era` as for `factor_experts`. The weights of q, k and v become views of one matrix, which
+    transformers' `save_pretrained` can't write; PEFT's writes the adapter as ever.
+    """
+    for layer in find_decoder(model).layers[first:]:
+        if can_join(layer):
+            layer.joint = JointAttention(layer, era or Era())
+            layer.forward = MethodType(_layer_forward, layer)
+
+
+def _layer_forward(
+    self: Any,  # Any: GptOssDecoderLayer
+    hidden_states: torch.Tensor,
+    *args: Any,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    documents: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    del args, kwargs
+    norm = self.post_attention_layernorm
+    y_NH, x_NH = self.joint(hidden_states.flatten(0, 1), position_embeddings, documents)
+    _, weight_NK, index_NK = self.mlp.router(x_NH)
+
+    def remake(made_from_NH: torch.Tensor) -> torch.Tensor:
+        return normed(made_from_NH, norm.weight, norm.variance_epsilon)
+
+    out_NH = self.mlp.experts(x_NH, index_NK, weight_NK, residual_NH=y_NH, remake=remake)
+    return out_NH.view_as(hidden_states)
+
+
 def _with_documents(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's hook signature
     if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
         raise ValueError("packed flash attention takes position_ids and no attention_mask: pack rows without padding")
@@ -95,28 +142,16 @@ def _attention_forward(
         project(hidden_states).flatten(0, 1).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj)
     )
     cos_ND, sin_ND = (part.flatten(0, 1) for part in position_embeddings)
-    q_NAD, k_NGD = _rotate(q_NAD, cos_ND, sin_ND), _rotate(k_NGD, cos_ND, sin_ND)
+    q_NAD, k_NGD = (rotate_heads(part, cos_ND, sin_ND) for part in (q_NAD, k_NGD))
     out_NAD = attend_with_sinks(
         q_NAD, k_NGD, v_NGD, self.sinks, documents, window=self.sliding_window, scale=self.scaling
     )
     return self.o_proj(out_NAD.flatten(1).view(*hidden_states.shape[:2], -1)), None
 
 
-@fused
-def _rotate(x_NAD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
-    first, second = x_NAD.float().chunk(2, dim=-1)
-    cos, sin = cos_ND[:, None].float(), sin_ND[:, None].float()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_NAD.dtype)
-
-
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:  # Any: GptOssRMSNorm
-    return _norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-@fused
-def _norm(x: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.Tensor:
-    wide = x.float()
-    return (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x.dtype)
+    x_NH = hidden_states.flatten(0, -2)  # as everywhere else: another number of dimensions is another graph
+    return normed(x_NH, self.weight, self.variance_epsilon).view_as(hidden_states)
 
 
 def _experts_forward(
@@ -124,13 +159,14 @@ def _experts_forward(
     hidden_states: torch.Tensor,
     router_indices: torch.Tensor,
     routing_weights: torch.Tensor,
+    **kept: Any,  # Any: `residual_NH` and `remake` of run_experts
 ) -> torch.Tensor:
-    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[str, Pair] = {}
     module: Any = self  # Any: as above, one wrapper deeper each time
     while isinstance(module, ParamWrapper):
-        adapters |= _active_adapter(module)
+        pairs |= _active_pair(module)
         module = module.base_layer
-    gate_up, down = (_product(module, name, adapters.get(name)) for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (_product(module, name, pairs.get(name)) for name in ("gate_up_proj", "down_proj"))
     return run_experts(
         hidden_states.to(gate_up.w_EIO.dtype),
         router_indices,
@@ -140,31 +176,27 @@ def _experts_forward(
         alpha=module.alpha,
         limit=module.limit,
         recompute=self.recompute_gate,
+        era=self.era,
+        **kept,
     )
 
 
-def _product(module: Any, name: str, adapter: tuple[torch.Tensor, torch.Tensor] | None) -> Product:
+def _product(module: Any, name: str, pair: Pair | None) -> Product:  # Any: GptOssExperts
     extended = getattr(module, f"{name}_extended", None)
-    a_EIR, b_ERO = adapter or (None, None)
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias")
-    if adapter is None and extended is not None and extended.shape[1] > weight.shape[1] + NUM_PLAIN:
+    if pair is None and extended is not None and extended.whole_EXO.shape[1] > weight.shape[1] + NUM_PLAIN:
         extended = None  # its adapter is switched off just now
-    return Product(w_EIO=weight, bias_EO=bias, a_EIR=a_EIR, b_ERO=b_ERO, extended_EXO=extended)
+    return Product(w_EIO=weight, bias_EO=bias, pair=pair, extended=extended)
 
 
-def _active_adapter(wrapper: ParamWrapper) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return {parameter: (A, B)}; nothing while adapters are switched off. PEFT allows one adapter on parameters."""
-    if wrapper.disable_adapters or wrapper.merged:
+def _active_pair(wrapper: ParamWrapper) -> dict[str, Pair]:
+    """Return {parameter: pair}; nothing while adapters are switched off."""
+    name = active_adapter(wrapper)
+    if name is None:
         return {}
-    (name,) = wrapper.active_adapters
-    parameter = wrapper.get_param()
     a: Any = wrapper.lora_A[name]  # Any: a Linear in a ModuleDict
     b: Any = wrapper.lora_B[name]  # Any: as above
-    pair = lora_pair(
-        a.weight,
-        b.weight,
-        len(parameter),
-        wrapper.scaling[name],
-        parameter.dtype,
-    )
-    return {wrapper.parameter_name: pair}
+    num_experts = len(wrapper.get_param())
+    return {
+        wrapper.parameter_name: Pair(a_PI=a.weight, b_OQ=b.weight, scale=wrapper.scaling[name], num_experts=num_experts)
+    }

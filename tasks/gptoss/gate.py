@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 _BLOCK = 1024
+NUM_PLAIN = 8  # columns behind g and rows behind a weight: a one and the bias, and zeros; rows of 16 bytes are wanted
 
 
-def apply_gate(h_SG: torch.Tensor, num_extra: int, alpha: float, limit: float) -> torch.Tensor:
-    """Return g (S, F + X) in h's dtype; the X extra columns are left as they come."""
+def apply_gate(h_SG: torch.Tensor, rank: int, alpha: float, limit: float) -> torch.Tensor:
+    """Return [g | `rank` columns as they come | 1 | 0] (S, F + rank + 8) in h's dtype."""
     num_rows, width = len(h_SG), h_SG.shape[1] // 2
-    g = h_SG.new_empty(num_rows, width + num_extra)
+    g = h_SG.new_empty(num_rows, width + rank + NUM_PLAIN)
     if not h_SG.is_cuda:
         gate, up, sigmoid = _parts(h_SG, alpha, limit)
         g[:, :width] = (up + 1) * gate * sigmoid
+        g[:, width + rank :] = 0
+        g[:, width + rank] = 1
     elif num_rows:
-        _triton().gate_forward[(num_rows,)](h_SG, g, g.stride(0), alpha, limit, width, BLOCK=_BLOCK)
+        kernel = _triton().gate_forward[(num_rows,)]
+        kernel(h_SG, g, g.stride(0), alpha, limit, width, rank, BLOCK=_BLOCK, NUM_PLAIN=NUM_PLAIN)
     return g
 
 
@@ -37,6 +41,8 @@ def gate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return g (S, F) again, d loss / d h (S, G) and the row sums of g * d (S, float32).
 
+    On a GPU they take the place of the detour and of h.
+
     Args:
         h_SG: what the gate was applied to.
         dg: gradient of w-weighted g before the weight, (S, at least F): only the first F columns are read.
@@ -47,7 +53,7 @@ def gate_backward(
     """
     num_rows, width = len(h_SG), h_SG.shape[1] // 2
     if h_SG.is_cuda:
-        g, dh = h_SG.new_empty(num_rows, width), torch.empty_like(h_SG)
+        g, dh = h_SG.new_empty(num_rows, width) if detour_SF is None else detour_SF, h_SG
         dot = h_SG.new_empty(num_rows, dtype=torch.float32)
         if num_rows:
             other = dg if detour_SF is None else detour_SF

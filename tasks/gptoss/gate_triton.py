@@ -11,8 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def gate_forward(h_ptr, g_ptr, g_stride, alpha, limit, width, BLOCK: tl.constexpr):
-    """Write the first `width` columns of row `program_id` of g."""
+def gate_forward(
+    h_ptr, g_ptr, g_stride, alpha, limit, width, rank, BLOCK: tl.constexpr, NUM_PLAIN: tl.constexpr
+):  # fmt: skip
+    """Write row `program_id` of [g | `rank` columns as they are | 1 | 0]."""
     row = tl.program_id(0).to(tl.int64)
     for start in range(0, width, BLOCK):
         pair = 2 * start + tl.arange(0, 2 * BLOCK)
@@ -23,6 +25,9 @@ def gate_forward(h_ptr, g_ptr, g_stride, alpha, limit, width, BLOCK: tl.constexp
         g = (up + 1) * gate * tl.sigmoid(gate * alpha)
         column = start + tl.arange(0, BLOCK)
         tl.store(g_ptr + row * g_stride + column, g.to(g_ptr.dtype.element_ty), mask=column < width)
+    plain = tl.arange(0, NUM_PLAIN)
+    tail = tl.where(plain == 0, 1.0, 0.0).to(g_ptr.dtype.element_ty)
+    tl.store(g_ptr + row * g_stride + width + rank + plain, tail)
 
 
 @triton.jit
@@ -30,7 +35,7 @@ def gate_backward(
     h_ptr, dg_ptr, dg_stride, detour_ptr, w_ptr, g_ptr, dh_ptr, dot_ptr, alpha, limit, width,
     HAS_DETOUR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write g, dh and the dot product of row `program_id`."""
+    """Write g, dh and the dot product of row `program_id`; g may lie over the detour and dh over h."""
     row = tl.program_id(0).to(tl.int64)
     w = tl.load(w_ptr + row).to(tl.float32)
     dot = tl.zeros((BLOCK,), dtype=tl.float32)

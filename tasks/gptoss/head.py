@@ -19,9 +19,9 @@ NOT_LEARNT = -100  # a label that is no target, as transformers has it
 _CPU_ROWS = 128  # rows of logits that exist at once on a CPU
 
 
-def block_rows(device: torch.device) -> int:
+def block_rows(device: torch.device, gpu_rows: int = HEAD_ROWS) -> int:
     """Return how many rows of logits should exist at once."""
-    return HEAD_ROWS if device.type == "cuda" else _CPU_ROWS
+    return gpu_rows if device.type == "cuda" else _CPU_ROWS
 
 
 def score_block(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

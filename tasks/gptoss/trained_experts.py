@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn.functional import grouped_mm
 
-from tasks.gptoss.experts import NUM_PLAIN, Product, combine, gather_sum, sort_rows, spread
 from tasks.gptoss.fused import fused
-from tasks.gptoss.gate import apply_gate, gate_backward
+from tasks.gptoss.gate import NUM_PLAIN, apply_gate, gate_backward
+from tasks.gptoss.product import Product
+from tasks.gptoss.rows import combine, gather_sum, sort_rows, spend, spread
 
 
 def run_trained_experts(
@@ -78,7 +79,7 @@ class _TrainedExperts(torch.autograd.Function):
         alpha, limit, recompute = rest
         order_S, place_NK, ends_E = sort_rows(index_NK, len(w1_EHG))
         h_SG = _gate_argument(x_NH, order_S, ends_E, index_NK.shape[1], w1_EHG, bias1_EG)
-        g_SX = _with_ones(apply_gate(h_SG, NUM_PLAIN, alpha, limit), w2_EFH.shape[1])
+        g_SX = apply_gate(h_SG, 0, alpha, limit)
         out_SH = grouped_mm(g_SX, Product(w_EIO=w2_EFH, bias_EO=bias2_EH).extend(), offs=ends_E)
         ctx.rest = rest
         kept = None if recompute else h_SG
@@ -87,6 +88,7 @@ class _TrainedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        spend(ctx)
         x_NH, weight_NK, order_S, place_NK, ends_E, h_SG, w1_EHG, bias1_EG, w2_EFH, bias2_EH = ctx.saved_tensors
         alpha, limit, _ = ctx.rest
         num_chosen, num_hidden, num_inner = weight_NK.shape[1], x_NH.shape[1], w2_EFH.shape[1]
@@ -103,7 +105,7 @@ class _TrainedExperts(torch.autograd.Function):
         dw2_EFH, dbias2_EH = dw2_EXH[:, :num_inner], dw2_EXH[:, num_inner]
         del g_SF, dy_SH, dw2_EXH
 
-        x_SX = _with_ones(spread(x_NH, order_S, num_chosen, NUM_PLAIN), num_hidden)
+        x_SX = spread(x_NH, order_S, num_chosen)
         dw1_EXG = grouped_mm(x_SX.t(), dh_SG, offs=ends_E)
         dw1_EHG, dbias1_EG = dw1_EXG[:, :num_hidden], dw1_EXG[:, num_hidden]
         del x_SX, dw1_EXG
@@ -120,15 +122,8 @@ def _gate_argument(
     w1_EHG: torch.Tensor,
     bias1_EG: torch.Tensor,
 ) -> torch.Tensor:
-    x_SX = _with_ones(spread(x_NH, order_S, num_chosen, NUM_PLAIN), x_NH.shape[1])
+    x_SX = spread(x_NH, order_S, num_chosen)
     return grouped_mm(x_SX, Product(w_EIO=w1_EHG, bias_EO=bias1_EG).extend(), offs=ends_E)
-
-
-def _with_ones(rows_SX: torch.Tensor, num_in: int) -> torch.Tensor:
-    """Make the first column behind `num_in` ones, which multiply the bias, and the rest zeros."""
-    rows_SX[:, num_in:] = 0
-    rows_SX[:, num_in] = 1
-    return rows_SX
 
 
 @fused

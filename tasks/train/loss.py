@@ -14,7 +14,9 @@ from typing import Any, cast
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.costs import FROZEN_HEAD_ROWS
 from tasks.gptoss.head import block_rows, return_loss, score_block
+from tasks.gptoss.product import Era
 from tasks.gptoss.token_mean import TokenMean
 from tasks.train.sharding import average_gradients
 
@@ -27,7 +29,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the summed loss, float32. Cost: two GEMMs of M x H x V; K x V floats live at once."""
         grad_MH = torch.empty_like(hidden_MH)
         loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        size = block_rows(hidden_MH.device)
+        size = block_rows(hidden_MH.device, FROZEN_HEAD_ROWS)
         for start in range(0, len(hidden_MH), size):
             block = slice(start, start + size)
             block_loss, _, slope_KV = score_block(hidden_MH[block] @ weight_VH.T, target_M[block])
@@ -73,9 +75,28 @@ class TokenMeanTrainer(TokenMean, SFTTrainer):
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
     is_placed = False  # its weights lie where they belong, and accelerate must not move them
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Begin as SFTTrainer does."""
+        super().__init__(*args, **kwargs)
+        self.era = Era()  # for kernels that keep what they made of the adapters: the passes of one step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # Any: Trainer's signature
+        """Train; however that ends, adapters may change from there on."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.era.end()
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one pass; after the last of a step average the gradients where DDP does not."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.era.begin()
+        try:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        except BaseException:
+            self.era.end()
+            raise
+        if self.accelerator.sync_gradients:
+            self.era.end()
         if self.is_shared_out and self.accelerator.sync_gradients:
             average_gradients(cast("torch.nn.Module", self.model))
         return loss

@@ -11,7 +11,7 @@ Ring: pure.  Units: bytes.  Shapes: L layers, T tokens of a forward pass, H hidd
 from collections.abc import Mapping
 from math import prod
 
-from tasks.costs import HEAD_ROWS
+from tasks.costs import FROZEN_HEAD_ROWS
 from tasks.errors import SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.specs import TrainSpec
@@ -20,6 +20,7 @@ from tasks.train.weights import Config, matrix_bytes, resting_bytes, rests_packe
 
 _WORKSPACE = 1 << 30  # CUDA context, allocator slack, and a block of logits of the chunked loss
 _FUSED_WORKSPACE = 1 << 29  # the experts' appended rows, bf16 copies of the adapter, allocator slack
+_OUR_ATTENTION = ("auto", "flash")
 _ADAPTER_BYTES = 16  # weight, gradient and two moments in float32
 
 
@@ -52,8 +53,9 @@ def training_needs(
         "adapter and optimizer": _ADAPTER_BYTES * sum(target.num_trainable for target in targets),
     }
     if uses_fused_kernels(config, spec):
-        kept, inside = _fused_activations(config, element, tokens, checkpointing, num_recomputed, unused)
-        logits = 2 * element * min(tokens, HEAD_ROWS) * config.get("vocab_size", 0)
+        needs["weights"] -= embedding_bytes(shapes, config, spec)
+        kept, inside = _fused_activations(config, spec, tokens, checkpointing, num_recomputed, unused)
+        logits = 2 * element * min(tokens, FROZEN_HEAD_ROWS) * config.get("vocab_size", 0)
         needs |= {"activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
     else:
         kept, inside = _stock_activations(config, spec, element, tokens, unused, is_full=is_full)
@@ -79,9 +81,10 @@ def host_bytes(shapes: Shapes, config: Config, spec: TrainSpec, num_offloaded: i
     whole = (4 if spec.dtype == "float32" else 2) * sum(map(prod, shapes.values()))
     if resting and rests_packed(config, spec):
         return resting + whole - sum(matrix_bytes(shapes, stored_sizes(shapes, spec), num_offloaded))
+    resting += embedding_bytes(shapes, config, spec)
     stored_as = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     is_copied = bool(config.get("quantization_config")) or stored_as != spec.dtype
-    is_made_there = spec.parallel == "fsdp2" or (resting and spec.quantization == "none")
+    is_made_there = spec.parallel == "fsdp2" or (num_offloaded > 0 and spec.quantization == "none")
     if not is_made_there or not is_copied:
         return resting
     return max(resting, spec.num_processes * whole)
@@ -121,6 +124,22 @@ def uses_fused_kernels(config: Config, spec: TrainSpec) -> bool:
     False
     """
     return spec.kernels != "stock" and config.get("model_type") == MODEL_TYPE
+
+
+def embedding_bytes(shapes: Shapes, config: Config, spec: TrainSpec) -> int:
+    """Return what an embedding takes that rests in the host's memory (tasks/gptoss/embedding.py), 0 where none does.
+
+    DDP and FSDP2 hand parameters round as they start, and would not find it.
+    """
+    if not rests_embedding(config, spec):
+        return 0
+    return sum(2 * prod(shape) for name, shape in shapes.items() if name.endswith("embed_tokens.weight"))
+
+
+def rests_embedding(config: Config, spec: TrainSpec) -> bool:
+    """Say whether the input embedding rests on the host: one process with our kernels, on a GPU (bfloat16)."""
+    is_alone = spec.num_processes == 1 and spec.parallel == "ddp" and spec.dtype == "bfloat16"
+    return is_alone and uses_fused_kernels(config, spec) and not config.get("tie_word_embeddings", False)
 
 
 def choose_attention(model_type: str, spec: TrainSpec, *, on_gpu: bool) -> str:
@@ -178,22 +197,28 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
 
 
 def _fused_activations(
-    config: Config, element: int, tokens: int, checkpointing: str, num_recomputed: int, unused: int
+    config: Config, spec: TrainSpec, tokens: int, checkpointing: str, num_recomputed: int, unused: int
 ) -> tuple[int, int]:
     """Return what a pass keeps for its backward half, and what the widest moment of one layer adds.
 
     The backward pass ends at the lowest adapter: the `unused` layers below it keep nothing.
 
-    Kept of a layer: both norms' inputs and the experts' input (H each), q, k, v, the attention's output and its
-    log-sum-exp, and for each of K experts the gate's argument (2 F), which `selective` makes again.
+    Kept of a layer: both norms' inputs (H each), q, k, v, the attention's output and its log-sum-exp, and for each of K
+    experts the gate's argument (2 F), which `selective` makes again; where layers are not joined (joint.py)
+    the experts' input, too.
     """
     num_layers, hidden, inner = (config.get(n, 0) for n in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     heads, chosen = config.get("num_attention_heads", 0), config.get("num_experts_per_tok") or 1
     keys = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // max(1, heads)
-    plain = tokens * (element * (3 * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
+    is_joined = spec.parallel == "ddp" and spec.quantization == "none" and not spec.lora.dropout
+    element, num_inputs = (
+        4 if spec.dtype == "float32" else 2,
+        2 if is_joined and spec.attention in _OUR_ATTENTION else 3,
+    )
+    plain = tokens * (element * (num_inputs * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
     gate = tokens * chosen * 2 * inner * element
-    inside = tokens * chosen * (hidden + 7 * inner) * element
+    inside = tokens * chosen * (hidden + 4 * inner) * element
     if checkpointing == "full":
         return (num_layers - unused) * tokens * hidden * element, inside + plain + gate
     with_gate = num_layers - max(unused, num_recomputed)

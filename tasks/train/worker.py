@@ -26,15 +26,17 @@ from tasks import adapters, files
 from tasks.adapters import lora_config, remember_start, require_moved, require_text, save_adapter, widen_adapter
 from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
-from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tasks.gptoss.embedding import rest_embedding
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.gptoss.packed import load_packed
+from tasks.gptoss.product import Era
 from tasks.models import require_mxfp4
 from tasks.recorder import say
 from tasks.specs import TrainSpec
 from tasks.train.best import load_best, restore_best
 from tasks.train.loss import FusedHeadTrainer, TokenMeanTrainer, fuse_head, has_plain_head
-from tasks.train.needs import choose_attention, uses_fused_kernels
+from tasks.train.needs import choose_attention, rests_embedding, uses_fused_kernels
 from tasks.train.offload import let_rest
 from tasks.train.plan import StepPlan
 from tasks.train.sharding import HostConfig, share_base
@@ -118,7 +120,7 @@ def make_trainer(model: PreTrainedModel, job: dict[str, Any], spec: TrainSpec) -
         trainer.is_placed = True
     if is_head_fused:
         fuse_head(model)
-    speed_up(trainer.model, spec, plan) if is_fused else separate_documents(model)
+    speed_up(trainer.model, spec, plan, trainer.era) if is_fused else separate_documents(model)
     if spec.parallel == "fsdp2":
         share_base(trainer)
         trainer.is_shared_out = trainer.is_placed = True
@@ -134,13 +136,17 @@ def end_backward_early(model: PreTrainedModel) -> None:
     model.enable_input_require_grads = lambda: None
 
 
-def speed_up(model: Any, spec: TrainSpec, plan: StepPlan) -> None:  # Any: a PeftModel
+def speed_up(model: Any, spec: TrainSpec, plan: StepPlan, era: Era) -> None:  # Any: a PeftModel
     """Put our kernels below a gpt-oss that PEFT has wrapped; packed documents stay apart with every attention."""
     extended_from = plan.num_offloaded if spec.parallel == "ddp" else None
-    factor_experts(model, num_recomputed=plan.num_recomputed, extended_from=extended_from)
+    factor_experts(model, num_recomputed=plan.num_recomputed, extended_from=extended_from, era=era)
     fuse_norms(model)
+    if torch.cuda.is_available() and rests_embedding(model.config.to_dict(), spec) and (told := rest_embedding(model)):
+        say(told)
     if choose_attention(MODEL_TYPE, spec, on_gpu=torch.cuda.is_available()) == "flash":
         flash_attention(model)
+        if extended_from is not None:
+            join_layers(model, first=extended_from, era=era)
     else:
         separate_documents(model)
 

@@ -1,8 +1,9 @@
 """One training step of the gpt-oss-20b architecture, taken apart: for work on the kernels, no baseline.
 
-    python tests/bench/step_20b.py ROWS CHECKPOINTING [TARGETS] [LAYERS]     e.g. 4 none all 24
+    python tests/bench/step_20b.py ROWS CHECKPOINTING [TARGETS] [LAYERS]     e.g. 1 selective-10 attention
 
-Random weights made on the GPU, plain AdamW, no Trainer; prints tokens/s, peak memory and the dearest GPU kernels.
+Random weights made on the GPU, plain AdamW, no Trainer, $PASSES of ROWS rows a step; prints tokens/s, peak memory and,
+with $PROFILE, the dearest GPU kernels.
 """
 
 import json
@@ -20,8 +21,10 @@ def main() -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
-    from tasks.train.loss import fuse_head
+    from tasks.gptoss.embedding import rest_embedding
+    from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
+    from tasks.gptoss.product import Era
+    from tasks.train import loss as head
     from tests.bench.bench_train_20b import ATTENTION, EXPERTS, SEEDS, build
 
     rows, checkpointing = int(sys.argv[1]), sys.argv[2]
@@ -33,13 +36,19 @@ def main() -> None:
     attention = ATTENTION if targets == "attention" else []
     config = LoraConfig(r=8, lora_alpha=16, target_modules=attention, target_parameters=names)
     peft = get_peft_model(model, config)
-    factor_experts(model, num_recomputed=num_layers * (checkpointing == "selective"))
+    era, passes = Era(), int(os.environ.get("PASSES", "1"))
+    layers = checkpointing.partition("-")[2] or num_layers
+    factor_experts(model, num_recomputed=int(layers) if checkpointing.startswith("selective") else 0, era=era)
     fuse_norms(model)
     flash_attention(model)
-    fuse_head(model)
+    if "apart" not in os.environ.get("WITHOUT", ""):
+        join_layers(model, era=era)
+    if "host" not in os.environ.get("WITHOUT", ""):
+        rest_embedding(model)
+    head.FROZEN_HEAD_ROWS = int(os.environ.get("HEAD_ROWS", head.FROZEN_HEAD_ROWS))
+    head.fuse_head(model)
     if checkpointing == "full":
         peft.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    peft.enable_input_require_grads()
     peft.train()
     trained = [p for p in peft.parameters() if p.requires_grad]
     for p in trained:
@@ -48,13 +57,16 @@ def main() -> None:
     positions = torch.arange(ROW_TOKENS, device="cuda").repeat(rows)[None]
 
     def step() -> float:
-        ids = torch.randint(0, 201088, (1, rows * ROW_TOKENS), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = peft(input_ids=ids, position_ids=positions, labels=ids).loss
-        loss.backward()
+        for _ in range(passes):
+            era.begin()
+            ids = torch.randint(0, 201088, (1, rows * ROW_TOKENS), device="cuda")
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = peft(input_ids=ids, position_ids=positions, labels=ids).loss / passes
+            loss.backward()
+        era.end()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item() * passes
 
     seconds = []
     for _ in range(7):
@@ -66,13 +78,14 @@ def main() -> None:
     median = sorted(seconds[2:])[len(seconds[2:]) // 2]
     report = {
         "rows": rows,
+        "passes": passes,
         "row_tokens": ROW_TOKENS,
         "checkpointing": checkpointing,
         "targets": targets,
         "layers": num_layers,
         "first_s": round(seconds[0], 1),
         "step_s": round(median, 4),
-        "tokens_per_s": round(rows * ROW_TOKENS / median),
+        "tokens_per_s": round(passes * rows * ROW_TOKENS / median),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
         "loss": round(loss, 3),
     }

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tasks.gptoss.attention import attend_with_sinks, find_documents
-from tasks.gptoss.experts import Product, keep_extended, lora_pair, run_experts
+from tasks.gptoss.experts import run_experts
+from tasks.gptoss.product import Pair, Product, keep_extended
 from tasks.train.loss import FrozenHeadLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -84,8 +85,8 @@ def test_experts(recompute: bool, extend: bool):
         for name, a, b in (("gate_up", a1, b1), ("down", a2, b2)):
             w, bias = torch.nn.Parameter(base[name].to(dtype)), base[f"{name}_bias"].to(dtype)
             kept = keep_extended(w, bias, rank) if extend else None
-            pair = lora_pair(a, b, num, 0.5, dtype)
-            products.append(Product(w_EIO=w.detach(), bias_EO=bias, a_EIR=pair[0], b_ERO=pair[1], extended_EXO=kept))
+            pair = Pair(a_PI=a, b_OQ=b, scale=0.5, num_experts=num)
+            products.append(Product(w_EIO=w.detach(), bias_EO=bias, pair=pair, extended=kept))
         y = run_experts(x, index, weight, *products, alpha=1.702, limit=7.0, recompute=recompute)
         return y, torch.autograd.grad(y, mine, dy.to(dtype))
 

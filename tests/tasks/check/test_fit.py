@@ -120,7 +120,7 @@ def test_gpt_oss_120b_is_told_for_what_it_is(client: HfApi):
     fit = fit_of(recipe, client, 80)
     assert sum(map(prod, fit.base.shapes.values())) == pytest.approx(PUBLISHED["openai/gpt-oss-120b"], rel=0.01)
     said = subject.say_fit(fit, "gptoss20b_lora_h100")
-    assert not fit.fits and "GPU        weights 233." in said and "as bfloat16, unpacked from MXFP4" in said
+    assert not fit.fits and "GPU        weights 232." in said and "as bfloat16, unpacked from MXFP4" in said
     ways = said.partition("fits: no\n")[2]
     assert "on 8 such GPUs with train.num_processes = 8, parallel = fsdp2: " in ways and "nf4" not in ways
     assert ways.strip().endswith("and 1868.4 GB of host memory")  # eight copies while it is unpacked

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import ShapeError
-from tasks.gptoss.experts import Product, keep_extended, lora_pair, run_experts
+from tasks.gptoss.experts import run_experts
+from tasks.gptoss.product import Pair, Product, keep_extended
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -73,8 +74,10 @@ def test_value_and_gradients_are_those_of_w_plus_ba(seed, tokens, num, rank, tar
     for name in ("gate_up", "down"):
         w, bias = torch.nn.Parameter(tensors[name].clone(), requires_grad=False), tensors[f"{name}_bias"]
         kept = keep_extended(w, bias, rank if name in targets else 0) if extend else None
-        a, b = lora_pair(*pairs[name], num, scale, torch.float32) if name in targets else (None, None)
-        products.append(Product(w_EIO=w, bias_EO=bias, a_EIR=a, b_ERO=b, extended_EXO=kept))
+        pair = None
+        if name in targets:
+            pair = Pair(a_PI=pairs[name][0], b_OQ=pairs[name][1], scale=scale, num_experts=num)
+        products.append(Product(w_EIO=w, bias_EO=bias, pair=pair, extended=kept))
         torch.testing.assert_close(w.data, tensors[name], rtol=0, atol=0)
     ours = run_experts(x, index, weight, *products, alpha=ALPHA, limit=LIMIT, recompute=recompute)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -84,4 +87,4 @@ def test_value_and_gradients_are_those_of_w_plus_ba(seed, tokens, num, rank, tar
 
 def test_a_pair_that_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match=r"does not fit 4 experts: A is \(E\*R, I\) = \(6, 3\)"):
-        lora_pair(torch.zeros(6, 3), torch.zeros(5, 6), 4, 1.0, torch.float32)
+        Pair(a_PI=torch.zeros(6, 3), b_OQ=torch.zeros(5, 6), num_experts=4, scale=1.0)

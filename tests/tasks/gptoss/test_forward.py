@@ -1,5 +1,6 @@
 """Our kernels below transformers' gpt-oss and PEFT's adapters: the same model, and PEFT's own files."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from tasks.errors import ShapeError
 from tasks.gptoss.documents import separate_documents
-from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms
+from tasks.gptoss.forward import factor_experts, find_decoder, flash_attention, fuse_norms, join_layers
+from tasks.gptoss.product import Era
 from tests.tiny import make_model
 
 IDS = torch.arange(60)[None] * 4 % 256
@@ -17,6 +20,12 @@ POSITIONS = torch.tensor([[*range(25), *range(35)]])
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 CONFIGS = {
     "experts and attention": {"target_parameters": list(EXPERTS), "target_modules": ["q_proj", "o_proj"]},
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "experts, k and v, other ranks": {
+        "target_parameters": list(EXPERTS),
+        "target_modules": ["k_proj", "v_proj"],
+        "rank_pattern": {"v_proj": 5},
+    },
     "one layer, down only": {"target_parameters": ["1.mlp.experts.down_proj"], "target_modules": []},
     "rslora": {"target_parameters": list(EXPERTS), "target_modules": [], "use_rslora": True},
 }
@@ -33,10 +42,12 @@ def adapted(settings: dict[str, Any], seed: int = 1) -> PeftModel:
     return peft
 
 
-def with_kernels(model: PeftModel, *, flash: bool = True, **options: Any) -> PeftModel:
+def with_kernels(model: PeftModel, *, flash: bool = True, join: bool = True, **options: Any) -> PeftModel:
     factor_experts(model, **options)
     fuse_norms(model)
     flash_attention(model) if flash else separate_documents(model)
+    if flash and join:
+        join_layers(model)
     return model
 
 
@@ -54,8 +65,8 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
-    ids=["all", "eager", "recompute", "plain"],
+    [{}, {"join": False}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
+    ids=["all", "apart", "eager", "recompute", "plain"],
 )
 def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):
     expected, expected_grads = run(stock(adapted(settings)))
@@ -110,3 +121,121 @@ def test_a_mask_is_refused_since_it_would_be_ignored():
     model = with_kernels(adapted(CONFIGS["rslora"]))
     with pytest.raises(ValueError, match="position_ids and no attention_mask"):
         model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BOTH = {"target_modules": ATTENTION, "target_parameters": list(EXPERTS)}
+NOT_PLAIN = {
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "bias of an adapter": {"lora_bias": True},
+    "trained biases": {"bias": "lora_only"},
+    "trained biases, all": {"bias": "all"},
+    "trained norm": {"modules_to_save": ["post_attention_layernorm"]},
+    "trained projection": {"target_modules": ["k_proj"], "modules_to_save": ["q_proj"]},
+    "adapter on a weight": {"target_modules": ["k_proj"], "target_parameters": ["self_attn.q_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("settings", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
+def test_a_layer_that_is_not_plain_is_not_joined_and_learns_all_that_peft_lets_it(settings: dict[str, Any]):
+    settings = {"target_modules": ATTENTION, **settings}
+    expected, expected_grads = run(stock(adapted(settings).eval()))
+    model = with_kernels(adapted(settings).eval())
+    assert not any(hasattr(layer, "joint") for layer in find_decoder(model).layers)
+    logits, grads = run(model)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys() and grads
+    for name, gradient in grads.items():
+        scale = expected_grads[name].abs().max()
+        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["in place", "safe"])
+def test_a_merged_adapter_is_in_the_weights_that_are_used(safe: bool):
+    """PEFT's safe merge gives each weight new memory: the joined matrix would be the one without the adapter."""
+    expected, base = run_logits(stock(adapted(BOTH))), run_logits(stock(adapted(BOTH)).unload())
+    model = with_kernels(adapted(BOTH))
+    run_logits(model)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(run_logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(run_logits(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_logits(model.merge_and_unload(safe_merge=safe)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_logits(with_kernels(adapted(BOTH)).unload()), base, rtol=1e-5, atol=1e-5)
+
+
+def test_joined_weights_are_the_base_s_own():
+    joined, plain = with_kernels(adapted(BOTH)).state_dict(), adapted(BOTH).state_dict()
+    assert joined.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(joined[name], tensor, rtol=0, atol=0)
+
+
+def test_an_adapter_can_be_switched_off_within_an_era():
+    """What is kept for the passes of a step is that of the adapter which was on."""
+    model, era = adapted(BOTH), Era()
+    on, off = run_logits(stock(adapted(BOTH))), run_logits(stock(adapted(BOTH)).unload())
+    with_kernels(model, join=False, era=era)
+    join_layers(model, era=era)
+    for order in ((True, False, True), (False, True, False)):
+        era.begin()
+        for is_on in order:
+            with nullcontext() if is_on else model.disable_adapter():
+                torch.testing.assert_close(run_logits(model), on if is_on else off, rtol=1e-5, atol=1e-5)
+        era.end()
+
+
+def test_another_adapter_may_come_later_where_its_rank_is_the_same():
+    model = with_kernels(adapted({"target_modules": ATTENTION}))
+    reference = stock(adapted({"target_modules": ATTENTION}))
+    for each in (model, reference):
+        torch.manual_seed(2)
+        each.add_adapter("later", LoraConfig(r=3, target_modules=["k_proj"], init_lora_weights=False))
+        each.set_adapter("later")
+    torch.testing.assert_close(run_logits(model), run_logits(reference), rtol=1e-5, atol=1e-5)
+    model.add_adapter("wider", LoraConfig(r=4, target_modules=["k_proj"]))
+    model.set_adapter("wider")
+    with pytest.raises(ShapeError, match="rank 4 on k_proj, whose layer was joined with 3"):
+        run_logits(model)
+
+
+def make_again(model: Any) -> None:  # Any: a PeftModel, whose base is typed as a Tensor
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
+CHECKPOINTED = {
+    **CONFIGS,
+    "last o": {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+    "one projection": {"target_modules": ["k_proj"]},
+    "lowest layer": {"target_modules": ["v_proj"], "layers_to_transform": [0]},
+}
+
+
+@pytest.mark.parametrize("settings", CHECKPOINTED.values(), ids=CHECKPOINTED.keys())
+def test_layers_that_are_made_again_in_the_backward_pass_learn_the_same(settings: dict[str, Any]):
+    expected, expected_grads = run(stock(adapted(settings)))
+    model, era = adapted(settings), Era()
+    with_kernels(model, join=False, era=era)
+    join_layers(model, era=era)
+    make_again(model)
+    era.begin()
+    logits, grads = run(model)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys() and grads
+    for name, gradient in grads.items():
+        scale = expected_grads[name].abs().max()
+        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "made again"])
+def test_a_second_backward_pass_is_refused(checkpointed: bool):
+    """The first one writes over what was kept: its gradients would be wrong."""
+    model = with_kernels(adapted(BOTH))
+    if checkpointed:
+        make_again(model)
+    loss = model(input_ids=IDS, position_ids=POSITIONS).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        loss.backward()

@@ -14,7 +14,7 @@ from tasks.gptoss.layout import config_values, parameter_shapes
 from tasks.specs import GptOssShape, TrainSpec, change
 from tasks.targets import Shapes, find_targets
 from tasks.train import run as subject
-from tasks.train.needs import host_bytes, require_aligned
+from tasks.train.needs import embedding_bytes, host_bytes, require_aligned
 from tasks.train.plan import StepPlan, Workload, plan_step, smaller_plan
 from tests.bench.bench_qlora_110b import SHAPE
 
@@ -68,7 +68,10 @@ def plan_as(measured: dict) -> StepPlan:
 @pytest.mark.parametrize("measured", json.loads(BASELINE.read_text())["cases"], ids=lambda case: case["name"])
 def test_gptoss20b_is_estimated_within_15_pct_of_the_measured_peak(measured: dict):
     spec = change(resolve("gptoss20b_lora_h100").train, measured["changes"])
-    estimate = sum(work_of(spec, measured["row_tokens"]).needs(plan_as(measured)).values()) / 1e9
+    work = work_of(spec, measured["row_tokens"])
+    estimate = sum(work.needs(plan_as(measured)).values()) / 1e9
+    if "kernels" in measured:  # older ones, and the embedding was on the GPU
+        estimate += embedding_bytes(work.shapes, work.config, work.spec) / 1e9
     assert estimate == pytest.approx(measured["peak_gpu_gb"], rel=0.15)
 
 
@@ -114,9 +117,10 @@ def test_each_knob_moves_its_part():
         (141, plan_of(4, "none")),
         (84, plan_of(4, "none")),
         (70, plan_of(2, "none")),
-        (58, plan_of(1, "none")),
-        (52, plan_of(1, "selective")),
-        (50, plan_of(2, "full")),
+        (58, plan_of(2, "selective")),
+        (53, plan_of(1, "none")),
+        (49, plan_of(1, "selective")),
+        (47, plan_of(2, "full")),
         (10, plan_of(1, "full")),  # fits nowhere: the smallest, whose numbers the refusal says
     ],
 )
@@ -192,7 +196,7 @@ def test_a_gpu_that_is_too_small_or_busy_is_said_with_numbers(monkeypatch: pytes
     assert "84.0 GB of the NVIDIA H100 are free" in subject.require_training_memory(work, plan)
     monkeypatch.setattr(machine, "list_gpus", lambda: [gpu(85, 12)])
     with pytest.raises(
-        CapacityError, match=r"weights 41\.8.* but 12\.0 of 85\.0 GB .*free the 73\.0 GB .*`tatara serv"
+        CapacityError, match=r"weights 40\.7.* but 12\.0 of 85\.0 GB .*free the 73\.0 GB .*`tatara serv"
     ):
         subject.require_training_memory(work, plan)
     monkeypatch.setattr(machine, "list_gpus", lambda: [gpu(24, 23.5)])

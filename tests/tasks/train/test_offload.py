@@ -13,7 +13,7 @@ from flows.recipes import resolve
 from tasks.errors import SpecError
 from tasks.models import base_shapes
 from tasks.specs import LoraSpec, TrainSpec, change
-from tasks.train.needs import host_bytes
+from tasks.train.needs import embedding_bytes, host_bytes
 from tasks.train.plan import plan_step, smaller_plan
 from tasks.train.weights import require_offloadable, resting_bytes
 from tests.tasks.train import runs as subject
@@ -137,13 +137,18 @@ def test_what_rests_leaves_the_gpu_but_for_two_layers():
     whole, resting = work.needs(plan_of(1, "none")), work.needs(plan_of(1, "none", num_offloaded=20))
     assert resting["layers in passage"] + resting["activations"] == pytest.approx(2 * 1.646e9, rel=1e-3)
     assert whole["weights"] - resting["weights"] == sum(resting_bytes(work.shapes, work.config, work.spec, 20))
-    assert host_bytes(work.shapes, work.config, work.spec, 20) == whole["weights"] - resting["weights"]
+    table = embedding_bytes(work.shapes, work.config, work.spec)
+    assert table == 2 * 201088 * 2880
+    assert host_bytes(work.shapes, work.config, work.spec, 20) == whole["weights"] - resting["weights"] + table
     small = replace(work, config={**work.config, "quantization_config": {"quant_method": "mxfp4"}})
     packed = small.needs(plan_of(1, "none", num_offloaded=20))
     experts, others = 20 * 32 * 3 * 2880 * 2880, 20 * (2 * 4096 * 2880 + 2 * 512 * 2880 + 32 * 2880 + 32 * 8640)
     assert sum(resting_bytes(work.shapes, small.config, work.spec, 20)) == experts * 17 // 32 + 2 * others
     assert packed["weights"] == resting["weights"]
-    assert host_bytes(work.shapes, small.config, work.spec, 20) == experts * 17 // 32 + 2 * others + packed["weights"]
+    assert (
+        host_bytes(work.shapes, small.config, work.spec, 20)
+        == experts * 17 // 32 + 2 * others + packed["weights"] + table
+    )  # loading
 
 
 @pytest.mark.parametrize(("room_gb", "most"), [(84, 0), (40, 9), (24, 18), (16, 23)])
