@@ -10,16 +10,20 @@ from deployments.gateway.settings import Settings
 from deployments.gateway.upstream import Upstream
 
 
-async def body_for(upstream: Upstream, ask: Ask, settings: Settings) -> tuple[bytes, bool]:
-    """Return the body, and whether it asks for token counts that the client did not ask for.
+async def ask_for_lite(upstream: Upstream, ask: Ask, settings: Settings) -> Ask:
+    """Return the request with the name that the lite server's model has there.
 
     Raises ConnectFailedError when the lite server's models have to be asked for and it is away.
     """
-    if upstream.is_lite:
-        name = settings.lite_model_name or await upstream.pick_model()
-        if name:
-            body = ask.body | {"model": name}
-            ask = Ask(ask.endpoint, ask.path, replies.encode(body), body)
+    name = settings.lite_model_name or await upstream.pick_model()
+    if not name:
+        return ask
+    body = ask.body | {"model": name}
+    return Ask(ask.endpoint, ask.path, replies.encode(body), body)
+
+
+def body_for(ask: Ask, settings: Settings) -> tuple[bytes, bool]:
+    """Return the body, and whether it asks for token counts that the client did not ask for."""
     wish = with_usage(ask) if settings.stream_usage else None
     return (ask.raw, False) if wish is None else (wish, True)
 

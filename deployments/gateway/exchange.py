@@ -13,15 +13,24 @@ Ring: edge (network).  Units: seconds of the loop's clock.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Scope, Send
 
 from deployments.gateway import replies
 from deployments.gateway.admission import BusyError
-from deployments.gateway.asking import body_for, lines_for
+from deployments.gateway.asking import ask_for_lite, body_for, lines_for
 from deployments.gateway.forward import assembled, forward
-from deployments.gateway.intake import HungUpError, authenticate, check_budget, read_body, read_head, refuse_body
+from deployments.gateway.intake import (
+    HungUpError,
+    authenticate,
+    check_budget,
+    check_size,
+    read_body,
+    read_head,
+    refuse_body,
+)
 from deployments.gateway.keys import Key
 from deployments.gateway.line import LINE
 from deployments.gateway.pool import ConnectFailedError
@@ -101,24 +110,32 @@ class Exchange:
             reply.fail(SilentServerError())
 
     def finish(
-        self, status: "Status", http_status: int, response: Any = None, *, error: str | None = None, stream: Any = None
-    ) -> None:  # Any: JSON objects
-        """Write the trace and count; the first outcome is the one that counts."""
+        self,
+        status: "Status",
+        http_status: int,
+        response: Any = None,  # Any: JSON objects
+        *,
+        error: str | None = None,
+        stream: Any = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Write the trace and count; the first outcome is the one that counts. `then`: see Recording.finish."""
         if self.recording.finished:
             return
         self.status = http_status
         self.failed = status == "upstream_error" and not 400 <= http_status < 500  # a stream's break has 200
-        self.recording.finish(status, http_status, response, error=error, stream=stream)
+        later = then if len(self.gateway.running) > 1 else None  # alone there is nobody to wait for
+        self.recording.finish(status, http_status, response, error=error, stream=stream, then=later)
         if isinstance(response, dict):
             self.gateway.charge(self.key, response.get("usage"))
+        if then is not None and later is None:
+            then()
 
     def headers(self) -> Headers:
         """Return the headers that lead back: ids and the decision."""
-        choice = self.recording.choice
         return [
             (b"x-request-id", self.recording.trace_id.encode()),
-            (b"x-tatara-route", choice.route.encode()),
-            (b"x-tatara-reason", choice.reason.encode()),
+            *self.recording.choice.headers,
             *(self._upstream.id_headers if self._upstream is not None else ()),
         ]
 
@@ -139,7 +156,11 @@ class Exchange:
         if gateway.keys is not None:
             self.key = authenticate(gateway.keys, head.authorization)
             self.recording.key_name = self.key.name if self.key else None
-        raw = await read_body(receive, head.declared_bytes, gateway.settings.max_body_bytes)
+        raw = self._line.take_body(self._scope) if self._line is not None else None
+        if raw is None:
+            raw = await read_body(receive, head.declared_bytes, gateway.settings.max_body_bytes)
+        else:
+            check_size(len(raw), gateway.settings.max_body_bytes)
         try:
             ask = self.ask = read_ask(self.endpoint, raw)
         except BadRequestError as error:
@@ -147,9 +168,11 @@ class Exchange:
         self.recording.request = ask.body
         if self.key is not None:
             check_budget(self.key, gateway.budgets, ask.body.get("model"))
-        await self._take_place()
+        if not gateway.gate.try_enter():
+            await self._wait_for_place()
+        self._has_place = True
         self._phase = "answer"
-        self._deadline = self.began + self.gateway.settings.total_timeout_s
+        self._deadline = self.began + gateway.settings.total_timeout_s
         watcher = None if self._line is not None else asyncio.create_task(self._watch(receive))
         try:
             await self._try_routes(send)
@@ -157,16 +180,13 @@ class Exchange:
             if watcher is not None:
                 watcher.cancel()
 
-    async def _take_place(self) -> None:
-        gate = self.gateway.gate
-        if not gate.try_enter():
-            client = self._scope.get("client")
-            try:
-                await gate.wait(self.key.name if self.key else str(client[0]) if client else "")
-            except BusyError as error:
-                self.recording.choice = Choice(route="none", reason="overloaded")
-                raise RefusedError(503, f"the gateway is busy: {error}", "overloaded", RETRY_SOON) from None
-        self._has_place = True
+    async def _wait_for_place(self) -> None:
+        client = self._scope.get("client")
+        try:
+            await self.gateway.gate.wait(self.key.name if self.key else str(client[0]) if client else "")
+        except BusyError as error:
+            self.recording.choice = Choice(route="none", reason="overloaded")
+            raise RefusedError(503, f"the gateway is busy: {error}", "overloaded", RETRY_SOON) from None
 
     async def _try_routes(self, send: Send) -> None:
         ask, settings = self.ask, self.gateway.settings
@@ -190,7 +210,9 @@ class Exchange:
         for upstream in self.gateway.fleet.order(choice.route):
             self._go_to(upstream)
             try:
-                body, self.withholds_usage = await body_for(upstream, self.ask, self.gateway.settings)
+                settings = self.gateway.settings
+                ask = await ask_for_lite(upstream, self.ask, settings) if upstream.is_lite else self.ask
+                body, self.withholds_usage = body_for(ask, settings)
                 lines = lines_for(
                     upstream, self._head, self.recording.trace_id, with_keys=self.gateway.keys is not None
                 )
@@ -231,12 +253,14 @@ class Exchange:
         self.finish("upstream_error" if refused.status == 502 else "error", refused.status, body, error=str(refused))
         await self.send_whole(send, refused.status, [*replies.JSON, *refused.headers], replies.encode(body))
 
-    def answer(self, status: int, headers: Headers, data: bytes) -> bool:
-        """Send a whole answer at once; False where that can't be, and `send_whole` has to."""
-        if self._line is None or not self._line.answer(self._scope, status, [*headers, *self.headers()], data):
-            return False
-        self.started = True
-        return True
+    def promise(self, status: int, headers: Headers, data: bytes) -> Callable[[], None] | None:
+        """Return what sends a whole answer at once; None where that can't be, and `send_whole` has to."""
+        if self._line is None:
+            return None
+        then = self.gateway.recorder.flush
+        send = self._line.promise(self._scope, status, [*headers, *self.headers()], data, then)
+        self.started = send is not None
+        return send
 
     async def send_whole(self, send: Send, status: int, headers: Headers, data: bytes | None) -> None:
         """Send an answer of known length; None is one that may have no body, as 204."""

@@ -5,7 +5,8 @@
 Ring: edge (network).
 """
 
-from typing import TYPE_CHECKING
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Send
 
@@ -27,12 +28,10 @@ _NOT_FORWARDED = frozenset(
 )
 
 
-async def forward(exchange: "Exchange", reply: Reply, send: Send) -> None:
+def forward(exchange: "Exchange", reply: Reply, send: Send) -> "CoroutineType[Any, Any, None]":
     """Send the answer on. Raises RefusedError while nothing of it was sent."""
-    if b"text/event-stream" in reply.header(b"content-type"):
-        await _forward_stream(exchange, reply, send)
-    else:
-        await _forward_whole(exchange, reply, send)
+    is_stream = b"text/event-stream" in reply.header(b"content-type")
+    return _forward_stream(exchange, reply, send) if is_stream else _forward_whole(exchange, reply, send)
 
 
 async def _forward_whole(exchange: "Exchange", reply: Reply, send: Send) -> None:
@@ -47,14 +46,14 @@ async def _forward_whole(exchange: "Exchange", reply: Reply, send: Send) -> None
     if body is not None and status == 200 and exchange.endpoint == GENERATE:
         body = replies.with_output(body)
         data = replies.encode(body)
+    headers, has_body = forwarded(reply.headers), status not in (204, 304)
+    promise = exchange.promise(status, headers, data) if has_body else None
     if status < 400:
-        exchange.finish("ok", status, body)
+        exchange.finish("ok", status, body, then=promise)
     else:
-        exchange.finish("upstream_error", status, body, error=_error_of(body, status))
-    if status in (204, 304):
-        return await exchange.send_whole(send, status, forwarded(reply.headers), None)
-    headers = forwarded(reply.headers)
-    return None if exchange.answer(status, headers, data) else await exchange.send_whole(send, status, headers, data)
+        exchange.finish("upstream_error", status, body, error=_error_of(body, status), then=promise)
+    if promise is None:
+        await exchange.send_whole(send, status, headers, data if has_body else None)
 
 
 async def _forward_stream(exchange: "Exchange", reply: Reply, send: Send) -> None:

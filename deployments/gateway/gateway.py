@@ -72,8 +72,10 @@ class Gateway:
         """Count the tokens of an answer, for all and for its key."""
         if not isinstance(usage, dict):
             return
-        counts = [usage.get(new, usage.get(old, 0)) for new, old in _TOKENS]
-        prompt, completion = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
+        prompt = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+        completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
+        prompt = prompt if isinstance(prompt, int) and prompt > 0 else 0
+        completion = completion if isinstance(completion, int) and completion > 0 else 0
         self.metrics.note_tokens(prompt, completion)
         if key is not None:
             self.budgets.charge(key.name, prompt + completion, time.time())
@@ -176,9 +178,6 @@ class Gateway:
             files.write_json(self._usage_file, self.budgets.to_json())
         except OSError as error:
             logger.warning("can't keep today's token counts in %s: %s", self._usage_file, error)
-
-
-_TOKENS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
 
 def _own_lite(settings: Settings) -> "LiteProcesses":

@@ -46,7 +46,7 @@ def read_head(headers: list[tuple[bytes, bytes]]) -> Head:
 
 async def read_body(receive: Receive, declared_bytes: int, limit_bytes: int) -> bytes:
     """Read the body whole. Raises RefusedError when it is too large, HungUpError."""
-    _check_size(declared_bytes, limit_bytes)
+    check_size(declared_bytes, limit_bytes)
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -55,13 +55,14 @@ async def read_body(receive: Receive, declared_bytes: int, limit_bytes: int) -> 
             raise HungUpError
         piece = message.get("body", b"")
         size += len(piece)
-        _check_size(size, limit_bytes)
+        check_size(size, limit_bytes)
         if not message.get("more_body", False):
             return b"".join((*pieces, piece)) if pieces else piece
         pieces.append(piece)
 
 
-def _check_size(size: int, limit_bytes: int) -> None:
+def check_size(size: int, limit_bytes: int) -> None:
+    """Raise RefusedError for a body that is too large."""
     if size > limit_bytes:
         message = f"the body exceeds {limit_bytes} bytes: shorten it, or raise GATEWAY_MAX_BODY_BYTES"
         raise RefusedError(413, message, "body_too_large")

@@ -6,19 +6,21 @@ Adds: a bound on the size of a request's head (431), a time limit for it (a conn
 it wants is closed), errors in OpenAI's shape, word of a client that hangs up at once instead of by a task
 per request that waits for it, and requests that offer another protocol beside HTTP/1.1 (`Upgrade: h2c`, which
 Java's HttpClient sends) are served as if they did not, as RFC 9110, 7.8 asks. Trailers of a chunked body are
-bounded as a head is, and dropped; answers to HTTP/1.0 are not chunked, which it does not know.
+bounded as a head is, and dropped; answers to HTTP/1.0 are not chunked, which it does not know. Idle connections are
+closed by the look that is taken at all of them once a second: a timer for each answer cost more than its parsing.
 
 Ring: edge (network).  Units: bytes, seconds.
 """
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import httptools
 from starlette.types import Message, Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from deployments.gateway import replies
 from deployments.gateway.wire import Headers
@@ -71,9 +73,11 @@ class ClientConnection(HttpToolsProtocol):
     head_timeout_s = 30.0
 
     on_hang_up: Callable[[], None] | None = None
+    _keep_promise: Callable[[], None] | None = None
     _head_bytes = 0
     _head_since: float | None = None
     _rest_since: float | None = None
+    _idle_since: float | None = None
     _too_large = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,7 +89,9 @@ class ClientConnection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         if self._head_since is not None:
             self._head_bytes += len(data)
-        self._unset_keepalive_if_required()
+        if self._keep_promise is not None:
+            self._keep_promise()
+        self._idle_since = None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -139,6 +145,17 @@ class ClientConnection(HttpToolsProtocol):
             self.flow.pause_reading()
         cycle.message_event.set()
 
+    def on_response_complete(self) -> None:
+        """An answer is sent. As uvicorn's, less its timer: see close_if_slow."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = self.loop.time()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape; the message is for the log."""
         self.logger.warning(msg)
@@ -147,45 +164,71 @@ class ClientConnection(HttpToolsProtocol):
         else:
             self._refuse(400, "Bad Request", "this is no HTTP/1.1 request", "bad_request")
 
+    def shutdown(self) -> None:
+        """See uvicorn: the server stops."""
+        if self._keep_promise is not None:
+            self._keep_promise()
+        super().shutdown()
+
     def abort(self) -> None:
         """Cut the connection at once, whatever is still to be sent."""
         self.transport.abort()
 
-    def answer(self, scope: Scope, status: int, headers: Headers, body: bytes) -> bool:
-        """Send a whole answer in one write; uvicorn looks at each header twice and is awaited twice for it.
+    def take_body(self, scope: Scope) -> bytes | None:
+        """Return the body when all of it is here, as most are before their request is looked at; else None."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        self.flow.resume_reading()  # a hang-up is read, too
+        return body
 
-        False, with nothing sent, where uvicorn has more to do: another request's turn, a client that reads slowly or
-        wants the connection closed.
+    def promise(
+        self, scope: Scope, status: int, headers: Headers, body: bytes, keep: Callable[[], None]
+    ) -> Callable[[], None] | None:
+        """Return what sends a whole answer in one write: uvicorn looks at each header twice and is awaited twice.
+
+        The answer counts as given from here on: who gets the promise has to keep it in this turn of the loop.
+        None where uvicorn has more to do: another request's turn, a client that reads slowly or wants the connection
+        closed.
 
         Args:
             scope: of the request.
             status: of the answer; one that has a body.
             headers: without `content-length` and `connection`.
             body: all of it.
+            keep: has the promise kept at once, which what happens on the connection before that waits for.
         """
         cycle = self.cycle
         if cycle is None or cycle.scope is not scope or cycle.response_started or cycle.disconnected:
-            return False
+            return None
         if not cycle.keep_alive or self.flow.write_paused or self.transport.is_closing():
-            return False
+            return None
         lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
         head = b"%bcontent-length: %d\r\n%b\r\n" % (STATUS_LINE[status], len(body), b"".join(lines))
         if head.count(b"\n") != len(lines) + 3:
             raise ValueError("a line end in a header of the answer")
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False
-        self.transport.write(head + body)
+        self._keep_promise = keep
+        return partial(self._send, cycle, head + body)
+
+    def _send(self, cycle: RequestResponseCycle, data: bytes) -> None:
+        self._keep_promise = None
+        if not self.transport.is_closing():
+            self.transport.write(data)
         cycle.message_event.set()
-        cycle.on_response()
-        return True
+        self.on_response_complete()  # not the cycle's, which uvicorn takes from a request whose task has ended
 
     def hold_head(self) -> None:
         """Send the answer's head with the first piece of its body."""
         self.transport.holds_next = True  # type: ignore[attr-defined]  # see connection_made
 
     def close_if_slow(self, now: float) -> None:
-        """Close a connection on which a request's head takes too long, or the rest of a body that was answered."""
-        has_rest = self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None
+        """Close a connection that is idle for too long, or on which a head or the rest of an answered body is slow."""
+        if self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive:
+            self.transport.close()
+        has_rest = self.cycle is not None and self.cycle.response_complete and self._idle_since is None
         has_rest = has_rest and not self.transport.is_closing()  # then it is the client's turn: it reads
         self._rest_since = (self._rest_since or now) if has_rest else None
         since = self._head_since or self._rest_since

@@ -43,24 +43,21 @@ class Pool:
         Raises ConnectFailedError, BrokenReplyError, SilentServerError.
         """
         loop = asyncio.get_running_loop()
-        kept = self._take(loop.time())
-        if kept is not None:
+        connection = self._take(loop.time())
+        while True:
+            is_kept = connection is not None
+            reply = (connection or await self._connect(loop)).ask(data)
+            if watch is not None:
+                watch(reply)
             try:
-                return await self._start(kept, data, watch)
-            except StaleConnectionError:
-                pass
-        return await self._start(await self._connect(loop), data, watch)
-
-    async def _start(self, connection: Connection, data: bytes, watch: Callable[[Reply], None] | None) -> Reply:
-        reply = connection.ask(data)
-        if watch is not None:
-            watch(reply)
-        try:
-            await reply.start()
-        except BaseException:  # also a cancelled task: whoever never got the reply can't close it
-            reply.close()
-            raise
-        return reply
+                await reply.start()
+            except BaseException as error:  # also a cancelled task: whoever never got the reply can't close it
+                reply.close()
+                if not is_kept or not isinstance(error, StaleConnectionError):
+                    raise
+                connection = None
+            else:
+                return reply
 
     def _take(self, now: float) -> Connection | None:
         while self._idle:

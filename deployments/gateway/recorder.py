@@ -1,6 +1,7 @@
 """One trace per request, written before the client sees the end of its answer.
 
     Recording.finish() -> a record's fields -> one O_APPEND write to the trace file -> (Redis, when set)
+    Recording.finish(then=send) -> one write for all that end in this turn of the loop -> send() each answer
 
 A trace is in the file before the last byte of its answer is sent, so a SIGKILL of the gateway loses
 no trace of a request that was answered; what a power cut may cost is GATEWAY_TRACE_FSYNC_MS. The
@@ -16,6 +17,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -100,8 +102,14 @@ class Recording:
         *,
         error: str | None = None,
         stream: Json | None = None,
+        then: Callable[[], None] | None = None,
     ) -> None:
-        """Write the trace. A second call is ignored: the first outcome is the one that counts."""
+        """Write the trace. A second call is ignored: the first outcome is the one that counts.
+
+        With `then` it is written before this turn of the loop is over, with those of other requests, and `then` is
+        called: it must not raise.
+        """
+        assert then is None or not self.finished, "nobody would send the answer"
         if self.finished:
             return
         self.finished = True
@@ -109,6 +117,8 @@ class Recording:
         sampled = is_sampled(self.trace_id, self._recorder.sample_rate)
         if not sampled and rate < 1.0:
             self._recorder.num_sampled_out += 1
+            if then is not None:
+                then()
             return
         self._recorder.write(
             {  # the fields of a TraceRecord: making one costs more than all the rest of this
@@ -138,7 +148,8 @@ class Recording:
                 "redactions": None,
                 "replayed": False,
                 "version": VERSION,
-            }
+            },
+            then,
         )
 
     def _now_us(self) -> int:
@@ -164,6 +175,8 @@ class Recorder:
         self._redactor = _redactor(self._traces)
         self._backlog, self._waiting = Backlog(settings.queue_path), BacklogState()
         self._tasks: list[asyncio.Task[None]] = []
+        self._lines: list[bytes] = []  # to be written in this turn of the loop,
+        self._owed: list[Callable[[], None]] = []  # and what is to be called then
         self._shipper = self._direct = None
         if settings.redis_url:
             from deployments.gateway.shipper import Shipper  # and with it redis
@@ -205,8 +218,11 @@ class Recorder:
         """Start the clock of one request."""
         return Recording(self, endpoint)
 
-    def write(self, record: Json) -> None:
-        """Append a record, without its secrets. A full disk delays the trace, never the answer."""
+    def write(self, record: Json, then: Callable[[], None] | None = None) -> None:
+        """Append a record, without its secrets. A full disk delays the trace, never the answer.
+
+        With `then` the write waits for others of this turn of the loop: a system call costs more than a record.
+        """
         if self._traces.bodies == "none":
             record = _without_bodies(record)
         redacted = self._redactor.redact(record)
@@ -216,9 +232,26 @@ class Recorder:
         except (ValueError, RecursionError) as error:  # nests deeper than JSON is written
             logger.error("trace %s keeps its metadata only (%s)", record["trace_id"], type(error).__name__)
             line = line_of(_without_bodies(redacted))
-        self._file.append(line)
-        if self._settings.fsync_ms == ALWAYS:
-            self._sync(self._segments.sync_handles())
+        self._lines.append(line)
+        if then is None:
+            self.flush()
+        else:
+            if not self._owed:
+                asyncio.get_running_loop().call_soon(self.flush)
+            self._owed.append(then)
+
+    def flush(self) -> None:
+        """Write what was kept for this turn of the loop, and have its answers sent."""
+        if not self._lines:
+            return
+        lines, self._lines, owed, self._owed = self._lines, [], self._owed, []
+        try:
+            self._file.append(*lines)
+            if self._settings.fsync_ms == ALWAYS:
+                self._sync(self._segments.sync_handles())
+        finally:
+            for send in owed:
+                send()
 
     def counts(self) -> dict[str, Any]:  # Any: numbers and flags
         """Return what /health shows of the traces."""
@@ -244,6 +277,7 @@ class Recorder:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.flush()
         self._file.give_up()
         if self._shipper:
             await self._shipper.stop()

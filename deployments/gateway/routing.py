@@ -11,7 +11,7 @@ Ring: pure.  Units: characters.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deployments.gateway.fast_json import loads
@@ -60,6 +60,11 @@ class Choice:
 
     route: Route
     reason: str
+    headers: tuple[tuple[bytes, bytes], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        said = (b"x-tatara-route", self.route.encode()), (b"x-tatara-reason", self.reason.encode())
+        object.__setattr__(self, "headers", said)
 
 
 def read_ask(endpoint: str, raw: bytes) -> Ask:
@@ -143,9 +148,13 @@ def _single_turn(messages: Any) -> str | None:  # Any: whatever the client sent
     """Return the text of [user] or [system, user], or None for anything longer or richer."""
     if not isinstance(messages, list) or not 1 <= len(messages) <= 2:
         return None
+    if len(messages) == 1:
+        only = messages[0]
+        text = only.get("content") if isinstance(only, dict) and only.get("role") == "user" else None
+        return text if isinstance(text, str) else None
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     texts = [message.get("content") if isinstance(message, dict) else None for message in messages]
-    if roles not in (["user"], ["system", "user"], ["developer", "user"]):
+    if roles not in (["system", "user"], ["developer", "user"]):
         return None
     known = [text for text in texts if isinstance(text, str)]
     return "".join(known) if len(known) == len(texts) else None

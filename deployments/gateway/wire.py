@@ -66,7 +66,7 @@ class Reply:
     @property
     def is_waiting(self) -> bool:
         """Whether someone waits for the server, not the other way round."""
-        return self._waiter is not None
+        return self._waiter is not None and not self._waiter.done()  # done: who waited was cancelled
 
     @property
     def has_more(self) -> bool:
@@ -132,12 +132,10 @@ class Reply:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _wait(self) -> "asyncio.Future[None]":
+        """Return what to await; no coroutine, which would be one more to go through."""
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     def add(self, piece: bytes) -> bool:
         """Take a piece of the body; say whether the connection is to pause reading. For Connection."""

@@ -1,6 +1,6 @@
 """Append to the queue, or hold lines in memory while the disk takes no writes.
 
-    HoldingWriter.append(line) -> SegmentWriter, one write
+    HoldingWriter.append(lines) -> SegmentWriter, one write
                                -> disk full: held, in order -> appended as soon as a write succeeds
 
 A full disk costs nothing until the hold is full as well; then the newest line is lost and counted.
@@ -12,6 +12,7 @@ Ring: edge (disk).  Units: bytes, seconds.
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from tasks.traces.segments import SegmentWriter
 
@@ -38,10 +39,11 @@ class HoldingWriter:
         """Lines in memory that the disk has not taken yet."""
         return len(self._held)
 
-    def append(self, line: bytes) -> None:
-        """Write the line after all that is held; hold it when that can't be."""
-        if (self._held and not self.flush()) or not self._write([line]):
-            self._hold(line)
+    def append(self, *lines: bytes) -> None:
+        """Write the lines, all in one write, after all that is held; hold them when that can't be."""
+        if (self._held and not self.flush()) or not self._write(lines):
+            for line in lines:
+                self._hold(line)
 
     def flush(self) -> bool:
         """Try to write some of what is held; True when nothing is held any more."""
@@ -74,7 +76,7 @@ class HoldingWriter:
             self._held.clear()
             self.held_bytes = 0
 
-    def _write(self, lines: list[bytes]) -> bool:
+    def _write(self, lines: Sequence[bytes]) -> bool:
         try:
             self._writer.append(lines)
         except OSError as error:

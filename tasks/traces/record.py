@@ -202,9 +202,9 @@ def uuid7(moment_us: int, entropy: int) -> str:
     '018bcfe5-6800-7800-8000-000000000000'
     """
     millis, micros = divmod(moment_us, 1000)
-    value = (millis & (1 << 48) - 1) << 80 | 7 << 76 | (micros * 4096 // 1000) << 64 | 2 << 62 | entropy & (1 << 62) - 1
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    high, low = 2 << 14 | entropy >> 48 & 0x3FFF, entropy & (1 << 48) - 1
+    millis &= (1 << 48) - 1
+    return f"{millis >> 16:08x}-{millis & 0xFFFF:04x}-7{micros * 4096 // 1000:03x}-{high:04x}-{low:012x}"
 
 
 def is_sampled(trace_id: str, rate: float) -> bool:
@@ -213,7 +213,7 @@ def is_sampled(trace_id: str, rate: float) -> bool:
     >>> is_sampled("018bcfe5-6800-7800-8000-000000000000", 1.0), is_sampled("x", 0.0)
     (True, False)
     """
-    return zlib.crc32(trace_id.encode()) < rate * 2**32
+    return rate >= 1.0 or zlib.crc32(trace_id.encode()) < rate * 2**32
 
 
 def as_replayed(line: bytes) -> bytes:

@@ -96,17 +96,18 @@ class Redactor:
 
     def _may_match(self, todo: list[Any]) -> bool:  # Any: JSON values
         """Skim these objects and lists: most hold nothing that looks like it, and are done with this."""
+        plain_names, is_short_suspect, is_suspect = self._plain_names, self._is_short_suspect, self._is_suspect
         while todo:
             value = todo.pop()
-            if value.__class__ is dict:
-                if not value.keys() <= self._plain_names and self._is_name_suspect(value):
+            if type(value) is dict:
+                if not plain_names.issuperset(value) and self._is_name_suspect(value):
                     return True
                 value = value.values()
             for item in value:
-                kind = item.__class__
+                kind = type(item)
                 if kind is str:
                     size = len(item)
-                    if size >= _SHORTEST and (self._is_short_suspect if size <= _SHORT else self._is_suspect)(item):
+                    if size >= _SHORTEST and (is_short_suspect if size <= _SHORT else is_suspect)(item):
                         return True
                 elif kind is dict or kind is list:
                     todo.append(item)

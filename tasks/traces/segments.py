@@ -78,6 +78,7 @@ class SegmentWriter:
 
     def __init__(self, path: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.path = path
+        self._name = str(path)  # what the system calls take: a Path is turned into it each time
         self._segment_bytes = segment_bytes
         self._fd = -1
         self._inode = 0
@@ -132,7 +133,7 @@ class SegmentWriter:
                 self._open()
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             try:
-                found = os.stat(self.path)  # noqa: PTH116 - half the time of Path.stat
+                found = os.stat(self._name)  # noqa: PTH116 - half the time of Path.stat
                 if found.st_ino == self._inode:
                     return found.st_size
             except FileNotFoundError:

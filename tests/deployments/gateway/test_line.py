@@ -1,5 +1,6 @@
 """The client's side of a connection, over raw sockets: what clients other than Python's send is answered, too."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -8,8 +9,12 @@ import subprocess
 import time
 
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from deployments.gateway.line import LINE, ClientConnection
+from deployments.gateway.server import Server
 
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"  # Java's
 LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -269,3 +274,83 @@ def test_a_compressed_body_is_refused_by_its_name(gateway):
     assert (status, json.loads(raw)["error"]["code"]) == (415, "unsupported_encoding")
     assert headers["accept-encoding"] == "identity"
     assert gateway.post("/v1/chat/completions", b"{", {"content-encoding": "identity"})[0] == 400
+
+
+def test_an_idle_connection_is_closed_after_its_time_and_not_before():
+    async def run():
+        config = uvicorn.Config(
+            say_ok, http=ClientConnection, loop="asyncio", lifespan="off", log_config=None, timeout_keep_alive=2
+        )
+        server = Server(config, 0.0, lambda: None)
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for pause_s in (1.2, 1.2, 0.0):  # it counts from the latest answer
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200 OK" in await reader.readuntil(b"ok")
+            await asyncio.sleep(pause_s)
+        began = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 8) == b""
+        assert 1.5 < time.monotonic() - began < 6
+        server.should_exit = True
+        await serving
+
+    async def say_ok(scope, receive, send):
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    asyncio.run(run())
+
+
+def test_what_comes_after_an_answer_was_promised_waits_for_it():
+    class Told(asyncio.Transport):
+        """Takes what is written; a socket would hide the moment at which it is."""
+
+        def __init__(self):
+            super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+            self.got, self.is_cut = b"", False
+
+        def write(self, data):
+            self.got += data
+
+        def is_closing(self):
+            return self.is_cut
+
+        def close(self):
+            self.is_cut = True
+
+        def resume_reading(self):
+            pass
+
+    async def promise_and(then):
+        promised = []
+
+        async def app(scope, receive, send):
+            line = scope["extensions"][LINE]
+            assert line.take_body(scope) == b"{}"
+            promised.append(line.promise(scope, 200, [(b"x-y", b"z")], b"answer", lambda: promised[0]()))
+            assert line.promise(scope, 200, [], b"another", bool) is None
+
+        config = uvicorn.Config(app, http=ClientConnection, lifespan="off", log_config=None, loop="asyncio")
+        config.load()
+        line, transport = ClientConnection(config, uvicorn.server.ServerState(), {}), Told()
+        line.connection_made(transport)
+        line.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        await asyncio.sleep(0.01)
+        assert (len(promised), transport.got) == (1, b"")
+        then(line)
+        if not transport.got:  # nothing asked for it
+            promised[0]()
+        return transport.got
+
+    def lose(line):
+        line.transport._transport.is_cut = True
+        line.connection_lost(ConnectionResetError())
+
+    whole = b"x-y: z\r\n\r\nanswer"
+    assert asyncio.run(promise_and(bool)).endswith(whole)
+    said = asyncio.run(promise_and(lambda line: line.data_received(b"no http\r\n\r\n")))
+    assert 0 < said.find(whole) < said.find(b" 400 ")
+    assert asyncio.run(promise_and(ClientConnection.shutdown)).endswith(whole)
+    assert asyncio.run(promise_and(lose)) == b""

@@ -1,5 +1,6 @@
 """The recorder by itself: clock jumps, fsync, settings; no gateway process."""
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -87,3 +88,43 @@ def test_settings_of_traces_are_named_when_they_are_wrong(tmp_path):
 def test_the_documentation_shows_the_settings():
     text = (Path(__file__).parents[3] / "docs" / "traces.md").read_text()
     assert trace_settings_table() in text
+
+
+def test_traces_of_one_turn_of_the_loop_are_one_write_and_come_before_their_answers(tmp_path):
+    queue, seen = tmp_path / "q.jsonl", []
+    made = Recorder(Settings(queue_path=queue), TraceSettings())
+    made.open()
+
+    def ids():
+        return [from_line(line).trace_id for line in queue.read_bytes().splitlines()]
+
+    async def run():
+        recordings = [made.begin("/v1/chat/completions") for _ in range(4)]
+        for recording in recordings[:2]:
+            recording.finish("ok", 200, then=lambda: seen.append(ids()))
+        assert (ids(), seen) == ([], [])
+        await asyncio.sleep(0)
+        first = [recording.trace_id for recording in recordings[:2]]
+        assert (ids(), seen) == (first, [first, first])  # both are there before the first answer goes
+        recordings[2].finish("ok", 200, then=lambda: seen.append(ids()))
+        recordings[3].finish("ok", 200)  # nobody sends its answer later: it is written at once, and what waits with it
+        assert ids() == [recording.trace_id for recording in recordings]
+        assert seen[2:] == [ids()]
+        await asyncio.sleep(0)
+        assert len(seen) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_an_answer_is_sent_though_its_trace_is_left_out(tmp_path, rate):
+    made = Recorder(Settings(queue_path=tmp_path / "q.jsonl"), TraceSettings(sample_rate=rate))
+    made.open()
+    seen = []
+
+    async def run():
+        made.begin("/v1/chat/completions").finish("ok", 200, then=lambda: seen.append("sent"))
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert (seen, made.num_sampled_out) == (["sent"], 1 - rate)

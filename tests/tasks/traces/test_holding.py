@@ -68,6 +68,17 @@ def test_only_what_overflows_the_hold_is_lost_and_counted(disk, limits):
     assert disk.path.read_bytes() == b"0\n1\n"
 
 
+def test_lines_that_come_together_are_one_write_and_are_held_one_by_one(disk):
+    writer = patient(disk, max_lines=2)
+    writer.append(b"0\n", b"1\n")
+    disk.full = True
+    writer.append(b"2\n", b"3\n", b"4\n")
+    assert (writer.num_written, writer.num_held, writer.num_lost) == (2, 2, 1)
+    disk.full = False
+    assert flush(writer)
+    assert disk.path.read_bytes() == b"0\n1\n2\n3\n"
+
+
 def test_at_the_end_what_is_held_is_written_or_counted_as_lost(disk):
     writer = patient(disk)
     disk.full = True
