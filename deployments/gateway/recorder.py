@@ -251,7 +251,10 @@ class Recorder:
                 self._sync(self._segments.sync_handles())
         finally:
             for send in owed:
-                send()
+                try:
+                    send()
+                except Exception:  # of one client: the others wait for theirs
+                    logger.exception("an answer could not be sent")
 
     def counts(self) -> dict[str, Any]:  # Any: numbers and flags
         """Return what /health shows of the traces."""
