@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -105,6 +106,21 @@ class RotatingLog:
         self._handle = self._path.open("ab", buffering=0)
 
 
+def _wait(child: "subprocess.Popen[bytes]") -> int:
+    """Return the child's code, looking up once a second.
+
+    Not `child.wait()`: a signal that the kernel gives to the other thread, or that comes just before the system call,
+    does not interrupt it, and Python would run our handler when the service has ended by itself.
+    """
+    handle = os.pidfd_open(child.pid)
+    try:
+        while child.poll() is None:
+            select.select([handle], [], [], 1.0)
+    finally:
+        os.close(handle)
+    return child.returncode
+
+
 class Supervisor:
     """One service and what became of it."""
 
@@ -157,7 +173,7 @@ class Supervisor:
         if self._stopping.is_set():
             self._child.terminate()
         self._write(state="running", child=self._child.pid, restarts=restarts, why="")
-        return self._child.wait()
+        return _wait(self._child)
 
     def _stop(self) -> None:
         self._stopping.set()

@@ -1,5 +1,6 @@
 """A service that dies is started again, with pauses, and not for ever; its log stays small and whole."""
 
+import ctypes
 import json
 import os
 import signal
@@ -84,6 +85,15 @@ def test_sigterm_ends_the_service_in_order(start, tmp_path: Path):
     process.terminate()
     assert process.wait(20) == 0
     assert not runs(child) and (tmp_path / "log").read_text() == "up\nbye\n"
+
+
+def test_a_signal_that_another_thread_gets_is_obeyed(start, tmp_path: Path):
+    """The kernel gives SIGTERM to any thread when one for the first is on its way."""
+    process = start(SLEEPS)
+    child = _child(tmp_path)
+    (other,) = {int(each.name) for each in Path(f"/proc/{process.pid}/task").iterdir()} - {process.pid}
+    ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM)
+    assert process.wait(20) == 0 and not runs(child)
 
 
 def test_a_killed_supervisor_takes_the_service_with_it(start, tmp_path: Path):
