@@ -241,10 +241,16 @@ class FileQueue:
             except FileNotFoundError:
                 return None
             number = active_number(self.path)
-            same = self.path.exists() and self.path.stat().st_ino == os.fstat(handle.fileno()).st_ino
-            if same and max(sealed_segments(self.path), default=0) < self._next[0]:
+            if self._is_active(handle) and max(sealed_segments(self.path), default=0) < self._next[0]:
                 return self._checked(handle, number), False
             handle.close()  # sealed between two looks
+
+    def _is_active(self, handle: BinaryIO) -> bool:
+        """Say whether this is still the segment that is written to: a writer may have sealed it meanwhile."""
+        try:
+            return self.path.stat().st_ino == os.fstat(handle.fileno()).st_ino
+        except FileNotFoundError:
+            return False
 
     def _checked(self, handle: BinaryIO, number: int) -> BinaryIO:
         """Meet files that a person removed or cut: go on at what is there, and say so."""
