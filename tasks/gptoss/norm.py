@@ -12,16 +12,13 @@ from tasks.gptoss.fused import fused
 @fused
 def normed(x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Return gpt-oss's RMS norm of x, in x's dtype."""
-    wide = x_NH.float()
-    return (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)
+    return _norm(x_NH, weight_H, epsilon)
 
 
 @fused
 def norm_wide(x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float, num_more: int) -> torch.Tensor:
     """Return [norm(x) | 1 | 0] with `num_more` columns behind norm(x)."""
-    wide = x_NH.float()
-    normed_NH = (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)
-    return torch.cat((normed_NH, pad(x_NH.new_ones(len(x_NH), 1), (0, num_more - 1))), dim=1)
+    return torch.cat((_norm(x_NH, weight_H, epsilon), pad(x_NH.new_ones(len(x_NH), 1), (0, num_more - 1))), dim=1)
 
 
 @fused
@@ -30,8 +27,7 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum in x's dtype, and the norm of that."""
     sum_NH = x_NH + more_NH
-    wide = sum_NH.float()
-    return sum_NH, (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)
+    return sum_NH, _norm(sum_NH, weight_H, epsilon)
 
 
 @fused
@@ -44,3 +40,8 @@ def norm_back(
     inner = slope_NH.float() * weight_H.float()
     slope = root_N1 * inner - wide * root_N1**3 * (wide * inner).mean(-1, keepdim=True)
     return (slope + other_NH.float()).to(x_NH.dtype)
+
+
+def _norm(x_NH: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x_NH.float()
+    return (weight_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon))).to(x_NH.dtype)

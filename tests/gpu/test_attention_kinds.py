@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssForCausalLM
 
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.forward import flash_attention
+from tests.gpu.small import small_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTHS = (300, 129, 211)
@@ -15,17 +16,11 @@ LENGTHS = (300, 129, 211)
 
 def make_model(kind: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    config = GptOssConfig(
+    config = small_config(
         num_hidden_layers=4,
         num_local_experts=4,
         num_experts_per_tok=4,  # every expert: no choice that rounding could tip over
         vocab_size=512,
-        hidden_size=256,
-        intermediate_size=256,
-        head_dim=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        sliding_window=128,
         initializer_range=0.05,
     )
     model = GptOssForCausalLM(config).to("cuda", dtype)

@@ -9,6 +9,7 @@ from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.embedding import rest_embedding
 from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
 from tasks.train.loss import fuse_head
+from tests.gpu.small import small_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TARGETS = {
@@ -20,23 +21,10 @@ TARGETS = {
 def make(rank: int):
     """A small gpt-oss with an adapter that says something, in float32 whose values bfloat16 can hold."""
     from peft import LoraConfig, get_peft_model
-    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers import GptOssForCausalLM
 
     torch.manual_seed(0)
-    config = GptOssConfig(
-        num_hidden_layers=3,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=256,
-        head_dim=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        sliding_window=128,
-        pad_token_id=1,
-        eos_token_id=0,
-    )
+    config = small_config()
     config._attn_implementation = "eager"
     model = get_peft_model(GptOssForCausalLM(config), LoraConfig(r=rank, lora_alpha=2 * rank, **TARGETS)).cuda()
     for name, weight in model.named_parameters():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.gpu.small import small_config
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -34,25 +36,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer, models
-    from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+    from transformers import GptOssForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
-    config = GptOssConfig(
-        num_hidden_layers=4,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=256,
-        head_dim=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        sliding_window=128,
-        pad_token_id=1,
-        eos_token_id=0,
-    )
-    GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    GptOssForCausalLM(small_config(num_hidden_layers=4)).to(torch.bfloat16).save_pretrained(folder / "base")
     words = {"<eos>": 0, "<pad>": 1, **{str(index): index for index in range(2, 64)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(

@@ -5,7 +5,6 @@ import contextlib
 import gzip
 import json
 import socket
-import subprocess
 import time
 
 import pytest
@@ -167,12 +166,14 @@ def test_any_messages_are_taken_apart_as_without_the_offer(gateway, messages, da
 
 
 def test_curl_asks_for_http_2_and_is_answered(gateway):
-    argv = ["curl", "-s", "--http2", "-d", '{"model": "m-7", "messages": []}', f"{gateway.url}/v1/chat/completions"]
-    features = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
-    if "HTTP2" not in features:
-        pytest.skip("this curl knows no HTTP/2")
-    done = subprocess.run([*argv, "--next", *argv[1:]], capture_output=True, text=True, timeout=20, check=True)
-    assert done.stdout.count('"model": "m-7"') == 2
+    """The bytes that curl 7.88.1 sends with --http2, twice on one connection."""
+    body = b'{"model": "m-7", "messages": []}'
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8001\r\nUser-Agent: curl/7.88.1\r\nAccept: */*\r\n"
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+        b"Content-Length: %d\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\n" % len(body)
+    )
+    assert summary(talk(gateway, head + body, head + body, LAST))[:2] == [(200, "m-7"), (200, "m-7")]
 
 
 def test_a_stream_to_an_http_1_0_client_is_not_chunked_and_ends_with_the_connection(gateway):

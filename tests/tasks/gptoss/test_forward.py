@@ -62,6 +62,15 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def require_same(ours: Any, pefts: Any) -> None:
+    """Logits, and the gradient of each weight that has one."""
+    torch.testing.assert_close(ours[0], pefts[0], rtol=1e-5, atol=1e-5)
+    assert ours[1].keys() == pefts[1].keys() and ours[1]
+    for name, gradient in ours[1].items():
+        scale = pefts[1][name].abs().max()
+        torch.testing.assert_close(gradient / scale, pefts[1][name] / scale, rtol=0, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize(
     "options",
@@ -69,13 +78,8 @@ def run(model: PeftModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids=["all", "apart", "eager", "recompute", "plain"],
 )
 def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):
-    expected, expected_grads = run(stock(adapted(settings)))
-    logits, grads = run(with_kernels(adapted(settings), **options))
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert grads.keys() == expected_grads.keys() and grads
-    for name, gradient in grads.items():
-        scale = expected_grads[name].abs().max()
-        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+    expected = run(stock(adapted(settings)))
+    require_same(run(with_kernels(adapted(settings), **options)), expected)
 
 
 def test_switched_off_adapters_leave_the_base():
@@ -140,15 +144,10 @@ NOT_PLAIN = {
 @pytest.mark.parametrize("settings", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
 def test_a_layer_that_is_not_plain_is_not_joined_and_learns_all_that_peft_lets_it(settings: dict[str, Any]):
     settings = {"target_modules": ATTENTION, **settings}
-    expected, expected_grads = run(stock(adapted(settings).eval()))
+    expected = run(stock(adapted(settings).eval()))
     model = with_kernels(adapted(settings).eval())
     assert not any(hasattr(layer, "joint") for layer in find_decoder(model).layers)
-    logits, grads = run(model)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert grads.keys() == expected_grads.keys() and grads
-    for name, gradient in grads.items():
-        scale = expected_grads[name].abs().max()
-        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+    require_same(run(model), expected)
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["in place", "safe"])
@@ -215,18 +214,13 @@ CHECKPOINTED = {
 
 @pytest.mark.parametrize("settings", CHECKPOINTED.values(), ids=CHECKPOINTED.keys())
 def test_layers_that_are_made_again_in_the_backward_pass_learn_the_same(settings: dict[str, Any]):
-    expected, expected_grads = run(stock(adapted(settings)))
+    expected = run(stock(adapted(settings)))
     model, era = adapted(settings), Era()
     with_kernels(model, join=False, era=era)
     join_layers(model, era=era)
     make_again(model)
     era.begin()
-    logits, grads = run(model)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert grads.keys() == expected_grads.keys() and grads
-    for name, gradient in grads.items():
-        scale = expected_grads[name].abs().max()
-        torch.testing.assert_close(gradient / scale, expected_grads[name] / scale, rtol=0, atol=1e-5, msg=name)
+    require_same(run(model), expected)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "made again"])
