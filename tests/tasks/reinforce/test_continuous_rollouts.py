@@ -13,7 +13,7 @@ from tests.tasks.reinforce import runs
 
 pytestmark = pytest.mark.long
 
-SPEC = change(runs.SPEC, {"rollouts": "continuous", "rows_per_device": 16})
+SPEC = change(runs.SPEC, {"rollouts": "continuous", "rows_per_device": 16, "rewards": runs.DYING})
 
 
 @pytest.fixture(scope="module")

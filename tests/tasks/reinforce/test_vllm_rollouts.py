@@ -17,7 +17,7 @@ from tests.tasks.reinforce import runs
 
 pytestmark = pytest.mark.long
 
-SPEC = change(runs.SPEC, {"rollouts": "vllm", "vllm_memory_share": 0.1})
+SPEC = change(runs.SPEC, {"rollouts": "vllm", "vllm_memory_share": 0.1, "rewards": runs.DYING})
 
 
 @pytest.fixture(scope="module")
