@@ -145,6 +145,12 @@ class ClientConnection(HttpToolsProtocol):
             self.flow.pause_reading()
         cycle.message_event.set()
 
+    def on_message_complete(self) -> None:
+        """Parser: a request is whole."""
+        super().on_message_complete()
+        if self.cycle is not None and self.cycle.response_complete:
+            self._idle_since = self.loop.time()
+
     def on_response_complete(self) -> None:
         """An answer is sent. As uvicorn's, less its timer: see close_if_slow."""
         self.server_state.total_requests += 1
@@ -153,7 +159,7 @@ class ClientConnection(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        else:
+        elif self.cycle is None or not self.cycle.more_body:  # else the rest of its body is still to come
             self._idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:

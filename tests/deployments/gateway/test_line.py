@@ -233,15 +233,29 @@ def test_trailers_are_bounded_and_no_headers(start_gateway, upstream, make_key, 
 def test_what_stays_of_an_answered_body_has_a_time_limit(start_gateway, upstream):
     gateway = start_gateway(upstream.port, GATEWAY_BODY_TIMEOUT_S=1)
     head = b"POST /nowhere HTTP/1.1\r\nhost: x\r\n"
-    for first, rest in (
+    for packets in (
         (head + b"content-length: 9\r\n\r\n", b"1234"),
+        (head + b"content-length: 9\r\n\r\n1234",),  # it is here before the answer
+        (head + b"content-length: 9\r\n\r\n",),
         (head + b"transfer-encoding: chunked\r\n\r\n", b"4\r\n12"),
         (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n"),
     ):
         began = time.monotonic()
         with contextlib.suppress(ConnectionResetError):
-            assert len(answers(talk(gateway, first, rest, timeout_s=8))) == 1
+            assert len(answers(talk(gateway, *packets, timeout_s=8))) == 1
         assert time.monotonic() - began < 6
+
+
+@pytest.mark.long
+def test_a_connection_whose_body_came_whole_behind_its_answer_is_idle_and_not_slow(start_gateway, upstream):
+    gateway = start_gateway(upstream.port, GATEWAY_BODY_TIMEOUT_S=1)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
+        client.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1234")
+        first = client.recv(65536)
+        client.sendall(b"56789")
+        time.sleep(3.5)
+        client.sendall(LAST)
+        assert [status for status, *_ in answers(first + b"".join(iter(lambda: client.recv(65536), b"")))] == [404, 200]
 
 
 @pytest.mark.long
