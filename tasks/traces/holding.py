@@ -68,8 +68,10 @@ class HoldingWriter:
 
     def give_up(self) -> None:
         """Count what is still held as lost: the process ends."""
-        while self._held and self.flush():
-            pass
+        num_held, self._try_at = 0, 0.0
+        while self._held and len(self._held) != num_held:  # a flush writes some of it
+            num_held = len(self._held)
+            self.flush()
         if self._held:
             self.num_lost += len(self._held)
             logger.error("lost %d traces that %s never took", len(self._held), self._writer.path)

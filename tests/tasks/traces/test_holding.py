@@ -87,6 +87,18 @@ def test_at_the_end_what_is_held_is_written_or_counted_as_lost(disk):
     assert (writer.num_held, writer.num_lost) == (0, 1)
 
 
+def test_at_the_end_a_long_hold_is_written_whole(disk):
+    """As it was lost but for its first piece; and a disk that took nothing just now may do so again."""
+    writer = patient(disk, max_bytes=1 << 30)
+    disk.full = True
+    for number in range(5):
+        writer.append(b"%d" % number * 200_000 + b"\n")
+    disk.full = False
+    writer.give_up()
+    assert (writer.num_held, writer.held_bytes, writer.num_lost, writer.num_written) == (0, 0, 0, 5)
+    assert [line[:1] for line in disk.path.read_bytes().splitlines()] == [b"0", b"1", b"2", b"3", b"4"]
+
+
 def test_a_long_hold_is_written_in_pieces(disk):
     writer = patient(disk, max_bytes=1 << 30)
     disk.full = True
