@@ -225,13 +225,14 @@ class Recorder:
         """
         if self._traces.bodies == "none":
             record = _without_bodies(record)
-        redacted = self._redactor.redact(record)
-        self.num_redacted += redacted is not record
         try:
+            redacted = self._redactor.redact(record)
             line = line_of(redacted)
-        except (ValueError, RecursionError) as error:  # nests deeper than JSON is written
+        except Exception as error:  # noqa: BLE001 - nests too deep, or a fault of ours: its answer goes all the same
             logger.error("trace %s keeps its metadata only (%s)", record["trace_id"], type(error).__name__)
-            line = line_of(_without_bodies(redacted))
+            redacted = _without_bodies(record) | {"usage": None, "error": record["error"] and type(error).__name__}
+            line = line_of(redacted)
+        self.num_redacted += redacted is not record
         self._lines.append(line)
         if then is None:
             self.flush()

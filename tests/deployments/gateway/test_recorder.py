@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from deployments.gateway import recorder as subject
+from deployments.gateway.fast_json import loads
 from deployments.gateway.recorder import Recorder
 from deployments.gateway.settings import Settings
 from deployments.gateway.trace_settings import TraceSettings, trace_settings_table
 from tasks.errors import SpecError
 from tasks.traces.record import from_line, us_from_iso
+from tasks.traces.redaction import Redactor
 
 
 def test_the_direct_path_needs_an_account(tmp_path, monkeypatch):
@@ -128,3 +130,26 @@ def test_an_answer_is_sent_though_its_trace_is_left_out(tmp_path, rate):
 
     asyncio.run(run())
     assert (seen, made.num_sampled_out) == (["sent"], 1 - rate)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_answer_is_sent_though_its_trace_can_not_be_written_whole(tmp_path, monkeypatch, alone):
+    """An answer whose token counts nest as deep as can be read, and a fault of the redaction."""
+    queue, seen = tmp_path / "q.jsonl", []
+    made = Recorder(Settings(queue_path=queue), TraceSettings())
+    made.open()
+    deep = loads(b'{"model": "m", "usage": {"a": ' + b"[" * 1010 + b"]" * 1010 + b"}}")
+
+    async def run():
+        for response in (deep, {"model": "m"}):
+            if response is not deep:
+                monkeypatch.setattr(Redactor, "redact", None)
+            made.begin("/x").finish("ok", 200, response, then=None if alone else lambda: seen.append("sent"))
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    records = [from_line(line) for line in queue.read_bytes().splitlines()]
+    assert [(each.model, each.response, each.usage, each.redactions) for each in records] == [
+        ("m", None, None, {"bodies": 1})
+    ] * 2
+    assert seen == ["sent"] * (0 if alone else 2)
