@@ -79,6 +79,7 @@ class ClientConnection(HttpToolsProtocol):
     _rest_since: float | None = None
     _idle_since: float | None = None
     _too_large = False
+    _turn: RequestResponseCycle | None = None  # whose turn it is among pipelined requests
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
@@ -105,13 +106,22 @@ class ClientConnection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         super().connection_lost(exc)
         self._head_since = None
+        if self._turn is not None:  # uvicorn tells the last one only
+            self._turn.disconnected = True
+            self._turn.message_event.set()
         tell, self.on_hang_up = self.on_hang_up, None
         if tell is not None:
             tell()
 
+    def eof_received(self) -> None:
+        """See asyncio.Protocol: the client says no more, which closes the connection; what is promised goes before."""
+        if self._keep_promise is not None:
+            self._keep_promise()
+
     def on_message_begin(self) -> None:
         """Parser: a request begins."""
         super().on_message_begin()
+        self._idle_since = self._rest_since = None  # may have come in one packet with the end of an answered one
         self._head_since = self._head_since or self.loop.time()
         self.scope["extensions"] = {LINE: self}  # type: ignore[typeddict-item]  # an extension of ours
 
@@ -120,14 +130,21 @@ class ClientConnection(HttpToolsProtocol):
         if self._head_bytes > self.max_head_bytes and _size_of(self.headers) > self.max_head_bytes:
             self._too_large = True
             raise ValueError("head too large")
+        if not self.headers or self.headers[0][0] != b"host":  # nearly all clients send it first
+            self._check_host()
         self._head_since, self._head_bytes = None, 0
+        before = self.cycle
         super().on_headers_complete()
+        if len(self.pipeline) == 1 and self.cycle is not before:  # else it offers an upgrade and is parsed again
+            self._turn = before
         if self.scope["http_version"] == "1.0":
             self._end_by_closing()
 
     def on_chunk_header(self) -> None:
         """Parser: a chunk begins. The last one has no body but trailers, which count as a head and are dropped."""
         self._head_since, self._head_bytes = self.loop.time(), 0
+        if self.headers:  # the first chunk: here, and not with each head, as few bodies are chunked
+            _check_codings(self.headers)
         self.headers = []  # not those that the application has: RFC 9110, 6.5.1
 
     def on_chunk_complete(self) -> None:
@@ -158,9 +175,10 @@ class ClientConnection(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        elif self.cycle is None or not self.cycle.more_body:  # else the rest of its body is still to come
-            self._idle_since = self.loop.time()
+            self._turn, app = self.pipeline.pop()
+            self._start_asgi_task(self._turn, app)
+        elif self._head_since is None and (self.cycle is None or not self.cycle.more_body):
+            self._idle_since = self.loop.time()  # else the rest of its body, or of the next head, is still to come
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, in OpenAI's shape; the message is for the log."""
@@ -232,9 +250,14 @@ class ClientConnection(HttpToolsProtocol):
 
     def close_if_slow(self, now: float) -> None:
         """Close a connection that is idle for too long, or on which a head or the rest of an answered body is slow."""
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and not (cycle.more_body or cycle.response_complete)):
+            self._idle_since = self._rest_since = None  # it is our turn, and what follows may not even be read:
+            self._head_since = now if self._head_since is not None else None  # its time counts from the answer on
+            return
         if self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive:
             self.transport.close()
-        has_rest = self.cycle is not None and self.cycle.response_complete and self._idle_since is None
+        has_rest = cycle is not None and cycle.response_complete and self._idle_since is None
         has_rest = has_rest and not self.transport.is_closing()  # then it is the client's turn: it reads
         self._rest_since = (self._rest_since or now) if has_rest else None
         since = self._head_since or self._rest_since
@@ -296,6 +319,11 @@ class ClientConnection(HttpToolsProtocol):
         lines += [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
         return b"%b\r\n" % b"".join(lines)
 
+    def _check_host(self) -> None:
+        """Raise ValueError for HTTP/1.1 without a host: RFC 9112, 3.2."""
+        if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
+            raise ValueError("no host")
+
     def _refuse_head(self) -> None:
         self._head_since = None
         limit = f"the request's head exceeds {self.max_head_bytes} bytes"
@@ -322,3 +350,10 @@ class ClientConnection(HttpToolsProtocol):
 
 def _size_of(headers: list[tuple[bytes, bytes]]) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
+
+
+def _check_codings(headers: list[tuple[bytes, bytes]]) -> None:
+    """Raise ValueError for a body that is more than chunked, as nobody here unpacks it: RFC 9112, 6.1."""
+    codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings != [b"chunked"]:
+        raise ValueError("a transfer coding beside chunked")

@@ -131,6 +131,25 @@ def test_a_half_closed_socket_is_a_hang_up_and_leaks_nothing(start_gateway, upst
     assert {(trace["status"], trace["http_status"]) for trace in gateway.traces()} == {("cancelled", 499)}
 
 
+@pytest.mark.parametrize("origin", ["", "origin: http://a.b\r\n", "connection: upgrade\r\nupgrade: h2c\r\n"])
+def test_a_hang_up_is_told_to_the_request_in_turn_and_not_the_last_one_only(
+    start_gateway, upstream, wait_until, origin
+):
+    gateway = start_gateway(upstream.port, GATEWAY_ALLOWED_ORIGINS="http://a.b")
+    body = json.dumps({"model": "hangs", "messages": []})
+    one = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{origin}content-length: {len(body)}\r\n\r\n{body}".encode()
+    with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+        client.sendall(one * 3)
+        wait_until(lambda: gateway.get("/health") and upstream.get("/seen")["requests"], 5)
+        time.sleep(0.3)
+    wait_until(lambda: len(gateway.traces()) == 1, 5)
+    assert [(trace["status"], trace["http_status"]) for trace in gateway.traces()] == [("cancelled", 499)]
+    time.sleep(0.2)
+    said = gateway.log.read_text()
+    assert "Traceback" not in said
+    assert "ASGI callable" not in said
+
+
 def test_pipelined_requests_are_answered_in_order(gateway):
     body = b'{"model": "m-%d", "messages": []}'
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%b\r\n"

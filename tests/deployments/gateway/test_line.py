@@ -110,9 +110,12 @@ def test_and_lets_nothing_be_smuggled(gateway):
         b"x: y\x00\r\n",
         b"x: y\rcontent-length: 2\r\n",
         b"x: y\ncontent-length: 2\r\n",
+        b"transfer-encoding: gzip, chunked\r\n",
+        b"transfer-encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
     ):
         for extra in (H2C + lines, lines + H2C, lines):
-            said = summary(talk(gateway, start + extra + b"\r\n{}" + LAST))
+            body = b"2\r\n{}\r\n0\r\n\r\n" if b"chunked\r\n" in extra else b"{}"
+            said = summary(talk(gateway, start + extra + b"\r\n" + body + LAST))
             assert said == [(400, "bad_request")], (extra, said)
     for body in (
         b"5\r\n{}\r\n",
@@ -132,12 +135,24 @@ def test_and_lets_nothing_be_smuggled(gateway):
     assert summary(talk(gateway, chat("m-0", large)[0])) == [(431, "headers_too_large")]
 
 
+def test_http_1_1_asks_for_a_host_and_http_1_0_does_not(gateway):
+    body = b"x: y\r\ncontent-length: 2\r\n\r\n{}"
+    for extra in (b"", H2C, b"host-x: y\r\n"):
+        for start in (b"GET /health", b"POST /v1/chat/completions"):
+            assert summary(talk(gateway, start + b" HTTP/1.1\r\n" + extra + body + LAST)) == [(400, "bad_request")]
+    assert summary(talk(gateway, b"GET /health HTTP/1.0\r\n\r\n")) == [(200, "")]
+    late = b"GET /health HTTP/1.1\r\nx: y\r\nHost: x\r\n\r\n"
+    assert summary(talk(gateway, b"GET /health HTTP/1.1\r\nhost:\r\n\r\n" + late + LAST)) == [(200, "")] * 3
+
+
 LINES = st.sampled_from(
     [b"content-length: 2\r\n", b"content-length: 0\r\n", b"transfer-encoding: chunked\r\n", b"connection: close\r\n",
      b"connection: keep-alive\r\n", b"x: y\r\n", b"Transfer-Encoding: identity\r\n", b"expect: x\r\n", b"x\r\n"]
 )  # fmt: skip
 BODIES = st.sampled_from([b"", b"{}", b"2\r\n{}\r\n0\r\n\r\n", b"0\r\n\r\n", b"0\r\ntrailer: x\r\n\r\n", b"\r\n", b"{"])
-STARTS = st.sampled_from([b"POST /v1/generate HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\n", b"PUT /x HTTP/1.0\r\n"])
+STARTS = st.sampled_from(
+    [b"POST /v1/generate HTTP/1.1\r\nhost: x\r\n", b"GET /health HTTP/1.1\r\nhost: x\r\n", b"PUT /x HTTP/1.0\r\n"]
+)
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck))
@@ -318,6 +333,69 @@ def test_an_idle_connection_is_closed_after_its_time_and_not_before():
     asyncio.run(run())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "packets",
+    [
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /slow HTTP/1.1\r\nhost: x\r\n" + H2C + b"\r\n"),
+        (
+            b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1234",
+            b"56789GET /slow HTTP/1.1\r\nhost: x\r\n\r\n",
+        ),
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /slow HT", b"TP/1.1\r\nhost: x\r\n\r\n"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /slow HTTP/1.1\r\nhost: x\r\n\r\n",),
+    ],
+)
+def test_a_connection_is_not_idle_while_a_request_of_it_is_answered(packets):
+    async def run():
+        config = uvicorn.Config(
+            say, http=ClientConnection, loop="asyncio", lifespan="off", log_config=None, timeout_keep_alive=1
+        )
+        server = Server(config, 0.0, lambda: None)
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for packet in packets:
+            writer.write(packet)
+            await asyncio.sleep(0.2)
+        got = await asyncio.wait_for(reader.read(), 12)  # until it is idle
+        server.should_exit = True
+        await serving
+        return [body for *_, body in answers(got)]
+
+    async def say(scope, receive, send):
+        await asyncio.sleep(4 if scope["path"] == "/slow" else 0)
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    assert asyncio.run(run()) == [b"ok", b"ok"]
+
+
+@pytest.mark.long
+def test_a_part_of_the_next_head_does_not_cut_an_answer_that_takes_longer_than_a_head_may(start_gateway, upstream):
+    gateway = start_gateway(upstream.port, GATEWAY_BODY_TIMEOUT_S=1, GATEWAY_READ_TIMEOUT_S=4)
+    slow, quick = (b"".join(chat(model, b"")) for model in ("hangs", "m-0"))
+    with_chunks = b"".join(chat("m-1", b"", chunked=True))
+    cut = with_chunks.index(b"9\r\n") + 3
+    for packet, rest, models in (
+        (slow + LAST[:9], LAST[9:], []),
+        (slow + quick + LAST[:9], LAST[9:], ["m-0"]),
+        (slow + with_chunks[:cut], with_chunks[cut:] + LAST, ["m-1"]),
+    ):
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as client:
+            client.sendall(packet)
+            first = client.recv(65536)
+            client.sendall(rest)
+            said = summary(first + b"".join(iter(lambda: client.recv(65536), b"")))
+        assert said == [(504, "timeout"), *((200, model) for model in (*models, ""))]
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as client, contextlib.suppress(OSError):
+        client.sendall(quick + LAST[:9])  # and after the answer it has its time
+        began = time.monotonic()
+        assert b"m-0" in b"".join(iter(lambda: client.recv(65536), b""))
+        assert 0.9 < time.monotonic() - began < 6
+
+
 def test_what_comes_after_an_answer_was_promised_waits_for_it():
     class Told(asyncio.Transport):
         """Takes what is written; a socket would hide the moment at which it is."""
@@ -359,6 +437,10 @@ def test_what_comes_after_an_answer_was_promised_waits_for_it():
             promised[0]()
         return transport.got
 
+    def half_close(line):
+        assert not line.eof_received()  # as asyncio and uvloop do it
+        line.transport.close()
+
     def lose(line):
         line.transport._transport.is_cut = True
         line.connection_lost(ConnectionResetError())
@@ -368,4 +450,5 @@ def test_what_comes_after_an_answer_was_promised_waits_for_it():
     said = asyncio.run(promise_and(lambda line: line.data_received(b"no http\r\n\r\n")))
     assert 0 < said.find(whole) < said.find(b" 400 ")
     assert asyncio.run(promise_and(ClientConnection.shutdown)).endswith(whole)
+    assert asyncio.run(promise_and(half_close)).endswith(whole)
     assert asyncio.run(promise_and(lose)) == b""
