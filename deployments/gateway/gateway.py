@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _LAST_TRACES_S = 2.0
 _SLOW_TICK_S = 1.0
+_MOST_TOKENS = 1 << 53
 logger = logging.getLogger(__name__)
 
 
@@ -72,10 +73,8 @@ class Gateway:
         """Count the tokens of an answer, for all and for its key."""
         if not isinstance(usage, dict):
             return
-        prompt = usage.get("prompt_tokens", usage.get("input_tokens", 0))
-        completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
-        prompt = prompt if isinstance(prompt, int) and prompt > 0 else 0
-        completion = completion if isinstance(completion, int) and completion > 0 else 0
+        prompt = _num_tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
+        completion = _num_tokens(usage.get("completion_tokens", usage.get("output_tokens")))
         self.metrics.note_tokens(prompt, completion)
         if key is not None:
             self.budgets.charge(key.name, prompt + completion, time.time())
@@ -178,6 +177,15 @@ class Gateway:
             files.write_json(self._usage_file, self.budgets.to_json())
         except OSError as error:
             logger.warning("can't keep today's token counts in %s: %s", self._usage_file, error)
+
+
+def _num_tokens(said: Any) -> int:  # Any: JSON
+    """Return the count; 0 for what is none. Python would not write a sum of thousands of digits.
+
+    >>> _num_tokens(7), _num_tokens(None), _num_tokens(-1), _num_tokens(10**4299)
+    (7, 0, 0, 0)
+    """
+    return said if isinstance(said, int) and 0 < said < _MOST_TOKENS else 0
 
 
 def _own_lite(settings: Settings) -> "LiteProcesses":

@@ -228,11 +228,11 @@ class Recorder:
         try:
             redacted = self._redactor.redact(record)
             line = line_of(redacted)
+            self.num_redacted += redacted is not record
         except Exception as error:  # noqa: BLE001 - nests too deep, or a fault of ours: its answer goes all the same
             logger.error("trace %s keeps its metadata only (%s)", record["trace_id"], type(error).__name__)
-            redacted = _without_bodies(record) | {"usage": None, "error": record["error"] and type(error).__name__}
-            line = line_of(redacted)
-        self.num_redacted += redacted is not record
+            bare = _without_bodies(record) | {"usage": None, "error": record["error"] and type(error).__name__}
+            line = line_of(bare)
         self._lines.append(line)
         if then is None:
             self.flush()
