@@ -31,10 +31,11 @@ os.environ.update(
 
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the developer's secrets and paths away; give each test its own TATARA_HOME."""
+    """Take the developer's secrets and paths away; give each test its own TATARA_HOME and its own trace queue."""
     for name in _SECRETS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TATARA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FILE_QUEUE_PATH", str(tmp_path / "traces.jsonl"))  # else the one of where the tests are run
 
 
 @pytest.fixture(scope="session")

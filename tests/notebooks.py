@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def run(name: str, variables: dict[str, str], log: Path, timeout_s: float = 280)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     sys.path.pop(0)  # tests/: a kernel has the notebook's folder there
     sys.path.insert(0, "")
     space: dict[str, Any] = {"__name__": "__main__"}

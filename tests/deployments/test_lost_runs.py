@@ -76,10 +76,7 @@ def test_a_lost_promotion_leaves_no_candidate(old: ServiceSettings, api: Server)
 def test_a_lost_promotion_leaves_no_model_on_trial(
     old: ServiceSettings,  # noqa: F811
     api: Server,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ):
-    monkeypatch.setenv("FILE_QUEUE_PATH", str(tmp_path / "traces.jsonl"))
     new = _newer(old)
     trial.begin(new)
     services.start(new)

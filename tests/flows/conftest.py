@@ -84,9 +84,3 @@ def verified(line: Line) -> Line:
         log = line.folder / "whole.log"
         assert line.start(log).wait(timeout=400) == 0, log.read_text()[-3000:]
     return line
-
-
-@pytest.fixture
-def traces_aside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A gateway that this process starts writes its traces here, and not where the tests are run."""
-    monkeypatch.setenv("FILE_QUEUE_PATH", str(tmp_path / "traces.jsonl"))

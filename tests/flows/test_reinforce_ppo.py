@@ -24,7 +24,7 @@ from tests.flows.line import ROOT, need_vllm, serve_unchecked
 from tests.ports import free_port
 from tests.reinforced import LENGTHS, make_reinforced, save_moved
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900), pytest.mark.usefixtures("traces_aside")]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 _RUN = """
 import json, sys
 from prefect.testing.utilities import prefect_test_harness

@@ -34,7 +34,7 @@ from tests.flows.line import ROOT, need_vllm, serve_unchecked
 from tests.ports import free_port
 from tests.pretrained import SENTENCES, make_pretrained
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900), pytest.mark.usefixtures("traces_aside")]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 _RUN = """
 import json, sys
 from prefect.testing.utilities import prefect_test_harness
