@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from tasks.gptoss.forward import find_decoder
 from tasks.gptoss.token_mean import TokenMean
+from tasks.gptoss.walks import FewWalks
 from tasks.metrics import append_metrics
 from tasks.pretrain.balance import usage_shares
 from tasks.pretrain.masters import SplitMasters, local
@@ -51,7 +52,7 @@ class MasterTrainer(Trainer):
         return split
 
 
-class PretrainTrainer(TokenMean, MasterTrainer):
+class PretrainTrainer(FewWalks, TokenMean, MasterTrainer):
     """Trainer of a model after `train_head`: cross-entropy, accuracy and balance are told apart."""
 
     def compute_loss(

@@ -18,6 +18,7 @@ from tasks.costs import FROZEN_HEAD_ROWS
 from tasks.gptoss.head import block_rows, return_loss, score_block
 from tasks.gptoss.product import Era
 from tasks.gptoss.token_mean import TokenMean
+from tasks.gptoss.walks import FewWalks
 from tasks.train.sharding import average_gradients
 
 
@@ -69,7 +70,7 @@ def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attri
     return_loss(causal, score)
 
 
-class TokenMeanTrainer(TokenMean, SFTTrainer):
+class TokenMeanTrainer(FewWalks, TokenMean, SFTTrainer):
     """SFTTrainer whose validation loss is the mean over learnt tokens."""
 
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
