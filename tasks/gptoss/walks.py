@@ -3,35 +3,34 @@
 Ring: edge (live modules).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import Trainer
-
-_Trainer = Trainer if TYPE_CHECKING else object  # put before a trainer's class, whichever that is
 
 
-class FewWalks(_Trainer):
-    """Trainer counts the parameters and sets the mode of every module in each pass; neither changes meanwhile.
+class FewWalks:
+    """Put before a trainer's class: Trainer counts the parameters and sets the mode of every module in each pass.
 
-    A gpt-oss-20b with adapters has 2,565 modules: while Python goes through them no kernel is launched.
+    Neither changes meanwhile. A gpt-oss-20b with adapters has 2,565 modules, and while Python goes through them no
+    kernel is launched.
     """
 
+    model: Any  # a PreTrainedModel, or a PeftModel, which hands on what it is asked
     _num_counted: int | None = None
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one pass; a model that is in training mode is left so."""
+        trainer: Any = super()  # Any: the class that this was put before
         if not model.training:
-            return super().training_step(model, *args, **kwargs)
+            return trainer.training_step(model, *args, **kwargs)
         vars(model)["train"] = lambda: model
         try:
-            return super().training_step(model, *args, **kwargs)
+            return trainer.training_step(model, *args, **kwargs)
         finally:
             del vars(model)["train"]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:  # Any: tensors
         """Return what Trainer's own does: 6 x tokens x parameters without the embeddings. It goes into checkpoints."""
         if self._num_counted is None:
-            model: Any = self.model  # Any: a PreTrainedModel or a PeftModel, which hands the question on
-            self._num_counted = model.num_parameters(exclude_embeddings=True)
+            self._num_counted = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_counted

@@ -52,7 +52,7 @@ class MasterTrainer(Trainer):
         return split
 
 
-class PretrainTrainer(FewWalks, TokenMean, MasterTrainer):
+class PretrainTrainer(TokenMean, FewWalks, MasterTrainer):
     """Trainer of a model after `train_head`: cross-entropy, accuracy and balance are told apart."""
 
     def compute_loss(

@@ -70,7 +70,7 @@ def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attri
     return_loss(causal, score)
 
 
-class TokenMeanTrainer(FewWalks, TokenMean, SFTTrainer):
+class TokenMeanTrainer(TokenMean, FewWalks, SFTTrainer):
     """SFTTrainer whose validation loss is the mean over learnt tokens."""
 
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
