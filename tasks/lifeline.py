@@ -98,7 +98,8 @@ class Lifeline:
             ready, _, _ = select.select([signals], [], [], self._interval_s if self._told_at is None else _INTERVAL_S)
             if ready and signal.SIGTERM in os.read(signals, 64) and self._told_at is None:
                 self._told_at = time.monotonic()
-            self.is_told |= self._asked.exists()
+            if self._asked.exists():  # no |=: it would write back what it read before a signal came
+                self.is_told = True
             if self._told_at is not None and time.monotonic() - self._told_at > self._grace_s:
                 os.kill(os.getpid(), signal.SIGKILL)
 

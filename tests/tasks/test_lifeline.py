@@ -64,6 +64,22 @@ def test_told_in_the_loop_it_finishes_its_step_and_elsewhere_it_stops_at_once(tm
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
+def test_a_signal_is_not_forgotten_while_a_slow_disk_is_asked_for_the_file_that_asks_for_a_stop(tmp_path: Path):
+    code = BEGIN + (
+        "class Slow:\n"
+        "    asked = False\n"
+        "    def exists(self): self.asked = True; time.sleep(0.5); return False\n"
+        "lifeline.is_in_loop, lifeline._asked = True, Slow()\n"
+        "while not lifeline._asked.asked: time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(1)\n"
+        "assert lifeline.is_told\n"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path), "5"]
+    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_told_twice_it_still_writes_down_why_it_ends(tmp_path: Path):
     """A service manager tells the whole group, and our supervisor the trainer, at once."""
