@@ -44,6 +44,11 @@ def job(folder: Path, code: str, grace_s: float = 5.0, **more: Any) -> Job:
     return Job(argv=argv, env=ENV, folder=folder, **{"stall_timeout_s": 30.0, "grace_s": grace_s + 2, **more})
 
 
+def run_alone(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    argv = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+
+
 def beat(folder: Path) -> dict[str, Any]:
     path = folder / "heartbeat.json"
     return json.loads(path.read_text() or "{}") if path.exists() else {}
@@ -59,8 +64,7 @@ def test_told_in_the_loop_it_finishes_its_step_and_elsewhere_it_stops_at_once(tm
         "except Exception: sys.exit('a library may swallow it')\n"
         "except Stopped: print('stopped')\n"
     )
-    argv = [sys.executable, "-c", code, str(tmp_path), "5"]
-    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+    done = run_alone(code, str(tmp_path), "5")
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
@@ -75,8 +79,7 @@ def test_a_signal_is_not_forgotten_while_a_slow_disk_is_asked_for_the_file_that_
         "time.sleep(1)\n"
         "assert lifeline.is_told\n"
     )
-    argv = [sys.executable, "-c", code, str(tmp_path), "5"]
-    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+    done = run_alone(code, str(tmp_path), "5")
     assert done.returncode == 0, done.stderr
 
 
@@ -93,8 +96,7 @@ def test_told_twice_it_still_writes_down_why_it_ends(tmp_path: Path):
         "files.write_json = write_and_be_told\n"
         "training.run_worker(Path(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))\n"
     )
-    argv = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=False)
+    done = run_alone(code, str(tmp_path))
     assert done.returncode == 143, done.stderr
     told = json.loads((tmp_path / "failure.json").read_text())
     assert told["error"] == "TransientError" and "told to stop (SIGTERM) in phase start" in told["message"]

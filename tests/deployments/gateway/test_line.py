@@ -306,29 +306,38 @@ def test_a_compressed_body_is_refused_by_its_name(gateway):
     assert gateway.post("/v1/chat/completions", b"{", {"content-encoding": "identity"})[0] == 400
 
 
+async def say_ok(scope, receive, send):
+    """An application that answers, at /slow after four seconds."""
+    await asyncio.sleep(4 if scope["path"] == "/slow" else 0)
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextlib.asynccontextmanager
+async def connected(idle_s):
+    """A connection to a server of ours, in this process, that is closed when it is idle for so long."""
+    config = uvicorn.Config(
+        say_ok, http=ClientConnection, loop="asyncio", lifespan="off", log_config=None, timeout_keep_alive=idle_s
+    )
+    server = Server(config, 0.0, lambda: None)
+    listener = socket.create_server(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve([listener]))
+    yield await asyncio.open_connection(*listener.getsockname())
+    server.should_exit = True
+    await serving
+
+
 def test_an_idle_connection_is_closed_after_its_time_and_not_before():
     async def run():
-        config = uvicorn.Config(
-            say_ok, http=ClientConnection, loop="asyncio", lifespan="off", log_config=None, timeout_keep_alive=2
-        )
-        server = Server(config, 0.0, lambda: None)
-        listener = socket.create_server(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve([listener]))
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
-        for pause_s in (1.2, 1.2, 0.0):  # it counts from the latest answer
-            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert b"200 OK" in await reader.readuntil(b"ok")
-            await asyncio.sleep(pause_s)
-        began = time.monotonic()
-        assert await asyncio.wait_for(reader.read(), 8) == b""
-        assert 1.5 < time.monotonic() - began < 6
-        server.should_exit = True
-        await serving
-
-    async def say_ok(scope, receive, send):
-        headers = [(b"content-length", b"2")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"ok"})
+        async with connected(2) as (reader, writer):
+            for pause_s in (1.2, 1.2, 0.0):  # it counts from the latest answer
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"200 OK" in await reader.readuntil(b"ok")
+                await asyncio.sleep(pause_s)
+            began = time.monotonic()
+            assert await asyncio.wait_for(reader.read(), 8) == b""
+            assert 1.5 < time.monotonic() - began < 6
 
     asyncio.run(run())
 
@@ -348,26 +357,12 @@ def test_an_idle_connection_is_closed_after_its_time_and_not_before():
 )
 def test_a_connection_is_not_idle_while_a_request_of_it_is_answered(packets):
     async def run():
-        config = uvicorn.Config(
-            say, http=ClientConnection, loop="asyncio", lifespan="off", log_config=None, timeout_keep_alive=1
-        )
-        server = Server(config, 0.0, lambda: None)
-        listener = socket.create_server(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve([listener]))
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
-        for packet in packets:
-            writer.write(packet)
-            await asyncio.sleep(0.2)
-        got = await asyncio.wait_for(reader.read(), 12)  # until it is idle
-        server.should_exit = True
-        await serving
+        async with connected(1) as (reader, writer):
+            for packet in packets:
+                writer.write(packet)
+                await asyncio.sleep(0.2)
+            got = await asyncio.wait_for(reader.read(), 12)  # until it is idle
         return [body for *_, body in answers(got)]
-
-    async def say(scope, receive, send):
-        await asyncio.sleep(4 if scope["path"] == "/slow" else 0)
-        headers = [(b"content-length", b"2")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"ok"})
 
     assert asyncio.run(run()) == [b"ok", b"ok"]
 
