@@ -1,6 +1,7 @@
 """Rewards as people write them, and what goes wrong in them; each is called once a step."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,14 @@ def leave(questions: list[str], completions: list[str], answers: list[str]) -> l
 def die(questions: list[str], completions: list[str], answers: list[str]) -> list[float]:
     """End the process as a crash would."""
     os._exit(7)
+
+
+def die_after_a_checkpoint(questions: list[str], completions: list[str], answers: list[str]) -> list[float]:
+    """Score nothing; SIGKILL the process once the checkpoint that DIES_AFTER (`folder:name`) says is whole."""
+    folder, _, name = os.environ.get("DIES_AFTER", "").rpartition(":")
+    if folder and any(Path(folder).rglob(f"{name}/trainer_state.json")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0] * len(completions)
 
 
 def hang(questions: list[str], completions: list[str], answers: list[str]) -> list[float]:

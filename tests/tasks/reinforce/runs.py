@@ -42,7 +42,7 @@ SPEC = ReinforceSpec(
     dtype="float32",
     save_steps=2,
 )
-DYING = (*SPEC.rewards, RewardSpec(name="tests.tasks.reinforce.dying_reward:score"))
+DYING = (*SPEC.rewards, RewardSpec(name="tests.tasks.reinforce.broken_rewards:die_after_a_checkpoint"))
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tasks.reinforce.worker", "tests.tasks.reinforce.runs"])
 
