@@ -336,8 +336,11 @@ class TrainSpec(Spec):
         default="auto",
         description="fused: our expert LoRA, norms and head below gpt-oss; stock: transformers and PEFT.",
     )
-    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
-        default="auto", description="What is recomputed in the backward pass; auto: as little as fits the GPU."
+    checkpointing: Literal["auto", "none", "offload", "selective", "full"] = Field(
+        default="auto",
+        description="What is not kept for the backward pass, but sent to the host's memory and back (offload: the "
+        "experts' gate of every second layer) or made again (selective: the gate, full: each layer); auto: as little "
+        "as fits the GPU.",
     )
     fit_micro_batch: bool = Field(
         default=True,

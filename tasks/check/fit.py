@@ -21,7 +21,7 @@ from tasks.machine import Gpu, available_memory_bytes
 from tasks.models import require_mxfp4
 from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
 from tasks.targets import find_targets, first_trained_layer
-from tasks.train.needs import choose_attention, host_bytes, require_aligned, require_quantizable
+from tasks.train.needs import choose_attention, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
 from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
 from tasks.train.weights import is_expert, require_offloadable
@@ -105,12 +105,13 @@ def say_fit(fit: Fit, name: str) -> str:
         f"merged model {_gb(merged)} (not for an adapter alone)",
     ]
     resting = fit.plan.num_offloaded
-    copies = host_bytes(work.shapes, work.config, work.spec, resting) if fit.gpus else 0
+    copies = work.host_bytes(fit.plan) if fit.gpus else 0
     why = (
         f"{resting} layers that rest there, loading included"
         if resting
         else f"loading the base, in {work.spec.num_processes} copies"
     )
+    why += f", and the gate of {fit.plan.num_shelved} layers" if fit.plan.num_shelved else ""
     lines = [
         f"{name} on {where}, {_gb(fit.room_bytes)} free",
         f"base       {base.origin}: {weights / 1e9:.1f} billion parameters as {_stored_as(base, work.spec)}",
@@ -141,7 +142,7 @@ def say_ways_out(fit: Fit) -> list[str]:
         needed = sum(work.needs(plan).values())
         if needed <= fit.room_bytes:
             gpus = f" on {count} such GPUs" if count > 1 else where
-            copies = host_bytes(work.shapes, work.config, work.spec, plan.num_offloaded)
+            copies = work.host_bytes(plan)
             host = f", and {_gb(copies)} of host memory" if copies else ""
             said.append(f"would fit{gpus} with {changes}: {_gb(needed)}{host}")
     if said:

@@ -29,6 +29,11 @@ class Documents:
     is_rectangle: bool  # all are as long as the longest
 
 
+def told_documents(ends: torch.Tensor, longest: int, num_tokens: int) -> Documents:
+    """Return documents of which all is known already, so that no GPU must be waited for."""
+    return Documents(ends=ends, longest=longest, is_rectangle=longest * (len(ends) - 1) == num_tokens)
+
+
 def find_documents(position_ids: torch.Tensor) -> Documents:
     """Return the documents of a flattened batch: one begins wherever a position is 0.
 
@@ -41,8 +46,7 @@ def find_documents(position_ids: torch.Tensor) -> Documents:
     starts = (positions_N == 0).nonzero()[:, 0].int()
     total = torch.tensor([len(positions_N)], dtype=torch.int32, device=starts.device)
     ends = torch.cat([starts, total])
-    longest = int(ends.diff().max())
-    return Documents(ends=ends, longest=longest, is_rectangle=longest * (len(ends) - 1) == len(positions_N))
+    return told_documents(ends, int(ends.diff().max()), len(positions_N))
 
 
 def attend_with_sinks(

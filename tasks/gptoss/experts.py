@@ -39,9 +39,11 @@ from tasks.gptoss.rows import (
     spend,
     spread,
     spread_again,
+    spread_plain,
     spread_with,
     weight_slope,
 )
+from tasks.gptoss.shelf import Shelf, Ticket
 
 
 def run_experts(
@@ -57,6 +59,7 @@ def run_experts(
     residual_NH: torch.Tensor | None = None,
     remake: Callable[[torch.Tensor], torch.Tensor] | None = None,
     era: Era | None = None,
+    place: "Place | None" = None,
 ) -> torch.Tensor:
     """Return the layer's output (N, H); gradients reach the input, the routing weights, the residual and the pairs.
 
@@ -73,16 +76,36 @@ def run_experts(
         residual_NH: is added to the output.
         remake: makes the input from the residual once more, so that it need not be kept.
         era: whoever says when adapters change; None: they may, before each pass.
+        place: lets the gate's argument, or that of the layer below, rest in the host's memory meanwhile.
     Cost: forward 3 S H F multiply-adds, backward the same; 2 S H F more with `recompute`. One backward pass only: it
     writes over what was kept.
     """
-    call = _Call(
-        gate_up=gate_up, down=down, alpha=alpha, limit=limit, recompute=recompute, remake=remake, era=era and era.name
-    )
     halves = [
         half for each in (gate_up, down) for half in ((each.pair.a_PI, each.pair.b_OQ) if each.pair else (None,) * 2)
     ]
+    learns = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x_NH, weight_NK, residual_NH, *halves)
+    )
+    call = _Call(
+        gate_up=gate_up,
+        down=down,
+        alpha=alpha,
+        limit=limit,
+        recompute=recompute,
+        remake=remake,
+        era=era and era.name,
+        place=place if learns else None,
+    )
     return _Experts.apply(x_NH, index_NK, weight_NK, residual_NH, *halves, call)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which layer this is to the shelf, and whether its own gate's argument rests there."""
+
+    shelf: Shelf
+    layer: int
+    is_shelved: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +119,7 @@ class _Call:
     recompute: bool
     remake: Callable[[torch.Tensor], torch.Tensor] | None
     era: object
+    place: Place | None
 
     @property
     def name(self) -> object:
@@ -118,7 +142,11 @@ class _Experts(torch.autograd.Function):
         call: _Call,
     ) -> torch.Tensor:
         del b1_GQ, b2_HQ  # Product.extend reads them
-        gate_up, down = call.gate_up, call.down
+        gate_up, down, place = call.gate_up, call.down, call.place
+        ctx.below = ctx.ticket = None
+        if place is not None:
+            place.shelf.settle(place.layer)
+            ctx.below = place.shelf.below(place.layer)
         order_S, place_NK, ends_E = sort_rows(index_NK, len(gate_up.w_EIO))
         a1_PH, a2_PF = gate_up.first_half(call.name), down.first_half(call.name)
         u1_SR = u2_SR = a2_ERF = None
@@ -128,6 +156,8 @@ class _Experts(torch.autograd.Function):
             x_SX, u1_SR = spread_with(x_NH, x_NH @ a1_PH.t(), index_NK, order_S, gate_up.pair.rank, gate_up.rank)
         h_SG = grouped_mm(x_SX, gate_up.extend(call.name), offs=ends_E)
         del x_SX
+        if place is not None and place.is_shelved:
+            ctx.ticket = place.shelf.put(place.layer, h_SG)
         g_SX = apply_gate(h_SG, down.rank, call.alpha, call.limit)
         if down.pair is not None and a2_PF is not None:
             num_inner, a2_ERF = a2_PF.shape[1], by_rank(a2_PF, down.pair.rank)
@@ -136,7 +166,7 @@ class _Experts(torch.autograd.Function):
         out_SH = grouped_mm(g_SX, down.extend(call.name), offs=ends_E)
         ctx.call = call
         kept_x = x_NH if call.remake is None else residual_NH
-        kept_h = None if call.recompute else h_SG
+        kept_h = None if call.recompute or ctx.ticket else h_SG
         ctx.save_for_backward(
             kept_x, index_NK, weight_NK, order_S, place_NK, ends_E, kept_h, u1_SR, u2_SR, a1_PH, a2_ERF
         )
@@ -150,8 +180,13 @@ class _Experts(torch.autograd.Function):
         gate_up, down = call.gate_up, call.down
         num_experts, num_hidden = gate_up.w_EIO.shape[:2]
         num_inner, num_chosen = down.w_EIO.shape[1], index_NK.shape[1]
+        below: Ticket | None = ctx.below
+        if below is not None:
+            below.bring()
         if call.remake is not None:
             x_NH = call.remake(x_NH)
+        if ctx.ticket is not None:
+            h_SG = ctx.ticket.take()
         if h_SG is None:
             x_SX = (
                 spread(x_NH, order_S, num_chosen) if u1_SR is None else spread_again(x_NH, u1_SR, order_S, num_chosen)
@@ -161,7 +196,9 @@ class _Experts(torch.autograd.Function):
 
         dy_NH = grads[0].contiguous()
         w_S = weight_NK.reshape(-1)[order_S]
-        dg_SX = grouped_mm(dy_NH[order_S // num_chosen], down.extend(call.name).transpose(1, 2), offs=ends_E)
+        dg_SX = grouped_mm(
+            spread_plain(dy_NH, order_S, num_chosen), down.extend(call.name).transpose(1, 2), offs=ends_E
+        )
         da1 = db1 = da2 = db2 = detour_SF = du2_SR = None
         if a2_ERF is not None:
             du2_SR = dg_SX[:, num_inner : num_inner + down.rank]

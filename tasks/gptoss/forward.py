@@ -18,12 +18,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from tasks.gptoss.attention import attend_with_sinks, find_documents
-from tasks.gptoss.experts import run_experts
+from tasks.gptoss.experts import Place, run_experts
 from tasks.gptoss.gate import NUM_PLAIN
 from tasks.gptoss.joint import JointAttention, can_join
 from tasks.gptoss.norm import normed
 from tasks.gptoss.product import Era, Pair, Product, active_adapter, keep_extended
 from tasks.gptoss.rotation import rotate_heads
+from tasks.gptoss.shelf import Shelf, shelved_layers
 
 
 def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes nn.Module doesn't know
@@ -32,24 +33,38 @@ def find_decoder(model: nn.Module) -> Any:  # Any: GptOssModel, whose attributes
 
 
 def factor_experts(
-    model: nn.Module, *, num_recomputed: int = 0, extended_from: int | None = 0, era: Era | None = None
+    model: nn.Module,
+    *,
+    num_recomputed: int = 0,
+    num_shelved: int = 0,
+    extended_from: int | None = 0,
+    era: Era | None = None,
 ) -> None:
     """Let every expert layer, with or without adapters, run through `run_experts`. PEFT must have wrapped them already.
 
     Args:
         model: a PeftModel of gpt-oss, or gpt-oss alone.
         num_recomputed: in so many layers, the first ones, save memory for a third more work in the experts.
+        num_shelved: in so many layers save the same memory by letting the gate's argument rest in the host's.
         extended_from: hold the weights of this layer and those above it in the layout that the GEMMs want; None where
             something else owns them (FSDP).
         era: says when adapters change; None: they may, before each pass.
     """
-    for number, layer in enumerate(find_decoder(model).layers):
+    layers, shelf = find_decoder(model).layers, Shelf()
+    lowest = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers))
+    shelved = shelved_layers(len(layers), lowest, num_shelved)
+    for number, layer in enumerate(layers):
         outer = layer.mlp.experts
         for module in (outer, _inmost(outer)):  # the latter is what is left when PEFT has taken its own off again
             module.forward = MethodType(_experts_forward, module)
             module.recompute_gate, module.era = number < num_recomputed, era
+            module.place = Place(shelf=shelf, layer=number, is_shelved=number in shelved) if shelved else None
         if extended_from is not None and number >= extended_from:
             _extend_weights(outer)
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in layer.parameters())
 
 
 def _inmost(module: Any) -> Any:  # Any: GptOssExperts, or a ParamWrapper around it
@@ -78,6 +93,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 def flash_attention(model: nn.Module) -> None:
     """Let attention run over packed documents without a mask. Calls must bring position_ids (B, T), no mask, no cache.
+
+    A call may bring `documents`, too: else they are found in the positions, for which a GPU must be waited for.
 
     A decoder that is handed one mask a kind of layer builds none: they are None, since our attention is told where
     documents begin and needs no mask.
@@ -125,7 +142,8 @@ def _with_documents(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
         raise ValueError("packed flash attention takes position_ids and no attention_mask: pack rows without padding")
     masks = dict.fromkeys(decoder.config.layer_types)
-    return args, {**kwargs, "attention_mask": masks, "documents": find_documents(kwargs["position_ids"])}
+    documents = kwargs.get("documents") or find_documents(kwargs["position_ids"])
+    return args, {**kwargs, "attention_mask": masks, "documents": documents}
 
 
 def _attention_forward(
@@ -177,6 +195,7 @@ def _experts_forward(
         limit=module.limit,
         recompute=self.recompute_gate,
         era=self.era,
+        place=self.place,
         **kept,
     )
 

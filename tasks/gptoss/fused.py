@@ -54,3 +54,12 @@ def compile_chain(function: Callable[P, R], backend: Any = "inductor") -> Callab
         return compiled(*(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
 
     return call
+
+
+def power_of_two(count: int) -> int:
+    """Return the next power of two: ranges in Triton are so long.
+
+    >>> [power_of_two(count) for count in (1, 8, 2880)]
+    [1, 8, 4096]
+    """
+    return 1 << (count - 1).bit_length()

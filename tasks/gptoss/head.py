@@ -61,7 +61,9 @@ def _score_in_one(logits_KV: torch.Tensor, target_K: torch.Tensor) -> tuple[torc
 def return_loss(causal: Any, score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """Let `causal(input_ids, position_ids, labels)` return the loss and no logits; without labels it is as before.
 
-    A patched forward, and not a call around the model: DDP and FSDP must see the pass.
+    A patched forward, and not a call around the model: DDP and FSDP must see the pass. It takes two more that a GPU
+    would have to be waited for: `learnt_M`, which tokens are followed by one that is learnt (`learnt_places`), and
+    `documents` for `flash_attention`.
 
     Args:
         causal: a transformers CausalLM, whose attributes nn.Module doesn't know.
@@ -74,20 +76,44 @@ def return_loss(causal: Any, score: Callable[[torch.Tensor, torch.Tensor], torch
         input_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        learnt_M: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
             return whole(input_ids=input_ids, **kwargs)
-        hidden_BTH = self.base_model(
-            input_ids=input_ids, position_ids=kwargs.get("position_ids"), use_cache=False
-        ).last_hidden_state
-        wanted_BT = labels[:, 1:]
-        learnt_BT = wanted_BT != NOT_LEARNT
-        loss = score(hidden_BTH[:, :-1][learnt_BT], wanted_BT[learnt_BT])
-        count = learnt_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        known = {name: kwargs[name] for name in ("position_ids", "documents") if name in kwargs}
+        hidden_BTH = self.base_model(input_ids=input_ids, use_cache=False, **known).last_hidden_state
+        places_M = learnt_places(labels) if learnt_M is None else learnt_M
+        loss = score(_Taken.apply(hidden_BTH.flatten(0, 1), places_M), labels.flatten()[places_M + 1])
+        count = len(places_M) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=loss / torch.as_tensor(count).clamp(min=1))
 
     causal.forward = MethodType(forward, causal)
+
+
+def learnt_places(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return (M,) which of the B * T tokens are followed by one that is learnt.
+
+    >>> learnt_places(torch.tensor([[-100, 5, -100], [7, -100, 8]])).tolist()
+    [0, 4]
+    """
+    return torch.nn.functional.pad(labels_BT[:, 1:] != NOT_LEARNT, (0, 1)).flatten().nonzero()[:, 0]
+
+
+class _Taken(torch.autograd.Function):
+    """Rows of a matrix, each once: its gradient is a copy, where that of an index is a sort and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NH: torch.Tensor, places_M: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places_M)
+        ctx.num_rows = len(rows_NH)
+        return rows_NH.index_select(0, places_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places_M,) = ctx.saved_tensors
+        (grad_MH,) = grads
+        return grad_MH.new_zeros(ctx.num_rows, grad_MH.shape[1]).index_copy_(0, places_M, grad_MH), None
 
 
 class TrainedHeadLoss(torch.autograd.Function):

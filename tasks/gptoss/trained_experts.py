@@ -18,7 +18,7 @@ from torch.nn.functional import grouped_mm
 from tasks.gptoss.fused import fused
 from tasks.gptoss.gate import NUM_PLAIN, apply_gate, gate_backward
 from tasks.gptoss.product import Product
-from tasks.gptoss.rows import combine, gather_sum, sort_rows, spend, spread
+from tasks.gptoss.rows import combine, gather_sum, sort_rows, spend, spread, spread_plain
 
 
 def run_trained_experts(
@@ -92,11 +92,11 @@ class _TrainedExperts(torch.autograd.Function):
         x_NH, weight_NK, order_S, place_NK, ends_E, h_SG, w1_EHG, bias1_EG, w2_EFH, bias2_EH = ctx.saved_tensors
         alpha, limit, _ = ctx.rest
         num_chosen, num_hidden, num_inner = weight_NK.shape[1], x_NH.shape[1], w2_EFH.shape[1]
-        token_S, w_S = order_S // num_chosen, weight_NK.reshape(-1)[order_S]
+        w_S = weight_NK.reshape(-1)[order_S]
         if h_SG is None:
             h_SG = _gate_argument(x_NH, order_S, ends_E, num_chosen, w1_EHG, bias1_EG)
 
-        dy_SH = grads[0][token_S]
+        dy_SH = spread_plain(grads[0], order_S, num_chosen)
         dg_SX = grouped_mm(dy_SH, Product(w_EIO=w2_EFH, bias_EO=bias2_EH).extend().transpose(1, 2), offs=ends_E)
         g_SF, dh_SG, dot_S = gate_backward(h_SG, dg_SX, None, w_S, alpha, limit)
         dw_NK = (dot_S + dg_SX[:, num_inner])[place_NK].to(weight_NK.dtype)

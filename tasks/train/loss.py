@@ -15,7 +15,8 @@ import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.costs import FROZEN_HEAD_ROWS
-from tasks.gptoss.head import block_rows, return_loss, score_block
+from tasks.gptoss.attention import told_documents
+from tasks.gptoss.head import block_rows, learnt_places, return_loss, score_block
 from tasks.gptoss.product import Era
 from tasks.gptoss.token_mean import TokenMean
 from tasks.gptoss.walks import FewWalks
@@ -70,11 +71,16 @@ def fuse_head(causal: Any) -> None:  # Any: a transformers CausalLM, whose attri
     return_loss(causal, score)
 
 
+def _with_learnt(batch: dict[str, Any]) -> dict[str, Any]:  # Any: tensors and numbers
+    return batch | {"learnt_M": learnt_places(batch["labels"])}
+
+
 class TokenMeanTrainer(TokenMean, FewWalks, SFTTrainer):
     """SFTTrainer whose validation loss is the mean over learnt tokens."""
 
     is_shared_out = False  # FSDP2 (tasks/train/sharding.py): no DDP averages the gradients
     is_placed = False  # its weights lie where they belong, and accelerate must not move them
+    is_flash = False  # its attention takes documents, and no mask
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as SFTTrainer does."""
@@ -104,13 +110,26 @@ class TokenMeanTrainer(TokenMean, FewWalks, SFTTrainer):
 
 
 class FusedHeadTrainer(TokenMeanTrainer):
-    """The same for a model after `fuse_head`: the loss of the learnt positions only, and no metrics of logits."""
+    """The same for a model after `fuse_head`: the loss of the learnt positions only, and no metrics of logits.
+
+    What a pass must know of its rows is found while they are on the host: asked of a GPU it would be an answer to wait
+    for, and while Python waits it launches nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Begin as SFTTrainer does, and let its collator say which tokens are learnt."""
+        super().__init__(*args, **kwargs)
+        collate = self.data_collator
+        self.data_collator = lambda rows: _with_learnt(collate(rows))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return the mean loss per learnt token of the (accumulated) batch."""
-        wanted = {name: inputs[name] for name in ("input_ids", "position_ids", "labels")}
+        wanted = {name: inputs[name] for name in ("input_ids", "position_ids", "labels", "learnt_M")}
+        if self.is_flash:
+            ends, longest = inputs["cu_seq_lens_q"], inputs["max_length_q"]
+            wanted["documents"] = told_documents(ends, longest, inputs["input_ids"].numel())
         loss = model(**wanted, num_items_in_batch=num_items_in_batch).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients of ranks

@@ -33,6 +33,7 @@ def training_needs(
     checkpointing: str,
     num_recomputed: int = 0,
     num_offloaded: int = 0,
+    num_shelved: int = 0,
 ) -> dict[str, int]:
     """Return what one GPU (or the host, without one) holds at the peak of a step, by part.
 
@@ -42,9 +43,10 @@ def training_needs(
         spec: dtype, quantisation, kernels.
         targets: what gets an adapter (`find_targets`).
         tokens: tokens of one pass, `row_tokens * rows_per_device`.
-        checkpointing: none, selective or full.
+        checkpointing: none, offload, selective or full.
         num_recomputed: selective: layers whose gate is recomputed.
         num_offloaded: layers that rest in the host's memory; two of them are on the GPU at a time.
+        num_shelved: offload: layers whose gate rests in the host's memory between the two halves of a pass.
     """
     element = 4 if spec.dtype == "float32" else 2
     unused, is_full = first_trained_layer(targets), checkpointing == "full"
@@ -54,7 +56,7 @@ def training_needs(
     }
     if uses_fused_kernels(config, spec):
         needs["weights"] -= embedding_bytes(shapes, config, spec)
-        kept, inside = _fused_activations(config, spec, tokens, checkpointing, num_recomputed, unused)
+        kept, inside = _fused_activations(config, spec, tokens, checkpointing, num_recomputed, num_shelved, unused)
         logits = 2 * element * min(tokens, FROZEN_HEAD_ROWS) * config.get("vocab_size", 0)
         needs |= {"activations": kept, "work of one layer": max(inside, logits), "workspace": _FUSED_WORKSPACE}
     else:
@@ -197,15 +199,15 @@ def _weight_bytes(stored: Mapping[str, int], shapes: Shapes, spec: TrainSpec) ->
 
 
 def _fused_activations(
-    config: Config, spec: TrainSpec, tokens: int, checkpointing: str, num_recomputed: int, unused: int
+    config: Config, spec: TrainSpec, tokens: int, checkpointing: str, num_recomputed: int, num_shelved: int, unused: int
 ) -> tuple[int, int]:
     """Return what a pass keeps for its backward half, and what the widest moment of one layer adds.
 
     The backward pass ends at the lowest adapter: the `unused` layers below it keep nothing.
 
     Kept of a layer: both norms' inputs (H each), q, k, v, the attention's output and its log-sum-exp, and for each of K
-    experts the gate's argument (2 F), which `selective` makes again; where layers are not joined (joint.py)
-    the experts' input, too.
+    experts the gate's argument (2 F), which `selective` makes again and `offload` sends to the host; where layers are
+    not joined (joint.py) the experts' input, too.
     """
     num_layers, hidden, inner = (config.get(n, 0) for n in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     heads, chosen = config.get("num_attention_heads", 0), config.get("num_experts_per_tok") or 1
@@ -217,12 +219,30 @@ def _fused_activations(
         2 if is_joined and spec.attention in _OUR_ATTENTION else 3,
     )
     plain = tokens * (element * (num_inputs * hidden + 2 * (heads + keys) * head_dim) + 4 * heads)
-    gate = tokens * chosen * 2 * inner * element
+    gate = _gate_bytes(config, spec, tokens)
     inside = tokens * chosen * (hidden + 4 * inner) * element
     if checkpointing == "full":
         return (num_layers - unused) * tokens * hidden * element, inside + plain + gate
-    with_gate = num_layers - max(unused, num_recomputed)
+    with_gate = num_layers - max(unused, num_recomputed) - max(0, num_shelved - 1)  # one is on its way
     return (num_layers - unused) * plain + with_gate * gate, inside
+
+
+def _gate_bytes(config: Config, spec: TrainSpec, tokens: int) -> int:
+    element, chosen = 4 if spec.dtype == "float32" else 2, config.get("num_experts_per_tok") or 1
+    return tokens * chosen * 2 * config.get("intermediate_size", 0) * element
+
+
+def shelf_bytes(config: Config, spec: TrainSpec, tokens: int, num_shelved: int) -> int:
+    """Return what gates take in the host's memory: torch pins pages of a power of two.
+
+    Args:
+        config: the base's config.json.
+        spec: dtype, and how many processes have a shelf each.
+        tokens: of one pass.
+        num_shelved: layers whose gate rests there.
+    """
+    page = 1 << (_gate_bytes(config, spec, tokens) - 1).bit_length()
+    return spec.num_processes * num_shelved * page if num_shelved else 0
 
 
 def _formed_bytes(targets: list[Target], element: int, *, is_full: bool) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from tasks.costs import layer_weights, say_needs
 from tasks.specs import TrainSpec
 from tasks.targets import Shapes, Target, first_trained_layer
-from tasks.train.needs import training_needs, uses_fused_kernels
+from tasks.train.needs import host_bytes, shelf_bytes, training_needs, uses_fused_kernels
 from tasks.train.weights import Config, resting_bytes
 
 _RESERVE_BYTES = 1 << 30  # CUDA's context and the allocator's slack, which no tensor shows
@@ -28,9 +28,10 @@ class StepPlan:
 
     rows_per_device: int
     gradient_accumulation: int
-    checkpointing: str  # none, selective or full
+    checkpointing: str  # none, offload, selective or full
     num_recomputed: int = 0  # selective: layers whose gate is recomputed
     num_offloaded: int = 0  # lowest layers that rest in the host's memory
+    num_shelved: int = 0  # offload: layers whose gate rests there between the two halves of a pass
 
     @property
     def num_rows(self) -> int:
@@ -72,12 +73,18 @@ class Workload:
             plan.checkpointing,
             plan.num_recomputed,
             plan.num_offloaded,
+            plan.num_shelved,
         )
+
+    def host_bytes(self, plan: StepPlan) -> int:
+        """Return what `plan` takes of the host's memory beside its GPUs."""
+        gates = shelf_bytes(self.config, self.spec, self.row_tokens * plan.rows_per_device, plan.num_shelved)
+        return gates + host_bytes(self.shapes, self.config, self.spec, plan.num_offloaded)
 
     def cost(self, plan: StepPlan) -> float:
         """Return the time of a step in arbitrary units: forward, backward without weight gradients, recomputation."""
         num_layers = max(1, self.config.get("num_hidden_layers", 1))
-        again = {"none": 0.0, "full": 1.0, "selective": 0.4 * plan.num_recomputed / num_layers}[plan.checkpointing]
+        again = (plan.checkpointing == "full") + (0.4 * plan.num_recomputed + 0.01 * plan.num_shelved) / num_layers
         tokens = plan.rows_per_device * self.row_tokens
         coming = sum(resting_bytes(self.shapes, self.config, self.spec, plan.num_offloaded))
         coming_tokens = coming * _PASSAGE_FLOPS / (4 * num_layers * layer_weights(self.config)) if coming else 0.0
@@ -109,8 +116,8 @@ def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
         )
     needed = sum(work.needs(plan).values())
     others = [
-        replace(plan, checkpointing=mode, num_recomputed=layers, num_offloaded=resting)
-        for mode, layers in _modes(work)
+        replace(plan, checkpointing=mode, num_recomputed=recomputed, num_shelved=shelved, num_offloaded=resting)
+        for mode, recomputed, shelved in _modes(work)
         for resting in _offloads(work)
     ]
     lighter = [other for other in others if sum(work.needs(other).values()) < needed]
@@ -119,13 +126,14 @@ def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
 
 def say_plan(work: Workload, plan: StepPlan) -> str:
     """Write the plan in a line, with what it needs."""
-    recomputed = {"none": "nothing", "full": "every layer"}.get(
-        plan.checkpointing, f"the gate of {plan.num_recomputed} layers"
+    recomputed = {"full": "every layer", "selective": f"the gate of {plan.num_recomputed} layers"}.get(
+        plan.checkpointing, "nothing"
     )
+    shelved = f", the gate of {plan.num_shelved} layers sent to the host and back" if plan.num_shelved else ""
     resting = f", {plan.num_offloaded} layers resting on the host" if plan.num_offloaded else ""
     return (
         f"{plan.gradient_accumulation} passes of {plan.rows_per_device} x {work.row_tokens} tokens a step, "
-        f"{recomputed} recomputed{resting}: about {say_needs(work.needs(plan))}"
+        f"{recomputed} recomputed{shelved}{resting}: about {say_needs(work.needs(plan))}"
     )
 
 
@@ -137,14 +145,15 @@ def _candidates(work: Workload, *, choose: bool) -> Iterator[StepPlan]:
         rows = [count for count in range(total, 0, -1) if total % count == 0]
     modes, offloads = list(_modes(work)), list(_offloads(work))
     for count in rows:
-        for mode, layers in modes if choose else modes[:1]:
+        for mode, recomputed, shelved in modes if choose else modes[:1]:
             for resting in offloads if choose else [0]:
                 yield StepPlan(
                     rows_per_device=count,
                     gradient_accumulation=total // count,
                     checkpointing=mode,
-                    num_recomputed=layers,
+                    num_recomputed=recomputed,
                     num_offloaded=resting,
+                    num_shelved=shelved,
                 )
 
 
@@ -156,13 +165,20 @@ def _offloads(work: Workload) -> list[int]:
     return sorted({round(lowest * eighths / 8) for eighths in range(9)})
 
 
-def _modes(work: Workload) -> Iterator[tuple[str, int]]:
-    """Yield the ways to recompute that the spec allows, the fastest first."""
+def _modes(work: Workload) -> Iterator[tuple[str, int, int]]:
+    """Yield the ways to save memory that the spec allows, the fastest first: mode, layers recomputed, layers shelved.
+
+    Half of the gates at most go to the host: more of them the bus can't carry while the layers compute.
+    """
     wanted, num_layers = work.spec.checkpointing, work.config.get("num_hidden_layers", 0)
+    is_fused = uses_fused_kernels(work.config, work.spec)
     if wanted in ("auto", "none"):
-        yield "none", 0
-    if wanted in ("auto", "selective") and uses_fused_kernels(work.config, work.spec):
+        yield "none", 0, 0
+    if wanted == "offload" or (wanted == "auto" and is_fused and work.spec.parallel == "ddp"):
+        half = max(1, (num_layers - first_trained_layer(work.targets)) // 2)
+        yield from (("offload", 0, count) for count in ((half // 2, half) if wanted == "auto" else (half,)) if count)
+    if wanted in ("auto", "selective") and is_fused:
         quarters = [round(num_layers * share / 4) for share in (1, 2, 3, 4)]
-        yield from (("selective", layers) for layers in (quarters if wanted == "auto" else quarters[-1:]))
+        yield from (("selective", layers, 0) for layers in (quarters if wanted == "auto" else quarters[-1:]))
     if wanted in ("auto", "full"):
-        yield "full", 0
+        yield "full", 0, 0

@@ -31,7 +31,7 @@ from tasks.specs import BaseModelSpec, LoraSpec, TrainSpec
 from tasks.targets import Target, find_targets
 from tasks.train.duration import step_seconds
 from tasks.train.flops import flops_per_token
-from tasks.train.needs import host_bytes, require_aligned
+from tasks.train.needs import require_aligned
 from tasks.train.placement import fit_processes
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan, smaller_plan
 from tasks.train.weights import require_offloadable
@@ -324,12 +324,13 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
                 f"a GPU, or {way_out}"
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
-    copies = host_bytes(work.shapes, work.config, spec, plan.num_offloaded) // spec.launch.nodes
+    copies = work.host_bytes(plan) // spec.launch.nodes
     if is_here and plan.num_offloaded:
         way = "lower TrainSpec.offload_layers, or choose nf4"
         machine.require_memory(copies, f"letting {plan.num_offloaded} layers of the base rest on the host", way)
     elif is_here:
         way = "store it in TrainSpec.dtype, or parallel='ddp'"
+        way += ", or checkpointing='selective'" if plan.num_shelved else ""
         machine.require_memory(copies, "loading the base in each process", way)
     used = gpus[: spec.num_processes]
     if ours_leaves:

@@ -38,6 +38,7 @@ def case(
     rows_per_step: int = 4,
     num_recomputed: int = 0,
     num_offloaded: int = 0,
+    num_shelved: int = 0,
     **changes: str | int,
 ) -> dict[str, Any]:  # Any: JSON values
     """One run: what the recipe changes, and the plan of its step."""
@@ -53,6 +54,7 @@ def case(
             "checkpointing": checkpointing,
             "num_recomputed": num_recomputed,
             "num_offloaded": num_offloaded,
+            "num_shelved": num_shelved,
         },
     }
 
@@ -67,6 +69,7 @@ CASES = {
     "all-experts-and-attention": case(4, "none", modules=ATTENTION),
     "all-experts-and-attention-full": case(4, "full", modules=ATTENTION),
     "all-experts-and-attention-1-row-selective-8": case(1, "selective", modules=ATTENTION, num_recomputed=8),
+    "all-experts-and-attention-1-row-offload-8": case(1, "offload", modules=ATTENTION, num_shelved=8),
     "seeds": case(4, "none", parameters=SEEDS),
     "all-experts-60k": case(1, "full", row_tokens=60_000, rows_per_step=1),
     "all-experts-8-rows": case(4, "none", rows_per_step=8),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tasks.gptoss import norm, rotation, rows
 from tasks.gptoss.attention import attend_with_sinks, find_documents
 from tasks.gptoss.experts import run_experts
-from tasks.gptoss.product import Pair, Product, keep_extended
+from tasks.gptoss.product import Pair, Product, keep_extended, round_up
 from tasks.train.loss import FrozenHeadLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -114,6 +115,58 @@ def test_experts(recompute: bool, extend: bool):
         assert gap(mine, true) < 2e-2, name
     idle = grads[2].view(num, rank, hidden)[[0, num - 1]]
     assert not idle.any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num", "chosen", "hidden", "rank"), [(5, 8, 2, 16, 3), (4096, 32, 4, 2880, 8), (700, 128, 4, 96, 16)]
+)
+def test_rows_are_sorted_and_spread_as_on_a_cpu(tokens: int, num: int, chosen: int, hidden: int, rank: int):
+    torch.manual_seed(0)
+    index, x, u = torch.rand(tokens, num).topk(chosen)[1], torch.randn(tokens, hidden), torch.randn(tokens, num * rank)
+    x, u, wide = x.bfloat16(), u.bfloat16(), round_up(rank)
+
+    def run(device: str) -> list[torch.Tensor]:
+        there = [each.to(device) for each in (index, x, u)]
+        order, place, ends = rows.sort_rows(there[0], num)
+        both, kept = rows.spread_with(there[1], there[2], there[0], order, rank, wide)
+        again = rows.spread_again(there[1], kept, order, chosen)
+        plain = [spread(there[1], order, chosen) for spread in (rows.spread, rows.spread_plain)]
+        return [order, place, ends, both, kept, again, *plain]
+
+    for ours, true in zip(run("cuda"), run("cpu"), strict=True):
+        assert ours.dtype == true.dtype and torch.equal(ours.cpu(), true)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [24, 2880])
+def test_norms_are_those_of_a_cpu(width: int):
+    torch.manual_seed(0)
+    x, more, slope = (torch.randn(300, width).bfloat16() for _ in range(3))
+    weight, apart = torch.rand(width).bfloat16(), torch.randn(300, width + 8).bfloat16()[:, :width]
+
+    def run(device: str) -> list[torch.Tensor]:
+        a, b, c, d, w = (each.to(device) for each in (x, more, slope, apart, weight))
+        parts = norm.normed(a, w, 1e-5), norm.norm_wide(a, w, 1e-5, 40), *norm.add_norm(a, b, w, 1e-5)
+        return [*parts, norm.norm_back(a, w, c, b, 1e-5), norm.norm_back(a, w, d, b, 1e-5)]
+
+    for ours, true in zip(run("cuda"), run("cpu"), strict=True):
+        assert gap(ours.cpu(), true.float()) < 2e-3
+    total, normed = norm.add_norm(x.cuda(), more.cuda(), weight.cuda(), 1e-5)
+    assert torch.equal(norm.normed(total, weight.cuda(), 1e-5), normed)  # the backward pass makes it again
+
+
+@torch.no_grad()
+def test_rotation_is_that_of_a_cpu():
+    torch.manual_seed(0)
+    both, cos, sin = torch.randn(300, 80 * 64).bfloat16(), torch.randn(300, 32), torch.randn(300, 32)
+    dq, dk, dv = (torch.randn(heads, 300, 64).bfloat16().transpose(0, 1) for heads in (64, 8, 8))
+
+    def run(device: str) -> list[torch.Tensor]:
+        whole, *parts, c, s = (each.to(device) for each in (both, dq, dk, dv, cos, sin))
+        return [rotation.rotate(whole.clone(), c, s, 64), rotation.rotate_back(*parts, c, s)]
+
+    for ours, true in zip(run("cuda"), run("cpu"), strict=True):
+        assert gap(ours.cpu(), true.float()) < 2e-3
 
 
 def test_head_loss():

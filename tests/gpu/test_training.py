@@ -105,10 +105,11 @@ def test_resumed_is_uninterrupted_within_rounding(inputs: Path, tmp_path: Path):
     "plan",
     [
         {"checkpointing": "selective", "num_recomputed": 4},
+        {"checkpointing": "offload", "num_shelved": 2},
         {"checkpointing": "full"},
         {"rows_per_device": 1, "gradient_accumulation": 2},
     ],
-    ids=["selective", "full", "1 row"],
+    ids=["selective", "offload", "full", "1 row"],
 )
 def test_every_plan_is_the_same_run(inputs: Path, tmp_path: Path, plan: dict[str, Any]):
     whole = train(inputs, tmp_path / "whole")

@@ -74,8 +74,8 @@ def require_same(ours: Any, pefts: Any) -> None:
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize(
     "options",
-    [{}, {"join": False}, {"flash": False}, {"num_recomputed": 1}, {"extended_from": None}],
-    ids=["all", "apart", "eager", "recompute", "plain"],
+    [{}, {"join": False}, {"flash": False}, {"num_recomputed": 1}, {"num_shelved": 9}, {"extended_from": None}],
+    ids=["all", "apart", "eager", "recompute", "shelf", "plain"],
 )
 def test_value_and_gradients_are_pefts(settings: dict[str, Any], options: dict[str, Any]):
     expected = run(stock(adapted(settings)))

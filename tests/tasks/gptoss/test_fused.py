@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tasks.gptoss.fused import compile_chain
-from tasks.gptoss.norm import normed
+from tasks.gptoss.norm import normed, normed_in_chain
 
 
 def counting(graphs: list[int]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def test_where_nothing_is_differentiated_one_graph_serves_all_layers():
     Each was a graph of its own: nine of `normed` and ten of `norm_back` in one training, more than torch allows.
     """
     graphs: list[int] = []
-    norm = compile_chain(normed.__wrapped__, counting(graphs))  # pyright: ignore[reportFunctionMemberAccess]
+    norm = compile_chain(normed_in_chain.__wrapped__, counting(graphs))  # pyright: ignore[reportFunctionMemberAccess]
     x_NH, weight_H = torch.randn(6, 8), torch.rand(8)
     wanted_NH = x_NH.clone().requires_grad_()
     view_NH = (wanted_NH * 1)[None].flatten(0, 1)
@@ -41,7 +41,7 @@ def test_where_nothing_is_differentiated_one_graph_serves_all_layers():
 
 
 def test_gradients_go_through_it_where_they_are_recorded():
-    norm = compile_chain(normed.__wrapped__, counting([]))  # pyright: ignore[reportFunctionMemberAccess]
+    norm = compile_chain(normed_in_chain.__wrapped__, counting([]))  # pyright: ignore[reportFunctionMemberAccess]
     grads = []
     for function in (norm, normed):
         x_NH = torch.arange(12.0).view(3, 4).requires_grad_()

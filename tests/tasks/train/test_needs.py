@@ -116,9 +116,11 @@ def test_each_knob_moves_its_part():
     [
         (141, plan_of(4, "none")),
         (84, plan_of(4, "none")),
-        (70, plan_of(2, "none")),
-        (58, plan_of(2, "selective")),
+        (70, plan_of(4, "offload")),
+        (62, plan_of(2, "none")),
+        (58, plan_of(2, "offload")),
         (53, plan_of(1, "none")),
+        (51, plan_of(1, "offload")),
         (49, plan_of(1, "selective")),
         (47, plan_of(2, "full")),
         (10, plan_of(1, "full")),  # fits nowhere: the smallest, whose numbers the refusal says
