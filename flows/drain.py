@@ -6,8 +6,7 @@ Meant to run every few minutes, one at a time; two at once do no harm. A drain t
 artifact as well: how much waits, since when, why, and what to do.
 """
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from tasks.traces.spec import DrainReport, DrainSpec
 from tasks.traces.task import drain_traces, publish_report, publishing_failure
 

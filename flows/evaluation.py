@@ -3,8 +3,7 @@
 Not flows/evaluate.py: Prefect puts this folder first on sys.path, and lm-eval imports a package `evaluate`.
 """
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import RecipeName, resolve
 from tasks.artifacts import Decision
 from tasks.evaluate.task import evaluate_candidate, find_served

@@ -1,7 +1,6 @@
 """The line: fetch > pack > train > merge > publish > serve > verify."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import RecipeName, resolve, resolve_base
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_lengths, check_recipe

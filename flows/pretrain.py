@@ -1,7 +1,6 @@
 """Train a gpt-oss from scratch: corpus and tokenizer > GptOssForCausalLM."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import PretrainName, resolve_pretrain
 from tasks.artifacts import PretrainedModel
 from tasks.check.task import check_pretrain

@@ -1,7 +1,6 @@
 """A published model takes over: start beside > verify > evaluate > (approve) > canary > all > retire the old one."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import RecipeName, resolve
 from tasks.artifacts import ServedModel
 from tasks.evaluate.task import evaluate_candidate

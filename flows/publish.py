@@ -1,7 +1,6 @@
 """Publish an adapter that already exists: merged, alone, or both."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import RecipeName, resolve
 from tasks.artifacts import PublishedModel
 from tasks.check.task import check_publish

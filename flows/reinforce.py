@@ -1,7 +1,6 @@
 """The line by rewards: fetch > pack (> train) > reinforce > merge > publish > serve > verify."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import ReinforceName, resolve_base, resolve_reinforce
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_lengths, check_recipe

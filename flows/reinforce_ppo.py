@@ -1,7 +1,6 @@
 """PPO on Ray: questions and base > verl's main_ppo on a cluster > a whole model > publish > serve > verify."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import PpoName, resolve_ppo
 from tasks.artifacts import HealthReport, PublishedModel
 from tasks.check.task import check_ppo

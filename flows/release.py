@@ -1,7 +1,6 @@
 """Merge > publish > serve > verify for an adapter that already exists."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import RecipeName, resolve
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_release

@@ -1,7 +1,6 @@
 """Publish > serve > verify for a model that was pretrained here."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import PretrainName, resolve_base_release, resolve_every_pretrain
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_release

@@ -1,7 +1,6 @@
 """Publish > serve > verify for a model that PPO made: where the cluster that trained it serves nothing."""
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.recipes import PpoName, resolve_ppo
 from tasks.artifacts import HealthReport
 from tasks.check.task import check_release

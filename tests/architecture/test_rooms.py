@@ -18,7 +18,7 @@ VERBS = sorted(path.parent.name for path in (ROOT / "tasks").glob("*/task.py"))
 # A file takes the first row that fits: handbook section 2, with the exceptions that exist, each named.
 SHARED = r"tasks\.(adapters|artifacts|checkpoints|children|costs|divergence|environment|specs|errors|files|followed_job|hub|job_report|launch_script|lifeline|liveness|machine|metrics|model_config|models|pictures|processes|procfs|ranks|ray_cluster|ray_driver|ray_errors|ray_follow|ray_job|ray_jobs|ray_log|recorder|remote|remote_errors|remote_manifest|row_order|slurm|slurm_job|slurm_report|supervision|tables|targets|trainer_job|training)"  # noqa: E501
 TABLE: list[tuple[str, str]] = [
-    (r"flows/.*", r"flows\.recipes|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),
+    (r"flows/.*", r"flows\.(prefect_flow|recipes)|tasks\.\w+\.task|tasks\.(specs|artifacts|errors)|tasks\.traces\.spec"),  # noqa: E501
     (r"tasks/(?P<verb>train|reinforce|ppo|verify|evaluate)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui|tasks\.serve\.handover"),  # who gets the GPU, who is served  # noqa: E501
     (r"tasks/(?P<verb>\w+)/task\.py", rf"blocks\..*|tasks\.{{verb}}\..*|{SHARED}|tasks\.prefect_ui"),
     (r"tasks/check/\w+\.py", rf"tasks\.(corpus|fetch|pack|pretrain|reinforce|train)\.run|tasks\.ppo\.(preflight|prepare)|tasks\.serve\.(handover|preflight|settings)|tasks\.train\.(needs|plan|weights)|tasks\.pack\.render|tasks\.check\.\w+|{SHARED}|tasks\.gptoss\.\w+"),  # looks into the others  # noqa: E501
