@@ -51,7 +51,7 @@ class ContinuousEngine:
             has_graphs: decode by CUDA graphs though attention has a mask; transformers leaves them off then.
         """
         self._lengths = sorted(lengths, reverse=True)
-        self._has_graphs = has_graphs
+        self._has_graphs = has_graphs and torch.cuda.is_available()
         self._manager: Any = None  # Any: transformers' ContinuousBatchingManager
         self._made_for = (0, 0)  # prompts, tokens that are generated at most
         self._num_blocks = 0
@@ -108,7 +108,8 @@ class ContinuousEngine:
             flash = self._manager.continuous_batching_config.auto_switch_to_flash
             self._manager.switch_to_cb_friendly_attn(self._manager.model, flash)
             return
-        config = max(needed, sized(self._longest(count, trainer.num_generations), limit), key=_num_blocks)
+        largest = sized(self._longest(count, trainer.num_generations), limit)
+        config = max(largest, needed, key=_num_blocks)  # of two as large the one that no rollout has a say in
         settings = copy(trainer.generation_config)
         settings.eos_token_id = model.generation_config.eos_token_id
         longest = max([*self._lengths, *lengths])
@@ -140,9 +141,9 @@ def _warm_up_decoding(manager: Any, num_prompts: int) -> None:  # Any: as above
     most = min(cache.max_batch_tokens, _GRAPH_QUERIES * -(-num_prompts // _GRAPH_QUERIES))
     pad = runner.maybe_pad_inputs
 
-    def pad_decoding(num_q_tokens: int, *args: Any) -> tuple[int, int]:  # Any: transformers' own
+    def pad_decoding(num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
         runner.pad_inputs = runner.use_cuda_graph_varlen = num_q_tokens <= most
-        return pad(num_q_tokens, *args)
+        return pad(num_q_tokens, max_kv_read, use_decode_fast_path)
 
     if runner.use_cuda_graph_varlen:  # there is a GPU
         runner.maybe_pad_inputs = pad_decoding
@@ -152,6 +153,8 @@ def _warm_up_decoding(manager: Any, num_prompts: int) -> None:  # Any: as above
 
 def _complete(manager: Any, prompt_ids: Sequence[list[int]], step: int) -> list[Any]:  # Any: as above, its outputs
     """Run the engine until each prompt has its completion; its thread has ended when this returns or raises."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # its stream does not wait for that of the optimizer's last step
     manager.batch_processor.cache.reset()  # a prefix must not come with what older weights made of it
     manager.background_thread_status.clear()  # of the last rollout's end, or prompts are refused
     manager.current_batch = 0

@@ -128,14 +128,14 @@ def _run(
         try:
             return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
         except (TrainingError, OutOfMemoryError) as error:
-            why = _blame_engine(error, chosen)
+            why = blame_engine(error, chosen)
             if not why or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
                 raise
             logger.warning("%s (%s); transformers generates, several times slower", why, error)
         chosen = choose_without_vllm(spec, config) if chosen.engine else Rollouts()
 
 
-def _blame_engine(error: Exception, chosen: Rollouts) -> str:
+def blame_engine(error: Exception, chosen: Rollouts) -> str:
     """Return in what way a worker's end before its first step may be its engine's doing; empty: in none."""
     if chosen == Rollouts():
         return ""

@@ -3,7 +3,7 @@
     python tests/bench/bench_rollouts_20b.py [ENGINE ...]     a JSON line each; rollouts_20b.json in $BENCH_OUT or $OUT
 
 The model is loaded once, as the worker does it, with a random adapter on attention and all experts that says something;
-then 32 questions are answered by each engine in turn, and the adapter changes between them as by an optimizer's step.
+then 32 questions are answered by each engine in turn, and the adapter becomes another one, in place, between them.
 The first rollout compiles, and the first `continuous` in a row makes its cache and graphs: name an engine three times.
 
     transformers      `generate`
@@ -62,13 +62,13 @@ def choose_engine(trainer: Any, name: str) -> None:  # Any: as above
 
 
 def learn(trainer: Any) -> None:  # Any: as above
-    """Change the adapter in place, so that an engine which replays an older one shows less of today's."""
+    """Make another adapter of it, in place and as large: an engine that replays the older one shows nothing of it."""
     import torch
 
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
-            if "lora_" in name:
-                weight.mul_(1 + 0.1 * torch.randn_like(weight))
+            if "lora_B" in name:
+                weight.copy_(weight[torch.randperm(len(weight), device=weight.device)])
 
 
 def measure(trainer: Any, engine: str) -> dict[str, Any]:  # Any: as above; JSON values

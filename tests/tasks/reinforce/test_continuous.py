@@ -11,7 +11,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+from transformers.generation.continuous_batching import (
+    ContinuousBatchingManager,
+    PagedAttentionCache,
+    initialization,
+    model_runner,
+)
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -164,6 +169,49 @@ def test_a_kept_engine_says_what_a_new_one_does_while_weights_and_lengths_change
             assert told == pytest.approx(plainly(trainer, prompt, said), abs=1e-4)
         assert {id(cache) for cache in live_caches()} == kept and len(kept) == 1
     assert trainer.model.config._attn_implementation in ("eager", "sdpa") and trainer.model.training
+    engine.drop()
+    assert not live_caches()
+
+
+class Replay:
+    """Stands for a CUDA graph: the same Python with the same tensors, whatever is in them by then."""
+
+    def __init__(self, forward: Any, arguments: Any) -> None:
+        self.forward, self.arguments, self.count = forward, arguments, 0
+
+    def replay(self) -> None:
+        self.count += 1
+        self.forward(*self.arguments)
+
+    def reset(self) -> None:
+        del self.forward, self.arguments
+
+
+def test_graphs_of_steps_that_decode_are_kept_and_say_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    def capture(self: Any, forward: Any, stream: Any, *arguments: Any) -> None:
+        forward(*arguments)
+        self.inputs_and_outputs.set_graph(Replay(forward, arguments))
+
+    monkeypatch.setattr(initialization, "get_accelerator_graph_name", lambda: "CUDAGraph")
+    monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
+    monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)
+    trainer, engine = trainer_of(make_model(), tmp_path), ContinuousEngine([100] * 8)
+    engine._has_graphs = True
+    for number, prompts in enumerate([*ROLLOUTS, ROLLOUTS[0]]):
+        learn(trainer)
+        torch.manual_seed(number)
+        completions, logprobs = engine.generate(trainer, prompts)
+        for prompt, said, told in zip(prompts, completions, logprobs, strict=True):
+            assert told == pytest.approx(plainly(trainer, prompt, said), abs=1e-4)
+        other = ContinuousEngine([100] * 8)
+        other._has_graphs = True
+        torch.manual_seed(number)
+        assert other.generate(trainer, prompts) == (completions, logprobs)
+        other.drop()
+        graphs = engine._manager.batch_processor.inputs_and_outputs.graphs._storage
+        assert {key[0] for key in graphs} == {32} and len(graphs) == 2  # the largest step's, and that of all others
+        assert max(graph.count for graph in graphs.values()) > 10 * (number + 1) - 2
+    del graphs
     engine.drop()
     assert not live_caches()
 

@@ -12,10 +12,10 @@ import pytest
 
 from tasks import errors
 from tasks.artifacts import ArtifactStore
-from tasks.errors import CapacityError, RewardError, SpecError, TrainingError
+from tasks.errors import CapacityError, OutOfMemoryError, RewardError, RolloutError, SpecError, TrainingError
 from tasks.machine import Gpu
 from tasks.reinforce.rollouts import Rollouts, choose_rollouts
-from tasks.reinforce.run import reinforce_adapter
+from tasks.reinforce.run import blame_engine, reinforce_adapter
 from tasks.specs import ReinforceSpec, change
 from tests.commands import write_commands
 from tests.tasks.reinforce import runs
@@ -121,6 +121,20 @@ def test_continuous_batching_is_refused_for_models_that_it_does_wrongly(config: 
     with pytest.raises(SpecError, match=f"{says}.*use 'transformers'"):
         choose_rollouts(change(SPEC, {"rollouts": "continuous"}), config, GPT_OSS_20B, H200)
     assert choose_rollouts(change(SPEC, {"rollouts": "transformers"}), config, GPT_OSS_20B, H200) == Rollouts()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RolloutError("no such kernel"), "continuous batching could not generate"),
+        (OutOfMemoryError("4 GB"), "the memory did not suffice with continuous batching beside the model"),
+        (TrainingError("NaN"), ""),
+        (RewardError("no score"), ""),
+    ],
+)
+def test_what_continuous_batching_did_is_told_from_what_else_failed(error: Exception, says: str):
+    assert blame_engine(error, Rollouts(is_continuous=True)) == says
+    assert blame_engine(error, Rollouts()) == ""  # nothing slower is left
 
 
 @pytest.fixture
