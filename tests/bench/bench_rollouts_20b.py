@@ -125,6 +125,8 @@ def main() -> None:
         sys.stdout.flush()
         out = Path(os.environ.get("BENCH_OUT") or os.environ.get("OUT") or work)
         (out / "rollouts_20b.json").write_text(json.dumps(report, indent=1) + "\n")
+    if trainer.wanted.continuous:
+        trainer.wanted.continuous.drop()  # while Python still has what its end needs
 
 
 if __name__ == "__main__":
