@@ -22,7 +22,7 @@ from tasks.errors import RewardError
 from tasks.lifeline import lifeline
 from tasks.reinforce import vllm_engine
 from tasks.reinforce.agreement import Agreement, measure_agreement, require_adapter
-from tasks.reinforce.continuous import generate_continuously
+from tasks.reinforce.continuous import ContinuousEngine
 from tasks.reinforce.own import require_scores
 from tasks.reinforce.prompts import Prompt
 from tasks.reinforce.rewards import RewardFn
@@ -86,7 +86,7 @@ class Wanted:
     rewards: Mapping[str, tuple[RewardFn, float]]  # column -> function, weight
     least_share: float
     engine: str = "transformers"
-    is_continuous: bool = False  # rollouts by transformers' continuous batching
+    continuous: ContinuousEngine | None = None  # rollouts by transformers' continuous batching
     said: list[Said] = field(default_factory=list)  # of the rollout that is being scored
 
     def functions(self, tokenizer: Any, ends: Sequence[int]) -> list[Any]:  # Any: TRL's reward functions
@@ -150,8 +150,8 @@ class GroupTrainer(GRPOTrainer):
         if self.use_vllm:
             with vllm_engine.blamed():
                 ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        elif self.wanted.is_continuous:
-            ids, logprobs = generate_continuously(self, prompt_ids)
+        elif self.wanted.continuous:
+            ids, logprobs = self.wanted.continuous.generate(self, prompt_ids)
         else:
             watch = SampledLogprobs(self.temperature, self.state.global_step)
             model: Any = self.accelerator.unwrap_model(self.model)  # Any: a PeftModel

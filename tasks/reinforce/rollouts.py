@@ -1,5 +1,7 @@
 """What generates: vLLM in the trainer's process where it fits beside the model that learns, else transformers.
 
+Of transformers it is continuous batching on a GPU where CUDA graphs make its steps quicker than those of `generate`.
+
     spec + config.json + bytes of the weights + GPU -> choose_rollouts() -> Rollouts
 
 Ring: edge (asks an interpreter).  Units: bytes.
@@ -19,6 +21,9 @@ from tasks.specs import ReinforceSpec
 logger = logging.getLogger(__name__)
 _CACHE_SHARE = 0.1  # of the card, for keys and values
 _LEARNING = 1.25  # of the weights' bytes, and 4 GB, is the least that learning takes
+_MOST_KEYS = (
+    16384  # tokens; each request computes over those of all: what graphs save is lost. 0: `auto` never takes it
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +49,7 @@ def choose_rollouts(
     """Return what generates, for a GPU or, without one, for the host.
 
     Raises: SpecError, MissingError or CapacityError when the spec wants vLLM and it can't be had; with `auto`
-        transformers' `generate` does it then: continuous batching was slower, on two cores and on an H200.
+        transformers does it then.
     """
     if spec.rollouts == "continuous":
         require_continuous(spec, config)
@@ -58,7 +63,33 @@ def choose_rollouts(
         if spec.rollouts == "vllm":
             raise
         logger.info("transformers generates, several times slower than vLLM: %s", error)
-        return Rollouts()
+        return choose_without_vllm(spec, config)
+
+
+def choose_without_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Rollouts:  # Any: as above
+    """Return which of transformers' two ways generates on a GPU."""
+    try:
+        require_continuous(spec, config)
+    except SpecError as error:
+        why = str(error)
+    else:
+        keys = spec.rows_per_step * spec.max_sequence_tokens
+        if not has_graphs(spec, config):
+            why = f"without CUDA graphs it is slower: they are for a {MODEL_TYPE} that is not quantised, by our kernels"
+        elif keys > _MOST_KEYS:
+            why = f"its mask would span up to {keys} tokens, which is slower beyond {_MOST_KEYS}"
+        else:
+            return Rollouts(is_continuous=True)
+    logger.info("transformers' generate, not its continuous batching: %s", why)
+    return Rollouts()
+
+
+def has_graphs(spec: ReinforceSpec, config: Mapping[str, Any]) -> bool:  # Any: as above
+    """Say whether a step of continuous batching can be a CUDA graph: nothing in it may wait for the GPU.
+
+    Only seen to be so of gpt-oss with our kernels; transformers and bitsandbytes ask the GPU for sizes here and there.
+    """
+    return config.get("model_type") == MODEL_TYPE and spec.kernels == "auto" and spec.quantization == "none"
 
 
 def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above

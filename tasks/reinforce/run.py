@@ -30,7 +30,13 @@ from tasks.reinforce.attention import choose_attention
 from tasks.reinforce.columns import generations_columns, metrics_columns
 from tasks.reinforce.own import load_reward, source_digest
 from tasks.reinforce.report import reward_distributions
-from tasks.reinforce.rollouts import Rollouts, choose_rollouts, require_continuous, require_vllm
+from tasks.reinforce.rollouts import (
+    Rollouts,
+    choose_rollouts,
+    choose_without_vllm,
+    require_continuous,
+    require_vllm,
+)
 from tasks.reinforce.said import IN_REWARD
 from tasks.reinforce.streams import read_rows
 from tasks.reinforce.vllm_python import Engine
@@ -105,35 +111,40 @@ def _run(
     spec: ReinforceSpec,
     on_progress: ProgressFn,
 ) -> dict[str, Any]:  # Any: JSON values
-    """Run the worker; where vLLM was our own choice and fails before the first step, with transformers to the end.
+    """Run the worker; where an engine was our own choice and fails before the first step, with a slower one to the end.
 
-    Only for what vLLM did, or may have done: a reward that fails would fail again, the slow way.
+    Only for what it did, or may have done: a reward that fails would fail again, the slow way.
     """
     folder = Path(job["folder"])
     gpu = next(iter(list_gpus()), None) if spec.device_map == "auto" else None
     element = 4 if spec.dtype == "float32" else 2
     weights_bytes = element * sum(map(prod, base_shapes(Path(base.model_folder)).values()))
-    chosen = choose_rollouts(spec, files.read_json(Path(base.model_folder) / "config.json"), weights_bytes, gpu)
-    if chosen.engine and spec.rollouts == "auto" and _transformers_began(folder):
+    config = files.read_json(Path(base.model_folder) / "config.json")
+    chosen = choose_rollouts(spec, config, weights_bytes, gpu)
+    if spec.rollouts == "auto" and (began := _began_with(folder)):
         logger.info("transformers generates, as in the steps that are there")
-        chosen = Rollouts()
-    try:
-        return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
-    except (TrainingError, OutOfMemoryError) as error:
-        why = _blame_vllm(error)
-        if not why or not chosen.engine or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
-            raise
-        logger.warning("%s (%s); transformers generates, several times slower", why, error)
-    return _run_with(Rollouts(), job, spec, on_progress, on_gpu=gpu is not None)
+        chosen = began
+    while True:
+        try:
+            return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
+        except (TrainingError, OutOfMemoryError) as error:
+            why = blame_engine(error, chosen)
+            if not why or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
+                raise
+            logger.warning("%s (%s); transformers generates, several times slower", why, error)
+        chosen = choose_without_vllm(spec, config) if chosen.engine else Rollouts()
 
 
-def _blame_vllm(error: Exception) -> str:
-    """Return in what way a worker's end before its first step may be vLLM's doing; empty: in none."""
+def blame_engine(error: Exception, chosen: Rollouts) -> str:
+    """Return in what way a worker's end before its first step may be its engine's doing; empty: in none."""
+    if chosen == Rollouts():
+        return ""
+    name = "vLLM" if chosen.engine else "continuous batching"
     if isinstance(error, RolloutError):
-        return "vLLM could not generate"
+        return f"{name} could not generate"
     if isinstance(error, OutOfMemoryError):
-        return "the memory did not suffice with vLLM beside the model"
-    return "the worker ended beside vLLM without saying why" if _is_silent(error) else ""
+        return f"the memory did not suffice with {name} beside the model"
+    return f"the worker ended beside {name} without saying why" if _is_silent(error) else ""
 
 
 def _is_silent(error: Exception) -> bool:
@@ -141,11 +152,16 @@ def _is_silent(error: Exception) -> bool:
     return isinstance(error, LostError) or isinstance(error.__cause__, TimeoutError)
 
 
-def _transformers_began(folder: Path) -> bool:
-    """Say whether an earlier try made steps with transformers: a vLLM that failed then would only fail again."""
+def _began_with(folder: Path) -> Rollouts | None:
+    """Return with which of transformers' two ways an earlier try made steps; None: with neither.
+
+    A vLLM that failed then would only fail again, and what one samples the other does not.
+    """
     told = folder / "job.json"
-    steps = read_metrics(folder / "metrics.jsonl")
-    return bool(steps) and told.exists() and files.read_json(told)["spec"]["rollouts"] == "transformers"
+    if not read_metrics(folder / "metrics.jsonl") or not told.exists():
+        return None
+    name = files.read_json(told)["spec"]["rollouts"]
+    return {each.name: each for each in (Rollouts(), Rollouts(is_continuous=True))}.get(name)
 
 
 def _run_with(

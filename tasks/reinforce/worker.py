@@ -34,12 +34,13 @@ from tasks.metrics import read_metrics
 from tasks.recorder import say
 from tasks.reinforce import vllm_engine
 from tasks.reinforce.attention import choose_attention
-from tasks.reinforce.continuous import require_pages
+from tasks.reinforce.continuous import ContinuousEngine, require_pages
 from tasks.reinforce.group import GroupTrainer, Wanted
 from tasks.reinforce.own import load_reward
 from tasks.reinforce.prompts import Prompt, collect_prompts, completion_tokens, require_enough
 from tasks.reinforce.recorder import GroupRecorder, PeriodKeeper, is_good_enough
 from tasks.reinforce.rewards import number
+from tasks.reinforce.rollouts import has_graphs
 from tasks.reinforce.said import Said
 from tasks.specs import ReinforceSpec
 from tasks.training import RESULT, fix_seeds, outcome, require_end, run_worker
@@ -87,11 +88,12 @@ def make_trainer(job: dict[str, Any], spec: ReinforceSpec) -> GroupTrainer:  # A
     rewards = {reward.column: (load_reward(reward), reward.weight) for reward in spec.rewards}
     engine = {"vllm": "vllm", "continuous": "transformers' continuous batching"}.get(spec.rollouts, "transformers")
     wanted = Wanted(prompts=prompts, rewards=rewards, least_share=spec.min_adapter_share, engine=engine)
-    wanted.is_continuous = spec.rollouts == "continuous"
     if engine == "vllm":
         vllm_engine.set_up(spec)
-    if wanted.is_continuous:
+    if spec.rollouts == "continuous":
         require_pages(model)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        wanted.continuous = ContinuousEngine(lengths, has_graphs=has_graphs(spec, model.config.to_dict()))
     ends = end_tokens(model, tokenizer)
     model.generation_config.eos_token_id = ends
     trainer = GroupTrainer(
@@ -285,6 +287,9 @@ def run_to_end(trainer: GroupTrainer, checkpoint: Path | None, spec: ReinforceSp
     except (RewardError, TransientError, AccessError, DataError):  # of rewards: nothing of the step was learnt yet
         keep_last_step(trainer, begun)
         raise
+    finally:
+        if trainer.wanted.continuous:
+            trainer.wanted.continuous.drop()
     require_end(trainer.state, planned, is_over=is_good_enough(trainer.state, spec))
 
 

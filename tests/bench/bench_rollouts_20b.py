@@ -3,17 +3,22 @@
     python tests/bench/bench_rollouts_20b.py [ENGINE ...]     a JSON line each; rollouts_20b.json in $BENCH_OUT or $OUT
 
 The model is loaded once, as the worker does it, with a random adapter on attention and all experts that says something;
-then 32 questions are answered by each engine in turn. The first rollout compiles: name its engine twice. -graphs: with
-CUDA graphs, which transformers leaves off where attention has a mask; -512: so many tokens at once, not 1,024.
-Needs what bench_grpo_20b.py needs. BENCH_DIR: as there; BENCH_TOKENS: of each completion.
+then 32 questions are answered by each engine in turn, and the adapter becomes another one, in place, between them.
+The first rollout compiles, and the first `continuous` in a row makes its cache and graphs: name an engine three times.
+
+    transformers      `generate`
+    continuous        what the worker takes: kept from rollout to rollout, steps that decode as CUDA graphs
+    continuous-anew   the same, made anew for each rollout
+    continuous-eager  kept, without graphs
+
+reserved_gpu_gb: behind the rollout; beyond that of `transformers` it is what the engine keeps. Needs what
+bench_grpo_20b.py needs. BENCH_DIR: as there; BENCH_TOKENS: of each completion.
 """
 
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +28,7 @@ sys.path.insert(0, str(ROOT))
 from tests.bench import bench_grpo_20b  # noqa: E402
 from tests.bench.bench_train_20b import EXPERTS  # noqa: E402
 
-ENGINES: dict[
-    str, tuple[int, int] | None
-] = {  # tokens of keys to which graphs are padded, tokens at once; 0: no graphs
-    "transformers": None,
-    "continuous": (0, 0),
-    "continuous-graphs": (4096, 1024),
-    "continuous-graphs-512": (2048, 512),
-}
-
-
-def with_graphs(
-    sized: Callable[..., Any], keys: int, most: int, *args: Any, **kwargs: Any
-) -> Any:  # Any: sized_cache's
-    """Return the settings of `sized` with CUDA graphs."""
-    config = sized(*args, **kwargs)
-    if keys:
-        config.use_cuda_graph, config.max_batch_tokens = (True, False), most
-        config.q_padding_interval_size, config.kv_padding_interval_size = 32, keys
-    return config
+ENGINES = ("transformers", "continuous", "continuous-anew", "continuous-eager")
 
 
 def make_trainer(work: Path, num_tokens: int) -> Any:  # Any: a GroupTrainer
@@ -59,23 +46,47 @@ def make_trainer(work: Path, num_tokens: int) -> Any:  # Any: a GroupTrainer
     return trainer
 
 
-def measure(trainer: Any, engine: str) -> dict[str, Any]:  # Any: a GroupTrainer; JSON values
+def choose_engine(trainer: Any, name: str) -> None:  # Any: as above
+    """Have the trainer generate by that engine; one that is there and is not to be made anew goes on."""
+    from tasks.reinforce.continuous import ContinuousEngine
+
+    told, kept = trainer.wanted, trainer.wanted.continuous
+    if kept and name == told.engine != "continuous-anew":
+        return
+    if kept:
+        kept.drop()
+    lengths = [len(prompt.ids) for prompt in told.prompts]
+    has_graphs = name != "continuous-eager"
+    told.continuous = None if name == "transformers" else ContinuousEngine(lengths, has_graphs=has_graphs)
+    told.engine = name
+
+
+def learn(trainer: Any) -> None:  # Any: as above
+    """Make another adapter of it, in place and as large: an engine that replays the older one shows nothing of it."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(weight[torch.randperm(len(weight), device=weight.device)])
+
+
+def measure(trainer: Any, engine: str) -> dict[str, Any]:  # Any: as above; JSON values
     """Let one engine answer the first 32 questions; return what that took, and what it shows of the adapter."""
     import torch
 
-    from tasks.reinforce import continuous
     from tasks.training import fix_seeds
 
-    wanted, sized = ENGINES[engine], continuous.sized_cache
-    trainer.wanted.is_continuous = wanted is not None
-    continuous.sized_cache = partial(with_graphs, sized, *(wanted or (0, 0)))
-    if torch.cuda.is_available():
+    choose_engine(trainer, engine)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     fix_seeds(0)
-    try:
-        trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    finally:
-        continuous.sized_cache = sized
+    learn(trainer)
+    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    if on_gpu:
+        torch.cuda.empty_cache()
     done, found = trainer.rollout, trainer.rollout.agreement
     return {
         "engine": engine,
@@ -83,8 +94,16 @@ def measure(trainer: Any, engine: str) -> dict[str, Any]:  # Any: a GroupTrainer
         "tokens_per_s": round(done.num_generated / done.generate_s, 1),
         "adapter_share": found.share and round(found.share, 3),
         "adapter_share_error": round(found.share_error, 4),
-        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if torch.cuda.is_available() else None,
+        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
+        "reserved_gpu_gb": round(torch.cuda.memory_reserved() / 1e9, 2) if on_gpu else None,
+        "num_graphs": num_graphs(trainer),
     }
+
+
+def num_graphs(trainer: Any) -> int:  # Any: as above
+    """Return how many CUDA graphs are kept."""
+    manager = trainer.wanted.continuous and trainer.wanted.continuous._manager
+    return len(manager.batch_processor.inputs_and_outputs.graphs._storage) if manager else 0
 
 
 def main() -> None:
@@ -97,7 +116,7 @@ def main() -> None:
     work = Path(os.environ.get("BENCH_DIR") or tempfile.mkdtemp(prefix="bench-grpo-"))
     work.mkdir(parents=True, exist_ok=True)
     bench_grpo_20b.need_base(work)
-    engines = sys.argv[1:] or ["continuous", *ENGINES]
+    engines = sys.argv[1:] or [name for name in ENGINES for _ in range(3)]
     trainer = make_trainer(work, int(os.environ.get("BENCH_TOKENS", "128")))
     report: list[dict[str, Any]] = []  # Any: JSON values
     for engine in engines:
@@ -106,6 +125,8 @@ def main() -> None:
         sys.stdout.flush()
         out = Path(os.environ.get("BENCH_OUT") or os.environ.get("OUT") or work)
         (out / "rollouts_20b.json").write_text(json.dumps(report, indent=1) + "\n")
+    if trainer.wanted.continuous:
+        trainer.wanted.continuous.drop()  # while Python still has what its end needs
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Continuous batching beside a plain forward pass: what is sampled, what is left behind, and how it fails."""
+"""Continuous batching beside a plain forward pass: what is sampled, what is kept and left behind, how it fails."""
 
 import gc
+import logging
 import threading
 import time
 from typing import Any
@@ -10,13 +11,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
+from transformers.generation.continuous_batching import (
+    ContinuousBatchingManager,
+    PagedAttentionCache,
+    initialization,
+    model_runner,
+)
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from tasks.errors import SpecError, TrainingError
+from tasks.errors import RolloutError, SpecError
 from tasks.lifeline import lifeline
-from tasks.reinforce.continuous import generate_continuously, require_pages
+from tasks.reinforce.continuous import ContinuousEngine, require_pages
 from tests.tiny import byte_tokenizer, make_model
 
 pytestmark = pytest.mark.long
@@ -66,6 +72,15 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
     return trainer_of(make_model() if request.param == "gpt-oss" else dense(), tmp_path)
 
 
+def generate_anew(trainer: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """By an engine that is not kept."""
+    engine = ContinuousEngine()
+    try:
+        return engine.generate(trainer, prompts)
+    finally:
+        engine.drop()
+
+
 @torch.no_grad()
 def plainly(trainer: Any, prompt: list[int], said: list[int]) -> list[float]:
     """Log-probabilities of a completion by one forward pass over it alone."""
@@ -77,7 +92,7 @@ def plainly(trainer: Any, prompt: list[int], said: list[int]) -> list[float]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_log_probabilities_are_those_of_what_was_sampled(trainer: Any, temperature: float):
     trainer.temperature = trainer.generation_config.temperature = temperature
-    completions, logprobs = generate_continuously(trainer, PROMPTS * 3)
+    completions, logprobs = generate_anew(trainer, PROMPTS * 3)
     for prompt, said, told in zip(PROMPTS * 3, completions, logprobs, strict=True):
         assert told == pytest.approx(plainly(trainer, prompt, said), abs=1e-4)
         assert not set(said[:-1]) & set(ENDS)  # of several ends the first one ends it, and is kept
@@ -88,7 +103,7 @@ def test_the_log_probabilities_are_those_of_what_was_sampled(trainer: Any, tempe
 def test_a_prompt_of_more_than_a_batch_and_more_prompts_than_one(trainer: Any):
     prompts = [[65] * 200, *([number % 200] for number in range(1100))]
     trainer.max_completion_length = trainer.generation_config.max_new_tokens = 1
-    completions, logprobs = generate_continuously(trainer, prompts)
+    completions, logprobs = generate_anew(trainer, prompts)
     assert [len(said) for said in completions] == [1] * len(prompts)
     assert logprobs[0] == pytest.approx(plainly(trainer, prompts[0], completions[0]), abs=1e-4)
 
@@ -96,7 +111,7 @@ def test_a_prompt_of_more_than_a_batch_and_more_prompts_than_one(trainer: Any):
 def test_what_is_sampled_does_not_depend_on_who_was_slow(trainer: Any, monkeypatch: pytest.MonkeyPatch):
     """The engine's thread must not see some of the prompts before the others are there: on a busy machine it did."""
     torch.manual_seed(2)
-    quick = generate_continuously(trainer, PROMPTS)
+    quick = generate_anew(trainer, PROMPTS)
     add = ContinuousBatchingManager.add_request
 
     def add_slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +121,7 @@ def test_what_is_sampled_does_not_depend_on_who_was_slow(trainer: Any, monkeypat
 
     monkeypatch.setattr(ContinuousBatchingManager, "add_request", add_slowly)
     torch.manual_seed(2)
-    assert generate_continuously(trainer, PROMPTS) == quick
+    assert generate_anew(trainer, PROMPTS) == quick
 
 
 def test_nothing_is_left_behind(trainer: Any, monkeypatch: pytest.MonkeyPatch):
@@ -120,10 +135,122 @@ def test_nothing_is_left_behind(trainer: Any, monkeypatch: pytest.MonkeyPatch):
     beats: list[str] = []
     monkeypatch.setattr(lifeline, "beat", lambda phase, step: beats.append(phase))
     before, threads = state(), threading.active_count()
-    generate_continuously(trainer, PROMPTS)
+    generate_anew(trainer, PROMPTS)
     assert state() == before and threading.active_count() <= threads
     assert not live_caches()
     assert beats and set(beats) == {"rollout"}  # without one for stall_timeout_s the run is taken for hung
+
+
+ROLLOUTS = [[[65 + number] * length for number in range(8)] for length in (70, 3, 100, 40)]  # 32 tokens are a page
+
+
+def learn(trainer: Any) -> None:
+    """Change the adapter in place, as an optimizer does."""
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_" in name:
+                weight.add_(torch.randn_like(weight), alpha=0.2)
+
+
+def test_a_kept_engine_says_what_a_new_one_does_while_weights_and_lengths_change(trainer: Any):
+    engine, kept = ContinuousEngine([100] * 8), set()
+    for number, prompts in enumerate([ROLLOUTS[0], *ROLLOUTS]):  # the first prompts twice: their prefixes are known
+        learn(trainer)
+        torch.manual_seed(number)
+        completions, logprobs = engine.generate(trainer, prompts)
+        state = torch.get_rng_state()
+        kept |= {id(cache) for cache in live_caches()}
+        torch.manual_seed(number)
+        other = ContinuousEngine([100] * 8)
+        assert other.generate(trainer, prompts) == (completions, logprobs)  # of a run that was resumed here
+        other.drop()
+        assert torch.equal(torch.get_rng_state(), state)
+        for prompt, said, told in zip(prompts, completions, logprobs, strict=True):
+            assert told == pytest.approx(plainly(trainer, prompt, said), abs=1e-4)
+        assert {id(cache) for cache in live_caches()} == kept and len(kept) == 1
+    assert trainer.model.config._attn_implementation in ("eager", "sdpa") and trainer.model.training
+    engine.drop()
+    assert not live_caches()
+
+
+class Replay:
+    """Stands for a CUDA graph: the same Python with the same tensors, whatever is in them by then."""
+
+    def __init__(self, forward: Any, arguments: Any) -> None:
+        self.forward, self.arguments, self.count = forward, arguments, 0
+
+    def replay(self) -> None:
+        self.count += 1
+        self.forward(*self.arguments)
+
+    def reset(self) -> None:
+        del self.forward, self.arguments
+
+
+def test_graphs_of_steps_that_decode_are_kept_and_say_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    def capture(self: Any, forward: Any, stream: Any, *arguments: Any) -> None:
+        forward(*arguments)
+        self.inputs_and_outputs.set_graph(Replay(forward, arguments))
+
+    monkeypatch.setattr(initialization, "get_accelerator_graph_name", lambda: "CUDAGraph")
+    monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
+    monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)
+    trainer, engine = trainer_of(make_model(), tmp_path), ContinuousEngine([100] * 8)
+    engine._has_graphs = True
+    for number, prompts in enumerate([*ROLLOUTS, ROLLOUTS[0]]):
+        learn(trainer)
+        torch.manual_seed(number)
+        completions, logprobs = engine.generate(trainer, prompts)
+        for prompt, said, told in zip(prompts, completions, logprobs, strict=True):
+            assert told == pytest.approx(plainly(trainer, prompt, said), abs=1e-4)
+        other = ContinuousEngine([100] * 8)
+        other._has_graphs = True
+        torch.manual_seed(number)
+        assert other.generate(trainer, prompts) == (completions, logprobs)
+        other.drop()
+        graphs = engine._manager.batch_processor.inputs_and_outputs.graphs._storage
+        assert {key[0] for key in graphs} == {32} and len(graphs) == 2  # the largest step's, and that of all others
+        assert max(graph.count for graph in graphs.values()) > 10 * (number + 1) - 2
+    del graphs
+    engine.drop()
+    assert not live_caches()
+
+
+def test_an_engine_that_was_told_too_little_is_made_anew_for_what_is_longer(trainer: Any):
+    engine = ContinuousEngine()
+    engine.generate(trainer, ROLLOUTS[1])
+    small = live_caches()[0].num_blocks
+    assert all(len(said) for said in engine.generate(trainer, ROLLOUTS[0])[0])
+    [cache] = live_caches()
+    assert cache.num_blocks > small
+    engine.drop()
+
+
+@pytest.mark.parametrize(("lengths", "pages"), [([5, 300, 200, 7], 4 * (10 + 1) + 4 * (7 + 1)), ([5], 8 * 3)])
+def test_its_cache_holds_the_longest_prompts_of_the_run_each_for_its_group(
+    trainer: Any, lengths: list[int], pages: int
+):
+    trainer.num_generations = 4
+    engine = ContinuousEngine(lengths)
+    engine.generate(trainer, [[65] * 40] * 8)
+    [cache] = live_caches()
+    assert cache.num_blocks == pages
+    engine.drop()
+
+
+def test_a_stop_amid_a_rollout_drops_it(trainer: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = ContinuousEngine([100])
+    engine.generate(trainer, PROMPTS)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ContinuousBatchingManager, "get_result", stop)
+        engine.generate(trainer, PROMPTS)
+    assert not live_caches() and trainer.model.training
+    assert all(len(said) for said in engine.generate(trainer, PROMPTS)[0])
+    engine.drop()
 
 
 def live_caches() -> list[Any]:
@@ -134,26 +261,32 @@ def live_caches() -> list[Any]:
 @pytest.mark.parametrize(
     ("thrown", "error", "says"),
     [
-        (RuntimeError("no such kernel"), TrainingError, "no such kernel.*use rollouts='transformers'"),
-        (AssertionError(), TrainingError, r"AssertionError\(\)"),  # without a word it passed for completions
+        (RuntimeError("no such kernel"), RolloutError, "no such kernel.*use rollouts='transformers'"),
+        (AssertionError(), RolloutError, r"AssertionError\(\)"),  # without a word it passed for completions
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
     ],
     ids=["with-words", "without", "memory"],
 )
-def test_what_goes_wrong_in_the_engines_thread_is_raised_here(trainer: Any, thrown: Exception, error: Any, says: str):
+def test_what_goes_wrong_in_the_engines_thread_is_raised_here(
+    trainer: Any, thrown: Exception, error: Any, says: str, monkeypatch: pytest.MonkeyPatch
+):
     attention, calls = trainer.model.config._attn_implementation, iter(range(9))
+    monkeypatch.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)  # pytest keeps its records
 
     def fail(*args: Any) -> None:
         if next(calls) == 2:
             raise thrown
 
+    engine = ContinuousEngine()
+    engine.generate(trainer, PROMPTS)
     hook = trainer.model.get_base_model().register_forward_pre_hook(fail)
     with pytest.raises(error, match=says):
-        generate_continuously(trainer, PROMPTS)
+        engine.generate(trainer, PROMPTS)
     hook.remove()
+    assert not live_caches()
     assert trainer.model.config._attn_implementation == attention
     assert not [thread for thread in threading.enumerate() if "_run_generation_loop" in thread.name]
-    assert all(len(said) for said in generate_continuously(trainer, PROMPTS)[0])
+    assert all(len(said) for said in generate_anew(trainer, PROMPTS)[0])
 
 
 def test_a_model_that_knows_no_pages_is_refused():

@@ -12,10 +12,10 @@ import pytest
 
 from tasks import errors
 from tasks.artifacts import ArtifactStore
-from tasks.errors import CapacityError, RewardError, SpecError, TrainingError
+from tasks.errors import CapacityError, OutOfMemoryError, RewardError, RolloutError, SpecError, TrainingError
 from tasks.machine import Gpu
 from tasks.reinforce.rollouts import Rollouts, choose_rollouts
-from tasks.reinforce.run import reinforce_adapter
+from tasks.reinforce.run import blame_engine, reinforce_adapter
 from tasks.specs import ReinforceSpec, change
 from tests.commands import write_commands
 from tests.tasks.reinforce import runs
@@ -48,8 +48,12 @@ def test_vllm_generates_where_a_gpu_holds_the_base_twice():
 @pytest.mark.parametrize(
     ("changes", "config", "gpu", "says"),
     [
-        ({}, GPT_OSS, H100, "42.0 GB does not fit twice into NVIDIA H100"),
-        ({"vllm_memory_share": 0.2}, GPT_OSS, H200, r"vLLM would get 30.0 GB \(ReinforceSpec.vllm_memory_share\)"),
+        (
+            {"vllm_memory_share": 0.2, "kernels": "stock"},
+            GPT_OSS,
+            H200,
+            r"vLLM would get 30.0 GB \(ReinforceSpec.vllm_memory_share\)",
+        ),
         ({"quantization": "nf4"}, GPT_OSS, H200, "with a quantised base"),
         ({}, {"quantization_config": {"quant_method": "mxfp4"}}, H200, "with a quantised base"),
         ({"top_p": 0.9, "temperature": 0.7}, GPT_OSS, H200, "with temperature = 0.7, top_p = 0.9 and top_k = 0"),
@@ -65,6 +69,33 @@ def test_else_transformers_do_and_vllm_is_refused(
     with pytest.raises((SpecError, CapacityError), match=says) as refused:
         choose_rollouts(change(spec, {"rollouts": "vllm"}), config, GPT_OSS_20B, gpu)
     assert str(refused.value) in caplog.text
+
+
+@pytest.mark.parametrize("config", [GPT_OSS, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}])
+def test_continuous_batching_does_where_a_gpu_holds_gpt_oss_once(
+    config: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO):
+        assert choose_rollouts(SPEC, config, GPT_OSS_20B, H100) == Rollouts(is_continuous=True)
+    assert "several times slower than vLLM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "says"),
+    [
+        ({"top_k": 5}, GPT_OSS, "with top_p = 1 and top_k = 5"),
+        ({"quantization": "int8"}, GPT_OSS, "without CUDA graphs it is slower"),
+        ({"kernels": "stock"}, GPT_OSS, "without CUDA graphs it is slower"),
+        ({}, {"model_type": "qwen3"}, "without CUDA graphs it is slower"),
+        ({"max_sequence_tokens": 1024}, GPT_OSS, "its mask would span up to 32768 tokens"),
+    ],
+)
+def test_generate_does_where_continuous_batching_gains_nothing(
+    changes: dict[str, Any], config: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO):
+        assert choose_rollouts(change(SPEC, changes), config, GPT_OSS_20B, H100) == Rollouts()
+    assert says in caplog.text
 
 
 def test_without_a_gpu_transformers_do():
@@ -90,6 +121,20 @@ def test_continuous_batching_is_refused_for_models_that_it_does_wrongly(config: 
     with pytest.raises(SpecError, match=f"{says}.*use 'transformers'"):
         choose_rollouts(change(SPEC, {"rollouts": "continuous"}), config, GPT_OSS_20B, H200)
     assert choose_rollouts(change(SPEC, {"rollouts": "transformers"}), config, GPT_OSS_20B, H200) == Rollouts()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RolloutError("no such kernel"), "continuous batching could not generate"),
+        (OutOfMemoryError("4 GB"), "the memory did not suffice with continuous batching beside the model"),
+        (TrainingError("NaN"), ""),
+        (RewardError("no score"), ""),
+    ],
+)
+def test_what_continuous_batching_did_is_told_from_what_else_failed(error: Exception, says: str):
+    assert blame_engine(error, Rollouts(is_continuous=True)) == says
+    assert blame_engine(error, Rollouts()) == ""  # nothing slower is left
 
 
 @pytest.fixture
