@@ -86,7 +86,7 @@ def forward_of(
     """Return the attention's output and log-sum-exp, the engine whose `backward` takes them, and its state."""
     engine = _choose_engine(q_NAD, documents, window)
     out_NAD, lse_AN, state = engine.forward(q_NAD, k_NGD, v_NGD, documents, window, scale)
-    return *_shrink(out_NAD, lse_AN, sinks_A), engine, state
+    return *shrink(out_NAD, lse_AN, sinks_A), engine, state
 
 
 class _SinkAttention(torch.autograd.Function):
@@ -120,7 +120,8 @@ class _SinkAttention(torch.autograd.Function):
 
 
 @fused
-def _shrink(out_NAD: torch.Tensor, lse_AN: torch.Tensor, sinks_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shrink(out_NAD: torch.Tensor, lse_AN: torch.Tensor, sinks_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an attention's output and log-sum-exp with the sinks, from those without."""
     with_sink_AN = torch.logaddexp(lse_AN, sinks_A.float()[:, None])
     share_NA1 = (lse_AN - with_sink_AN).exp().t()[:, :, None]
     return (out_NAD.float() * share_NA1).to(out_NAD.dtype), with_sink_AN
@@ -194,7 +195,7 @@ class _OnGpu:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         ends, longest = documents.ends, documents.longest
         out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scale, **_sides(window)
+            q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scale, **sides(window)
         )
         return out, lse, (seed, unused)
 
@@ -213,11 +214,12 @@ class _OnGpu:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ends, longest = documents.ends, documents.longest
         return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, ends, ends, longest, longest, 0.0, True, *state, scale=scale, **_sides(window)
+            dout, q, k, v, out, lse, ends, ends, longest, longest, 0.0, True, *state, scale=scale, **sides(window)
         )
 
 
-def _sides(window: int | None) -> dict[str, int]:
+def sides(window: int | None) -> dict[str, int]:
+    """Return how flash attention is told a window of so many tokens, the current one included."""
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 

@@ -29,8 +29,9 @@ from trl.models.utils import unwrap_model_for_generation
 from tasks.errors import RolloutError, SpecError
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.lifeline import lifeline
+from tasks.reinforce.pages import can_attend, take_pages
 
-_FLASH_PAGE, _MASKED_PAGE = 256, 32  # tokens: what flash attention's kernels want, and what wastes little of a mask
+_FLASH_PAGE, _MASKED_PAGE = 256, 32  # tokens: what others' flash attention wants, and what wastes little
 _FLASH_BATCH, _MASKED_BATCH = 8192, 1024  # tokens: transformers' default; with a mask each computes over all the others
 _GRAPH_QUERIES, _GRAPH_KEYS = 32, 4096  # tokens: one graph for each multiple that is met
 
@@ -99,14 +100,17 @@ class ContinuousEngine:
 
     def _prepare(self, trainer: Any, model: Any, lengths: list[int]) -> None:  # Any: as above, a PeftModel
         """Have a manager with room for these prompts, and the model's attention switched to pages."""
-        limit, count = trainer.max_completion_length, len(lengths)
-        sized = partial(sized_cache, has_sinks=model.config.model_type == MODEL_TYPE, has_graphs=self._has_graphs)
+        limit, count, has_pages = trainer.max_completion_length, len(lengths), can_attend(model)
+        has_sinks = model.config.model_type == MODEL_TYPE
+        sized = partial(sized_cache, has_sinks=has_sinks, has_pages=has_pages, has_graphs=self._has_graphs)
         needed = sized(lengths, limit)
         if self._made_for != (count, limit) or _num_blocks(needed) > self._num_blocks:
             self.drop()
         if self._manager is not None:
             flash = self._manager.continuous_batching_config.auto_switch_to_flash
             self._manager.switch_to_cb_friendly_attn(self._manager.model, flash)
+            if has_pages:
+                take_pages(model)
             return
         largest = sized(self._longest(count, trainer.num_generations), limit)
         config = max(largest, needed, key=_num_blocks)  # of two as large the one that no rollout has a say in
@@ -116,6 +120,8 @@ class ContinuousEngine:
         hints = WorkloadHints(max_prompt_length=longest, max_generated_length=limit, num_requests=count)
         self._made_for, self._num_blocks = (count, limit), _num_blocks(config)
         self._manager = model.init_continuous_batching(settings, config, hints)
+        if has_pages:
+            take_pages(model)
         if self._has_graphs:
             _warm_up_decoding(self._manager, count)
         else:
@@ -218,7 +224,7 @@ def require_pages(model: Any) -> None:  # Any: a PreTrainedModel
 
 
 def sized_cache(
-    lengths: Sequence[int], limit: int, *, has_sinks: bool, has_graphs: bool = False
+    lengths: Sequence[int], limit: int, *, has_sinks: bool, has_pages: bool = False, has_graphs: bool = False
 ) -> ContinuousBatchingConfig:
     """Return settings whose cache holds this rollout and no more.
 
@@ -228,6 +234,7 @@ def sized_cache(
         lengths: tokens of each prompt.
         limit: tokens that are generated at most.
         has_sinks: flash attention, which needs no mask, would drop them.
+        has_pages: ours does not, and needs none either.
         has_graphs: with CUDA graphs, padded to few sizes.
 
     >>> config = sized_cache([10, 40], 30, has_sinks=True)
@@ -236,8 +243,8 @@ def sized_cache(
     >>> sized_cache([4000, 4000], 30, has_sinks=True).max_batch_tokens
     1024
     """
-    is_masked = has_sinks or not torch.cuda.is_available()
-    page, most = (_MASKED_PAGE, _MASKED_BATCH) if is_masked else (_FLASH_PAGE, _FLASH_BATCH)
+    is_masked = not has_pages and (has_sinks or not torch.cuda.is_available())
+    page, most = _MASKED_PAGE if is_masked or has_sinks else _FLASH_PAGE, _MASKED_BATCH if is_masked else _FLASH_BATCH
     config = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=sum(-(-(length + limit) // page) + 1 for length in lengths),

@@ -7,6 +7,7 @@ from tasks.gptoss import norm, rotation, rows
 from tasks.gptoss.attention import attend_with_sinks, find_documents
 from tasks.gptoss.experts import run_experts
 from tasks.gptoss.product import Pair, Product, keep_extended, round_up
+from tasks.reinforce.pages import attend_over_pages
 from tasks.train.loss import FrozenHeadLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,6 +53,40 @@ def test_attention_with_sinks(lengths: tuple[int, ...], window: int | None):
     assert gap(ours, exact) < 5e-3
     for name, mine, true in zip("qkvs", grads, exact_grads, strict=True):
         assert gap(mine, true) < 1e-2, name
+
+
+class Pages:
+    """transformers' cache where keys and values lie in order already."""
+
+    def update(self, key_states, value_states, layer_idx, kwargs):
+        return key_states, value_states
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("queries", [(1, 1, 1, 1), (1, 300, 1, 70), (640, 1, 1, 1)])
+def test_attention_over_pages_is_that_of_a_cpu(queries: tuple[int, ...], window: int | None):
+    torch.manual_seed(0)
+    keys = [total if count == 1 else count for count, total in zip(queries, (640, 1, 129, 33), strict=True)]
+    ends = [torch.tensor([0, *counts]).cumsum(0).int() for counts in (queries, keys)]
+    padded = [torch.cat([each, each[-1:].expand(2)]) for each in ends]  # two requests that are not there
+    query, key, value = (
+        torch.randn(1, heads, count, 64).bfloat16()
+        for heads, count in ((64, sum(queries) + 5), (8, sum(keys) + 9), (8, sum(keys) + 9))
+    )
+    layer = torch.nn.Module()
+    layer.layer_idx, layer.sinks = 0, torch.nn.Parameter(torch.randn(64))
+
+    def run(device: str, dtype: torch.dtype) -> torch.Tensor:
+        there = [each.to(device, dtype) for each in (query, key, value)]
+        told = {"cu_seq_lens_q": padded[0].to(device), "cu_seq_lens_k": padded[1].to(device)}
+        told |= {"max_length_q": max(queries), "max_length_k": 1024, "cache": Pages()}
+        with torch.no_grad():
+            out, _ = attend_over_pages(layer.to(device), *there, None, 0.125, sliding_window=window, **told)
+        return out.cpu().float()
+
+    exact, ours = run("cpu", torch.float32), run("cuda", torch.bfloat16)
+    assert gap(ours, exact) < 5e-3
+    assert not ours[0, sum(queries) :].any()
 
 
 @pytest.mark.parametrize(("recompute", "extend"), [(False, True), (True, True), (True, False)])

@@ -22,6 +22,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tasks.errors import RolloutError, SpecError
 from tasks.lifeline import lifeline
+from tasks.reinforce import continuous
 from tasks.reinforce.continuous import ContinuousEngine, require_pages
 from tests.tiny import byte_tokenizer, make_model
 
@@ -67,9 +68,11 @@ def trainer_of(model: Any, folder: Any, temperature: float = 1.0, limit: int = 1
     return trainer
 
 
-@pytest.fixture(params=["gpt-oss", "dense"])
-def trainer(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
-    return trainer_of(make_model() if request.param == "gpt-oss" else dense(), tmp_path)
+@pytest.fixture(params=["gpt-oss", "gpt-oss, our attention", "dense"])
+def trainer(request: pytest.FixtureRequest, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if "our" in request.param:  # as on a GPU
+        monkeypatch.setattr(continuous, "can_attend", lambda model: True)
+    return trainer_of(dense() if request.param == "dense" else make_model(), tmp_path)
 
 
 def generate_anew(trainer: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
@@ -187,11 +190,15 @@ class Replay:
         del self.forward, self.arguments
 
 
-def test_graphs_of_steps_that_decode_are_kept_and_say_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_graphs_of_steps_that_decode_are_kept_and_say_the_same(
+    is_ours: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
     def capture(self: Any, forward: Any, stream: Any, *arguments: Any) -> None:
         forward(*arguments)
         self.inputs_and_outputs.set_graph(Replay(forward, arguments))
 
+    monkeypatch.setattr(continuous, "can_attend", lambda model: is_ours)
     monkeypatch.setattr(initialization, "get_accelerator_graph_name", lambda: "CUDAGraph")
     monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
     monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)

@@ -87,7 +87,7 @@ def test_continuous_batching_does_where_a_gpu_holds_gpt_oss_once(
         ({"quantization": "int8"}, GPT_OSS, "without CUDA graphs it is slower"),
         ({"kernels": "stock"}, GPT_OSS, "without CUDA graphs it is slower"),
         ({}, {"model_type": "qwen3"}, "without CUDA graphs it is slower"),
-        ({"max_sequence_tokens": 1024}, GPT_OSS, "its mask would span up to 32768 tokens"),
+        ({"max_sequence_tokens": 4096}, GPT_OSS, "it would keep the keys and values of 131072 tokens"),
     ],
 )
 def test_generate_does_where_continuous_batching_gains_nothing(
