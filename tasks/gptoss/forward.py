@@ -51,8 +51,7 @@ def factor_experts(
         era: says when adapters change; None: they may, before each pass.
     """
     layers, shelf = find_decoder(model).layers, Shelf()
-    lowest = next((number for number, layer in enumerate(layers) if _is_trained(layer)), len(layers))
-    shelved = shelved_layers(len(layers), lowest, num_shelved)
+    shelved = shelved_layers(len(layers), lowest_trained(model), num_shelved)
     for number, layer in enumerate(layers):
         outer = layer.mlp.experts
         for module in (outer, _inmost(outer)):  # the latter is what is left when PEFT has taken its own off again
@@ -63,8 +62,11 @@ def factor_experts(
             _extend_weights(outer)
 
 
-def _is_trained(layer: nn.Module) -> bool:
-    return any(weight.requires_grad for weight in layer.parameters())
+def lowest_trained(model: nn.Module) -> int:
+    """Return the number of the lowest layer of which anything is trained, that of all layers when none is."""
+    layers = find_decoder(model).layers
+    trained = (any(weight.requires_grad for weight in layer.parameters()) for layer in layers)
+    return next((number for number, is_trained in enumerate(trained) if is_trained), len(layers))
 
 
 def _inmost(module: Any) -> Any:  # Any: GptOssExperts, or a ParamWrapper around it

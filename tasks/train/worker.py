@@ -27,7 +27,7 @@ from tasks.adapters import lora_config, remember_start, require_moved, require_t
 from tasks.checkpoints import is_complete, latest_checkpoint
 from tasks.gptoss.documents import separate_documents
 from tasks.gptoss.embedding import rest_embedding
-from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers
+from tasks.gptoss.forward import factor_experts, flash_attention, fuse_norms, join_layers, lowest_trained
 from tasks.gptoss.layout import MODEL_TYPE
 from tasks.gptoss.packed import load_packed
 from tasks.gptoss.product import Era
@@ -161,7 +161,8 @@ def speed_up(model: Any, spec: TrainSpec, plan: StepPlan, era: Era, *, is_flash:
     if is_flash:
         flash_attention(model)
         if extended_from is not None:
-            join_layers(model, first=extended_from, era=era)
+            # What may rest on the host stays apart wherever it lies, where bits count: joined it rounds otherwise.
+            join_layers(model, first=lowest_trained(model) if spec.deterministic else extended_from, era=era)
 
 
 def trainer_arguments(folder: Path, spec: TrainSpec, plan: StepPlan) -> SFTConfig:

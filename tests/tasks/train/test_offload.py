@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 from pydantic import ValidationError
 
 from flows.recipes import resolve
+from tasks.adapters import lora_config
 from tasks.errors import SpecError
+from tasks.gptoss.forward import find_decoder
+from tasks.gptoss.product import Era
 from tasks.models import base_shapes
 from tasks.specs import LoraSpec, TrainSpec, change
 from tasks.train.needs import embedding_bytes, host_bytes
 from tasks.train.plan import plan_step, smaller_plan
 from tasks.train.weights import require_offloadable, resting_bytes
+from tasks.train.worker import speed_up
 from tests.tasks.train import runs as subject
 from tests.tasks.train.runs import SPEC, adapter_digest, losses
 from tests.tasks.train.test_needs import plan_of, work_of
+from tests.tiny import make_model
 from tests.tiny_mxfp4 import pack_experts
 
 pytestmark = pytest.mark.long
@@ -41,15 +47,27 @@ def fit_to(changes: dict[str, Any]) -> TrainSpec:
     return change(resolve("gptoss20b_lora_h100").train, changes)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "stock"])
-def test_a_run_whose_lowest_layer_rests_is_the_same_to_the_bit(inputs: dict[str, Any], tmp_path: Path, kernels: str):
-    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3, "eval_steps": 3, "kernels": kernels})
+@pytest.mark.parametrize("kernels", [{}, {"kernels": "stock"}, {"attention": "flash", "deterministic": True}])
+def test_a_run_whose_lowest_layer_rests_is_the_same_to_the_bit(
+    inputs: dict[str, Any], tmp_path: Path, kernels: dict[str, Any]
+):
+    """The third has joined layers, as a GPU has."""
+    spec = SPEC.model_copy(update={"lora": LAST, "max_steps": 6, "save_steps": 3, "eval_steps": 3, **kernels})
     subject.run(inputs, tmp_path / "whole", spec)
     result = subject.run(inputs, tmp_path / "resting", spec.model_copy(update={"offload_layers": 1}))
     assert result["validation_loss_after"] < result["validation_loss_before"]
     assert "1 layers rest in the host's memory: " in (tmp_path / "resting/output.log").read_text()
     assert losses(tmp_path / "resting") == losses(tmp_path / "whole")
     assert adapter_digest(tmp_path / "resting") == adapter_digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_where_bits_count_a_layer_that_may_rest_stays_apart_wherever_it_lies(deterministic: bool):
+    """On a GPU a joined layer rounds otherwise than one apart; on a CPU it does not."""
+    model = get_peft_model(make_model(), lora_config(LAST))
+    spec = SPEC.model_copy(update={"lora": LAST, "attention": "flash", "deterministic": deterministic})
+    speed_up(model, spec, plan_of(1, "none"), Era(), is_flash=True)
+    assert [hasattr(layer, "joint") for layer in find_decoder(model).layers] == [not deterministic, True]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "stock"])
