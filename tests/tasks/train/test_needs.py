@@ -49,19 +49,22 @@ def work_of(spec: TrainSpec, row_tokens: int = 4096, more: Shapes | None = None)
     )
 
 
-def plan_of(rows: int, checkpointing: str, num_recomputed: int = 0, num_offloaded: int = 0) -> StepPlan:
+def plan_of(
+    rows: int, checkpointing: str, num_recomputed: int = 0, num_offloaded: int = 0, num_shelved: int = 0
+) -> StepPlan:
     return StepPlan(
         rows_per_device=rows,
         gradient_accumulation=1,
         checkpointing=checkpointing,
         num_recomputed=num_recomputed,
         num_offloaded=num_offloaded,
+        num_shelved=num_shelved,
     )
 
 
 def plan_as(measured: dict) -> StepPlan:
     """The plan of a case of a baseline."""
-    names = ("checkpointing", "num_recomputed", "num_offloaded")
+    names = ("checkpointing", "num_recomputed", "num_offloaded", "num_shelved")
     return plan_of(measured["rows_per_device"], **{name: measured[name] for name in names if name in measured})
 
 
