@@ -101,5 +101,5 @@ class Shelf:
 
     def below(self, layer: int) -> Ticket | None:
         """Return what the layer below `layer` put in this pass, for `layer` to bring in its backward pass."""
-        last, is_below = self._last, self._last is not None and self._last.layer == layer - 1
-        return last if is_below else None
+        last = self._last
+        return last if last is not None and last.layer == layer - 1 else None
