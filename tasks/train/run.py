@@ -330,13 +330,15 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
     copies = work.host_bytes(plan) // spec.launch.nodes
+    gates = f", and the gate of {plan.num_shelved} layers there" if plan.num_shelved else ""
+    more = ", or checkpointing='selective'" if plan.num_shelved else ""
     if is_here and plan.num_offloaded:
         way = "lower TrainSpec.offload_layers, or choose nf4"
-        machine.require_memory(copies, f"letting {plan.num_offloaded} layers of the base rest on the host", way)
+        what = f"letting {plan.num_offloaded} layers of the base rest on the host"
+        machine.require_memory(copies, what + gates, way + more)
     elif is_here:
         way = "store it in TrainSpec.dtype, or parallel='ddp'"
-        way += ", or checkpointing='selective'" if plan.num_shelved else ""
-        machine.require_memory(copies, "loading the base in each process", way)
+        machine.require_memory(copies, "loading the base in each process" + gates, way + more)
     used = gpus[: spec.num_processes]
     if ours_leaves:
         used = [replace(gpu, free_bytes=gpu.total_bytes) for gpu in used]

@@ -197,6 +197,10 @@ def test_a_host_that_can_not_hold_a_copy_for_each_process_is_refused(monkeypatch
     with pytest.raises(CapacityError, match=r"loading the base in each process needs about 171333\.\d GB of memory"):
         subject.require_training_memory(packed, plan_of(1, "full"))
     assert "of GPU memory" in subject.require_training_memory(work, plan_of(1, "full"))
+    with pytest.raises(CapacityError, match=r"process, and the gate of 9 layers there .* checkpointing='selective'"):
+        subject.require_training_memory(work, plan_of(1, "offload", num_shelved=9))
+    with pytest.raises(CapacityError, match=r"host, and the gate of 9 layers there .* checkpointing='selective'"):
+        subject.require_training_memory(work, plan_of(1, "offload", num_offloaded=1, num_shelved=9))
 
 
 def test_without_a_gpu_nothing_is_chosen():
