@@ -37,6 +37,7 @@ from tasks.train.run import (
     check_launch,
     checkpoint_bytes,
     gpu_room,
+    host_room,
     launched_spec,
     require_training_memory,
     require_warm,
@@ -261,7 +262,7 @@ def _check_memory(recipe: Recipe, store: ArtifactStore, facts: list[BaseFacts]) 
         row_tokens=recipe.pack.row_tokens,
     )
     ours_leaves = holds_gpu(store.root)
-    plan = plan_step(work, gpu_room(spec, ours_leaves=ours_leaves))
+    plan = plan_step(work, gpu_room(spec, ours_leaves=ours_leaves), host_room(spec))
     return "memory: " + require_training_memory(work, plan, ours_leaves=ours_leaves)
 
 

@@ -27,6 +27,19 @@ def shelved_layers(num_layers: int, lowest: int, count: int) -> frozenset[int]:
     return frozenset([*trained[::2], *trained[1::2]][:count])
 
 
+def new_page(shape: torch.Size, dtype: torch.dtype, *, is_pinned: bool) -> torch.Tensor:
+    """Return memory of the host, pinned if asked where the system does not refuse: else all is slower, not wrong.
+
+    torch keeps pinned pages for reuse, until all copies from and to them are done.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
+    except RuntimeError:  # what CUDA says of too much pinned memory is one, too
+        if not is_pinned:
+            raise
+        return torch.empty(shape, dtype=dtype)
+
+
 class Ticket:
     """What was put, and where it is now."""
 
@@ -78,7 +91,7 @@ class Shelf:
 
     def put(self, layer: int, tensor: torch.Tensor) -> Ticket:
         """Let a tensor leave, which nobody writes to any more. Its memory is given back by `settle`."""
-        page = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # torch keeps pages for reuse
+        page = new_page(tensor.shape, tensor.dtype, is_pinned=tensor.is_cuda)
         if tensor.is_cuda:
             stream = self.stream(tensor.device)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))

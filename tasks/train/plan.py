@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tasks.costs import layer_weights, say_needs
+from tasks.errors import SpecError
 from tasks.specs import TrainSpec
 from tasks.targets import Shapes, Target, first_trained_layer
 from tasks.train.needs import host_bytes, shelf_bytes, training_needs, uses_fused_kernels
@@ -91,22 +92,32 @@ class Workload:
         return plan.gradient_accumulation * (tokens * (2 + again) / 2 + _PASS_TOKENS + coming_tokens)
 
 
-def plan_step(work: Workload, room_bytes: int | None) -> StepPlan:
+def plan_step(work: Workload, room_bytes: int | None, host_room_bytes: int | None = None) -> StepPlan:
     """Return the fastest plan whose needs fit `room_bytes`, or the smallest one when none does.
 
     Without a GPU (`room_bytes` None) nothing is chosen: the spec's own rows, nothing recomputed unless it says so.
+    No gate is sent to a host that has no room for it; None: what the host has is not known.
+
+    Raises: SpecError for a way to save memory that only our kernels have.
     """
     plans = list(_candidates(work, choose=room_bytes is not None))
     if room_bytes is None:
         return plans[0]
-    fitting = [plan for plan in plans if sum(work.needs(plan).values()) + _RESERVE_BYTES <= room_bytes]
+    fitting = [
+        plan
+        for plan in plans
+        if sum(work.needs(plan).values()) + _RESERVE_BYTES <= room_bytes and _has_shelf(work, plan, host_room_bytes)
+    ]
     if fitting:
         return min(fitting, key=work.cost)
     return min(plans, key=lambda plan: sum(work.needs(plan).values()))
 
 
-def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
-    """Return what to try after `plan` ran out of memory: half the rows of a pass, then more recomputation."""
+def smaller_plan(work: Workload, plan: StepPlan, host_room_bytes: int | None = None) -> StepPlan | None:
+    """Return what to try after `plan` ran out of memory: half the rows of a pass, then more recomputation.
+
+    `host_room_bytes` as for `plan_step`.
+    """
     if plan.rows_per_device > 1:
         rows = next(n for n in range(plan.rows_per_device // 2, 0, -1) if plan.rows_per_device % n == 0)
         return replace(
@@ -120,7 +131,11 @@ def smaller_plan(work: Workload, plan: StepPlan) -> StepPlan | None:
         for mode, recomputed, shelved in _modes(work)
         for resting in _offloads(work)
     ]
-    lighter = [other for other in others if sum(work.needs(other).values()) < needed]
+    lighter = [
+        other
+        for other in others
+        if sum(work.needs(other).values()) < needed and _has_shelf(work, other, host_room_bytes)
+    ]
     return min(lighter, key=work.cost, default=None)
 
 
@@ -135,6 +150,12 @@ def say_plan(work: Workload, plan: StepPlan) -> str:
         f"{plan.gradient_accumulation} passes of {plan.rows_per_device} x {work.row_tokens} tokens a step, "
         f"{recomputed} recomputed{shelved}{resting}: about {say_needs(work.needs(plan))}"
     )
+
+
+def _has_shelf(work: Workload, plan: StepPlan, host_room_bytes: int | None) -> bool:
+    """Say whether the host holds the gates that `plan` sends there, beside what else it takes."""
+    is_asked = host_room_bytes is not None and plan.num_shelved > 0
+    return not is_asked or work.host_bytes(plan) // work.spec.launch.nodes <= (host_room_bytes or 0)
 
 
 def _candidates(work: Workload, *, choose: bool) -> Iterator[StepPlan]:
@@ -172,6 +193,11 @@ def _modes(work: Workload) -> Iterator[tuple[str, int, int]]:
     """
     wanted, num_layers = work.spec.checkpointing, work.config.get("num_hidden_layers", 0)
     is_fused = uses_fused_kernels(work.config, work.spec)
+    if wanted in ("offload", "selective") and not is_fused:
+        raise SpecError(
+            f"TrainSpec.checkpointing = {wanted!r} is of our experts only, but the base is "
+            f"{work.config.get('model_type')} and kernels are {work.spec.kernels}: set full, none or auto"
+        )
     if wanted in ("auto", "none"):
         yield "none", 0, 0
     if wanted == "offload" or (wanted == "auto" and is_fused and work.spec.parallel == "ddp"):

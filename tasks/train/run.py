@@ -191,7 +191,7 @@ def _run_planned(
     kept = _plans_file(folder, work.spec)
     plans = _read_plans(kept)
     if not plans or plans[-1].num_rows != work.num_rows:  # the second: on another number of processes than before
-        plans = [plan_step(work, gpu_room(work.spec))]
+        plans = [plan_step(work, gpu_room(work.spec), host_room(work.spec))]
         require_training_memory(work, plans[0])
         files.write_json(kept, [asdict(plans[0])])
     while True:
@@ -199,7 +199,7 @@ def _run_planned(
         try:
             result = run_trainer(TRAINER, folder, {**job, "plan": asdict(plans[-1])}, terms, on_progress)
         except OutOfMemoryError as error:
-            smaller = smaller_plan(work, plans[-1]) if work.spec.fit_micro_batch else None
+            smaller = smaller_plan(work, plans[-1], host_room(work.spec)) if work.spec.fit_micro_batch else None
             if smaller is None:
                 raise
             logger.warning("%s; the rows of a step stay, and it goes on with smaller passes", error)
@@ -289,6 +289,11 @@ def gpu_room(spec: TrainSpec, *, ours_leaves: bool = False) -> int | None:
     return min((gpu.total_bytes if ours_leaves else gpu.free_bytes for gpu in used), default=None)
 
 
+def host_room(spec: TrainSpec) -> int | None:
+    """Return what this host has free; None where a run's processes are on other ones."""
+    return None if spec.launch.is_elsewhere else machine.available_memory_bytes()
+
+
 def _flops_per_token(work: Workload, packed: PackedDataset) -> float:
     return flops_per_token(
         work.config,
@@ -325,13 +330,15 @@ def require_training_memory(work: Workload, plan: StepPlan, *, ours_leaves: bool
             )
         return f"{said}, {available / 1e9:.1f} GB of memory are available"
     copies = work.host_bytes(plan) // spec.launch.nodes
+    gates = f", and the gate of {plan.num_shelved} layers there" if plan.num_shelved else ""
+    more = ", or checkpointing='selective'" if plan.num_shelved else ""
     if is_here and plan.num_offloaded:
         way = "lower TrainSpec.offload_layers, or choose nf4"
-        machine.require_memory(copies, f"letting {plan.num_offloaded} layers of the base rest on the host", way)
+        what = f"letting {plan.num_offloaded} layers of the base rest on the host"
+        machine.require_memory(copies, what + gates, way + more)
     elif is_here:
         way = "store it in TrainSpec.dtype, or parallel='ddp'"
-        way += ", or checkpointing='selective'" if plan.num_shelved else ""
-        machine.require_memory(copies, "loading the base in each process", way)
+        machine.require_memory(copies, "loading the base in each process" + gates, way + more)
     used = gpus[: spec.num_processes]
     if ours_leaves:
         used = [replace(gpu, free_bytes=gpu.total_bytes) for gpu in used]

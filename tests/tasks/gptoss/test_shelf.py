@@ -4,6 +4,7 @@ import torch
 from peft import PeftModel
 
 from tasks.gptoss.forward import find_decoder
+from tasks.gptoss.shelf import new_page
 from tests.tasks.gptoss.test_forward import CONFIGS, IDS, POSITIONS, adapted, with_kernels
 
 SETTINGS = CONFIGS["experts and attention"]
@@ -36,3 +37,10 @@ def test_what_no_backward_pass_wants_is_not_put():
     assert shelf.below(1) is None
     loss_of(model, IDS)
     assert shelf.below(1) is not None
+
+
+def test_a_system_that_refuses_to_pin_memory_gives_other_memory():
+    """Without a GPU torch refuses as CUDA does where too much is pinned: by a RuntimeError, which ended the run."""
+    page = new_page(torch.Size([3, 5]), torch.bfloat16, is_pinned=True)
+    assert page.shape == (3, 5) and page.dtype == torch.bfloat16
+    assert page.is_pinned() == torch.cuda.is_available()

@@ -137,6 +137,33 @@ def test_the_plan_is_the_fastest_that_fits(room_gb: float, plan: StepPlan):
     assert (found.rows_per_device, found.checkpointing) == (plan.rows_per_device, plan.checkpointing)
 
 
+def test_gates_are_not_sent_to_a_host_that_has_no_room_for_them():
+    """Of 16,384 tokens a gate is 0.75 GB, in a page of 1.07 GB: `auto` makes them again rather than to be refused."""
+    work = work_of(change(resolve("gptoss20b_lora_h100").train, {**ALL_EXPERTS, "gradient_accumulation": 4}))
+    room = 70 * 10**9
+    for host_gb in (None, 40, 6, 1):
+        host_room = host_gb and host_gb * 10**9
+        plans = [plan_step(work, room, host_room)]
+        while smaller := smaller_plan(work, plans[-1], host_room):
+            plans.append(smaller)
+        assert sum(work.needs(plans[0]).values()) < room and plans[-1].checkpointing == "full"
+        shelved = [plan for plan in plans if plan.num_shelved]
+        assert all(host_room is None or work.host_bytes(plan) <= host_room for plan in shelved)
+        assert (plans[0].num_shelved > 0) == (host_gb in (None, 40))
+
+
+@pytest.mark.parametrize("checkpointing", ["offload", "selective"])
+@pytest.mark.parametrize("room", [None, 140 * 10**9])
+def test_ways_to_save_memory_that_only_our_kernels_have_are_refused_without_them(checkpointing: str, room: int | None):
+    """Else one of them was left out without a word, and the other ended in an IndexError."""
+    spec = resolve("gptoss20b_lora_h100").train.model_copy(update={"checkpointing": checkpointing})
+    dense = replace(work_of(spec), config={**work_of(spec).config, "model_type": "qwen2"})
+    for work in (dense, work_of(spec.model_copy(update={"kernels": "stock"}))):
+        with pytest.raises(SpecError, match=f"checkpointing = '{checkpointing}' is of our experts only"):
+            plan_step(work, room)
+    assert plan_step(work_of(spec), room).checkpointing == checkpointing
+
+
 def shared_by(count: int) -> TrainSpec:
     changes = {**ALL_EXPERTS, "gradient_accumulation": 4, "num_processes": count, "parallel": "fsdp2"}
     return change(resolve("gptoss20b_lora_h100").train, changes)
@@ -170,6 +197,10 @@ def test_a_host_that_can_not_hold_a_copy_for_each_process_is_refused(monkeypatch
     with pytest.raises(CapacityError, match=r"loading the base in each process needs about 171333\.\d GB of memory"):
         subject.require_training_memory(packed, plan_of(1, "full"))
     assert "of GPU memory" in subject.require_training_memory(work, plan_of(1, "full"))
+    with pytest.raises(CapacityError, match=r"process, and the gate of 9 layers there .* checkpointing='selective'"):
+        subject.require_training_memory(work, plan_of(1, "offload", num_shelved=9))
+    with pytest.raises(CapacityError, match=r"host, and the gate of 9 layers there .* checkpointing='selective'"):
+        subject.require_training_memory(work, plan_of(1, "offload", num_offloaded=1, num_shelved=9))
 
 
 def test_without_a_gpu_nothing_is_chosen():
