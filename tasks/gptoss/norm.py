@@ -49,7 +49,7 @@ def norm_back(
     """Return the norm's gradient for x, and another that reaches x, in one. The slope's rows may lie apart."""
     num_rows, width = x_NH.shape
     if x_NH.is_cuda:
-        slope_NH = slope_NH if slope_NH.stride(1) == 1 else slope_NH.contiguous()
+        x_NH, slope_NH = x_NH.contiguous(), slope_NH if slope_NH.stride(1) == 1 else slope_NH.contiguous()
         out_NH = torch.empty_like(x_NH)
         _triton().norm_back[(num_rows,)](
             x_NH, weight_H, slope_NH, slope_NH.stride(0), other_NH.contiguous(), out_NH, width, epsilon,

@@ -20,9 +20,11 @@ _NAME = "pages_with_sinks"
 
 
 def can_attend(model: Any) -> bool:  # Any: a PreTrainedModel, or PEFT's around one
-    """Say whether this attention is for a model: gpt-oss on a GPU, in a type that flash attention takes."""
+    """Say whether this attention is for a model: gpt-oss on a GPU and in a type that flash attention takes."""
     weight = model.get_input_embeddings().weight
-    return model.config.model_type == MODEL_TYPE and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    if model.config.model_type != MODEL_TYPE or not weight.is_cuda:
+        return False
+    return weight.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def take_pages(model: Any) -> None:  # Any: as above

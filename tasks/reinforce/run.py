@@ -128,16 +128,22 @@ def _run(
         try:
             return _run_with(chosen, job, spec, on_progress, on_gpu=gpu is not None)
         except (TrainingError, OutOfMemoryError) as error:
-            why = blame_engine(error, chosen)
-            if not why or spec.rollouts != "auto" or read_metrics(folder / "metrics.jsonl"):
+            why = blame_engine(error, chosen, has_begun=bool(read_metrics(folder / "metrics.jsonl")))
+            if not why or spec.rollouts != "auto":
                 raise
             logger.warning("%s (%s); transformers generates, several times slower", why, error)
         chosen = choose_without_vllm(spec, config) if chosen.engine else Rollouts()
 
 
-def blame_engine(error: Exception, chosen: Rollouts) -> str:
-    """Return in what way a worker's end before its first step may be its engine's doing; empty: in none."""
+def blame_engine(error: Exception, chosen: Rollouts, *, has_begun: bool = False) -> str:
+    """Return in what way a worker's end may be its engine's doing; empty: in none.
+
+    Once steps are there (`has_begun`) an engine goes on that made them, but for one of transformers' that keeps its
+    cache while the model learns: a longer batch may leave no memory for both, in each try again.
+    """
     if chosen == Rollouts():
+        return ""
+    if has_begun and not (chosen.is_continuous and isinstance(error, OutOfMemoryError)):
         return ""
     name = "vLLM" if chosen.engine else "continuous batching"
     if isinstance(error, RolloutError):
