@@ -73,7 +73,7 @@ def test_joint_layers_are_as_near_to_float32_as_layers_apart(lengths: tuple[int,
         assert grads.keys() == exact.keys()
         found[name] = {key: ((grads[key] / 2 - exact[key]).norm() / exact[key].norm()).item() for key in exact}
     for key, gap in found["joint"].items():
-        assert gap < 2 * found["apart"][key] + 0.01, key  # a token that another expert gets makes some differ by 1.6
+        assert gap < 1.5 * found["apart"][key] + 0.01, key
 
 
 def test_an_embedding_on_the_host_is_the_embedding():
