@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tasks.gptoss.fused import power_of_two
+
 
 def rest_embedding(model: Any) -> str:  # Any: a PeftModel or transformers model of gpt-oss
     """Move the input embedding into pinned memory of the host, where that can be done; return what is to be said of it.
@@ -40,7 +42,7 @@ class _Lookup:
         num_ids, width = self.table_VH.shape
         rows = torch.empty(*input.shape, width, dtype=self.table_VH.dtype, device=input.device)
         if input.numel():
-            block = 1 << (width - 1).bit_length()
+            block = power_of_two(width)
             look_up[(input.numel(),)](self.table_VH, input.contiguous(), rows, num_ids, width, BLOCK=block)
         return rows
 

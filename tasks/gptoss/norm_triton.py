@@ -15,19 +15,17 @@ def norm_forward(
     x_ptr, more_ptr, weight_ptr, sum_ptr, out_ptr, out_stride, width, epsilon, num_tail, HAS_MORE: tl.constexpr,
     IS_ALIGNED: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write row `program_id` of [norm | 1 | 0], and with `HAS_MORE` the sum that the norm is of."""
+    """Write row `program_id` of [norm | 1 | 0], and with `HAS_MORE` the sum that the norm is of, rounded."""
     row = tl.program_id(0).to(tl.int64)
     there = row * out_stride
     if IS_ALIGNED:  # Triton looks for multiples of 16 itself, and else moves two bytes at a time
         there = tl.multiple_of(there, 8)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
+    wide = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_MORE:
-        more = tl.load(more_ptr + row * width + column, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + more.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row * width + column, x, mask=inside)
-    wide = x.to(tl.float32)
+        wide += tl.load(more_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + row * width + column, wide.to(sum_ptr.dtype.element_ty), mask=inside)
     root = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + epsilon)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     out = (weight * (wide * root)).to(out_ptr.dtype.element_ty)

@@ -187,7 +187,8 @@ def test_norms_are_those_of_a_cpu(width: int):
     for ours, true in zip(run("cuda"), run("cpu"), strict=True):
         assert gap(ours.cpu(), true.float()) < 2e-3
     total, normed = norm.add_norm(x.cuda(), more.cuda(), weight.cuda(), 1e-5)
-    assert torch.equal(norm.normed(total, weight.cuda(), 1e-5), normed)  # the backward pass makes it again
+    exact = norm.normed(x.cuda().float() + more.cuda().float(), weight.cuda().float(), 1e-5)
+    assert gap(normed, exact) < 0.9 * gap(norm.normed(total, weight.cuda(), 1e-5), exact)  # not of the rounded sum
 
 
 @torch.no_grad()
