@@ -139,6 +139,12 @@ class GroupTrainer(GRPOTrainer):
     rollout: Rollout | None = None  # of the step that is being learnt; taken by the recorder
     _generate_s = 0.0
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:  # Any: TRL's RepeatSampler
+        """Return TRL's sampler, which Trainer tells the epoch: a resumed run asks what it would have asked."""
+        sampler: Any = super()._get_train_sampler(dataset)  # Any: gets a method
+        sampler.set_epoch = partial(start_epoch, sampler)
+        return sampler
+
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return the ids of prompts, which are numbers of `wanted.prompts`."""
         return [list(self.wanted.prompts[int(number)].ids) for number in prompts], None, {}
@@ -244,6 +250,21 @@ class GroupTrainer(GRPOTrainer):
             }
             for place, (entry, said) in enumerate(zip(inputs, self.wanted.said, strict=True))
         ]
+
+
+def start_epoch(sampler: Any, epoch: int) -> None:  # Any: TRL's RepeatSampler
+    """Bring a sampler to where it is after so many epochs; by itself it begins a resumed run in the first order.
+
+    >>> from trl.trainer.utils import RepeatSampler
+    >>> whole, resumed = (RepeatSampler(range(9), mini_repeat_count=1, seed=0) for _ in range(2))
+    >>> first, second = list(whole), list(whole)
+    >>> start_epoch(resumed, 1)
+    >>> list(resumed) == second != first
+    True
+    """
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 def score_completions(

@@ -29,7 +29,11 @@ def told(folder: Path) -> tuple[Any, ...]:
     return metrics, (folder / "generations.csv").read_bytes(), hashlib.sha256(adapter).hexdigest()
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2, "beta": 0.05}], ids=["plain", "two-iterations-and-kl"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_iterations": 2, "beta": 0.05}, {"num_generations": 4, "rows_per_device": 24}],
+    ids=["plain", "two-iterations-and-kl", "in-the-second-epoch"],
+)
 def test_killed_twice_it_is_the_same_run(inputs: dict[str, Any], tmp_path: Path, changes: dict[str, Any]):
     spec = SPEC.model_copy(update={"max_steps": 8, **changes})
     assert subject.run(inputs, tmp_path / "whole", spec).get("num_steps") == 8
