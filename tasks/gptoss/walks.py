@@ -17,11 +17,17 @@ class FewWalks:
 
     model: Any  # a PreTrainedModel, or a PeftModel, which hands on what it is asked
     _num_counted: int | None = None
+    _taught: torch.nn.Module | None = None  # every module of it is in training mode, unless it was judged since
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one pass; a model that is in training mode is left so."""
+        """Run one pass; a model that is in training mode is left so.
+
+        Two models are asked whether they are: evaluation takes the one inside DDP out of it, and leaves DDP in. And no
+        model is asked in its first pass: PEFT's around a loaded base is in it, and the base is not.
+        """
         trainer: Any = super()  # Any: the class that this was put before
-        if not model.training:
+        if model is not self._taught or not (model.training and self.model.training):
+            self._taught = model
             return trainer.training_step(model, *args, **kwargs)
         vars(model)["train"] = lambda: model
         try:

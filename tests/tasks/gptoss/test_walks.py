@@ -59,6 +59,25 @@ def test_all_modules_learn_in_training_mode_and_are_judged_out_of_it(
     assert "train" not in vars(trainer.model)
 
 
+def test_the_first_pass_sets_the_mode_also_where_the_model_says_that_it_is_set(trainer: WatchedTrainer):
+    """As of a resumed run, which is not judged first: PEFT's model is in training mode, the base within is not."""
+    trainer.model.training = True
+    trainer.train()
+    assert trainer.in_training == [{True}] * 4 + [{False}] + [{True}] * 2 + [{False}]
+
+
+def test_a_wrapped_model_that_was_judged_learns_in_training_mode(trainer: WatchedTrainer):
+    """As within DDP: without dropout and without checkpointing it was another run, and one that took more memory."""
+    inner, inputs = trainer.model, {name: torch.arange(6)[None] for name in ("input_ids", "labels")}
+    wrapped = torch.nn.DataParallel(inner)  # on a CPU it only wraps
+    trainer.current_gradient_accumulation_steps = 1
+    for _ in range(2):
+        inner.eval()
+        trainer.training_step(wrapped, inputs)
+        trainer.training_step(wrapped, inputs)
+    assert trainer.in_training == [{True}] * 4
+
+
 def test_the_operations_that_a_checkpoint_tells_are_trainers_own(trainer: WatchedTrainer):
     trainer.train()
     own = Trainer.floating_point_ops(trainer, {"input_ids": torch.zeros(1, 6)})
