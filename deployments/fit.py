@@ -15,7 +15,7 @@ from typing import Any
 
 from blocks.opening import open_hub
 from flows.recipes import resolve, resolve_base
-from tasks.check.fit import estimate_fit, find_gpus, imagine_gpus, launched, say_fit
+from tasks.check.fit import estimate_fit, find_gpus, find_host_room, imagine_gpus, launched, say_fit
 from tasks.errors import SpecError
 from tasks.specs import Recipe, change
 
@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
         raise SpecError(
             f"--gpus {options.gpus}, but this machine has {len(gpus)}: say how large they are with --gpu-gb"
         )
-    fit = estimate_fit(recipe, resolve_base(recipe), open_hub(""), gpus[: recipe.train.num_processes])
+    host = None if options.gpu_gb else find_host_room(recipe)  # of a GPU that is not here the host is not known
+    fit = estimate_fit(recipe, resolve_base(recipe), open_hub(""), gpus[: recipe.train.num_processes], host)
     sys.stdout.write(say_fit(fit, options.name) + "\n")
     return 0 if fit.fits else 1
 

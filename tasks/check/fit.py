@@ -23,7 +23,7 @@ from tasks.specs import PretrainSpec, Recipe, TrainSpec, change
 from tasks.targets import find_targets, first_trained_layer
 from tasks.train.needs import choose_attention, require_aligned, require_quantizable
 from tasks.train.plan import StepPlan, Workload, plan_step, say_plan
-from tasks.train.run import checkpoint_bytes, launched_spec, require_warm, training_gpus
+from tasks.train.run import checkpoint_bytes, host_room, launched_spec, require_warm, training_gpus
 from tasks.train.weights import is_expert, require_offloadable
 
 _LEAST_ROW_TOKENS = 256
@@ -39,6 +39,7 @@ class Fit:
     plan: StepPlan
     gpus: list[Gpu]
     room_bytes: int
+    host_room_bytes: int | None  # of a machine with these GPUs; None: not known
 
     @property
     def needs(self) -> dict[str, int]:
@@ -56,9 +57,17 @@ class Fit:
         return self.needed_bytes <= self.room_bytes
 
 
-def estimate_fit(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, gpus: list[Gpu]) -> Fit:
+def estimate_fit(
+    recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, gpus: list[Gpu], host_room_bytes: int | None = None
+) -> Fit:
     """Plan the recipe's training on these GPUs, one process each; without any on this machine's host.
 
+    Args:
+        recipe: what is trained.
+        pretraining: of a base that is made here.
+        hub: where the base is.
+        gpus: real or imagined ones.
+        host_room_bytes: as for `plan_step`.
     Raises: SpecError (a target hits nothing, a row longer than the context, a base that can't be trained),
         MissingError, AccessError, TransientError (the Hub), as look_at_base.
     """
@@ -75,13 +84,20 @@ def estimate_fit(recipe: Recipe, pretraining: PretrainSpec | None, hub: HfApi, g
     )
     free = min((gpu.free_bytes for gpu in gpus), default=None)
     room = available_memory_bytes() if free is None else free
-    plan = plan_step(work, free)  # without a GPU nothing is chosen, as in training
-    return Fit(base=base, recipe=recipe, work=work, plan=plan, gpus=gpus, room_bytes=room)
+    plan = plan_step(work, free, host_room_bytes)  # without a GPU nothing is chosen, as in training
+    return Fit(
+        base=base, recipe=recipe, work=work, plan=plan, gpus=gpus, room_bytes=room, host_room_bytes=host_room_bytes
+    )
 
 
 def find_gpus(recipe: Recipe) -> list[Gpu]:
     """Return the GPUs that a recipe would train on: this machine's, or those of the nodes that its launch names."""
     return training_gpus(recipe.train)
+
+
+def find_host_room(recipe: Recipe) -> int | None:
+    """Return what the host of these GPUs has free; None where its launch trains elsewhere."""
+    return host_room(recipe.train)
 
 
 def launched(recipe: Recipe) -> Recipe:
@@ -138,7 +154,7 @@ def say_ways_out(fit: Fit) -> list[str]:
     said = []
     for changes, recipe, count in _candidates(fit):
         work = replace(fit.work, spec=recipe.train, row_tokens=recipe.pack.row_tokens)
-        plan = plan_step(work, fit.room_bytes)
+        plan = plan_step(work, fit.room_bytes, fit.host_room_bytes)
         needed = sum(work.needs(plan).values())
         if needed <= fit.room_bytes:
             gpus = f" on {count} such GPUs" if count > 1 else where

@@ -192,6 +192,16 @@ def test_a_folder_whose_config_has_nulls_is_told_like_one_without(client: HfApi,
     assert needs[0] == needs[1] and needs[0]["activations"] > 0
 
 
+def test_no_gate_is_sent_to_a_host_that_has_no_room_for_it(client: HfApi):
+    """As in the training, whose plan it is."""
+    recipe = change(resolve("gptoss20b_experts_h100"), {"base": {"model": "openai/gpt-oss-120b"}})
+    gpus = subject.imagine_gpus(262, 1)
+    roomy, tight = (subject.estimate_fit(recipe, None, client, gpus, gb * 10**9) for gb in (400, 1))
+    assert roomy.plan.num_shelved and roomy.work.host_bytes(roomy.plan) <= 400e9
+    assert tight.plan.num_shelved == 0 and tight.fits
+    assert " sent to the host" in subject.say_fit(roomy, "oss") and " sent to" not in subject.say_fit(tight, "oss")
+
+
 def test_a_way_out_is_one_that_was_tried(client: HfApi):
     plain = change(resolve("qwen_qlora_16gb"), {"train": {"quantization": "none"}})
     fit = fit_of(plain, client, 16)
