@@ -27,7 +27,13 @@ pytestmark = [
 ]
 TWO = {"num_processes": 2, "rows_per_device": 1, "deterministic": True}
 SHARED = {**TWO, "parallel": "fsdp2"}
-RUNS = {"one": {"deterministic": True}, "ddp": TWO, "fsdp2": SHARED}
+RUNS = {"one": {"deterministic": True}, "ddp": TWO, "fsdp2": SHARED, "ddp-apart": TWO}
+APART = """
+import runpy
+from tasks.gptoss import forward
+forward.join_layers = lambda *args, **kwargs: None
+runpy.run_module("tasks.train.worker", run_name="__main__")
+"""  # as with a base that is shared out: layers that are joined round otherwise
 RECOMPUTED = {"selective": {"num_recomputed": 4}, "full": {}}
 
 
@@ -46,10 +52,14 @@ def start(inputs: Path, folder: Path, changes: dict[str, Any], **plan: Any) -> s
     }
     (folder / "job.json").write_text(json.dumps(job))
     argv = [sys.executable, "-m", "tasks.train.worker", str(folder / "job.json")]
+    if folder.name == "ddp-apart":
+        (folder / "apart.py").write_text(APART)
+        argv[1:3] = [str(folder / "apart.py")]
     if count > 1:
         argv[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:count]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen), "PYTHONPATH": paths}
     log = (folder / "output.log").open("w")
     return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
@@ -64,7 +74,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def folders(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All five at once: they are small."""
+    """All six at once: they are small."""
     top = tmp_path_factory.mktemp("runs")
     processes = {name: start(inputs, top / name, changes) for name, changes in RUNS.items()}
     for name, plan in RECOMPUTED.items():
@@ -75,12 +85,12 @@ def folders(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_ddp_and_fsdp2_learn_what_one_gpu_learns(folders: dict[str, Path]):
-    one, ddp, fsdp2 = (losses(folders[name]) for name in RUNS)
+    one, ddp, fsdp2, apart = (losses(folders[name]) for name in RUNS)
     assert len(one) == STEPS and one[-1] < one[0] - 0.1
     assert ddp == pytest.approx(one, rel=5e-3)
     assert fsdp2 == pytest.approx(one, rel=5e-3)
-    assert fsdp2 == pytest.approx(ddp, rel=1e-4)  # the same sums: only the place of the base differs
-    whole, shared = adapter(folders["ddp"]), adapter(folders["fsdp2"])
+    assert fsdp2 == pytest.approx(apart, rel=1e-4)  # the same sums: only the place of the base differs
+    whole, shared = adapter(folders["ddp-apart"]), adapter(folders["fsdp2"])
     assert whole.keys() == shared.keys()
     for name, tensor in whole.items():
         assert (shared[name] - tensor).norm() < 0.02 * tensor.norm(), name
