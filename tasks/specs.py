@@ -512,7 +512,7 @@ class ReinforceSpec(Spec):
     rollouts: Literal["auto", "transformers", "continuous", "vllm"] = Field(
         default="auto",
         description="What generates. auto: a vLLM in the trainer's process where a GPU has room for it, else "
-        "transformers: its continuous batching for a gpt-oss on a GPU, its generate for all else.",
+        "transformers: its continuous batching, or its generate for what that can't do.",
     )
     vllm_memory_share: float = Field(
         default=0.0, ge=0, lt=1, description="Part of the GPU that such a vLLM takes; 0: the weights and a tenth."

@@ -24,16 +24,20 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.utils.generic import is_flash_attention_requested
 from trl.models.utils import unwrap_model_for_generation
 
-from tasks.errors import RolloutError, SpecError
-from tasks.gptoss.layout import MODEL_TYPE
+from tasks.errors import RolloutError
 from tasks.lifeline import lifeline
-from tasks.reinforce.pages import can_attend, take_pages
+from tasks.reinforce.pages import has_flash, take_pages
 
-_FLASH_PAGE, _MASKED_PAGE = 256, 32  # tokens: what others' flash attention wants, and what wastes little
-_FLASH_BATCH, _MASKED_BATCH = 8192, 1024  # tokens: transformers' default; with a mask each computes over all the others
+_NAMED_PAGE, _PAGE = 256, 32  # tokens: what others' flash attention wants, and what wastes little
+_FLASH_BATCH, _PLAIN_BATCH = (
+    8192,
+    1024,
+)  # tokens: transformers' default; plainly a prompt's logits are all there at once
 _GRAPH_QUERIES, _GRAPH_KEYS = 32, 4096  # tokens: one graph for each multiple that is met
+_MOST_KEPT = 65536  # tokens: 3.2 GB of gpt-oss-20b
 
 
 class ContinuousEngine:
@@ -41,7 +45,8 @@ class ContinuousEngine:
 
     Its size follows from the run's data alone and not from the rollouts that were: a resumed run pads its keys, and so
     rounds, as the first one did. While the model learns it holds the keys and values of that rollout (gpt-oss-20b: 49
-    kB a token), a mask, and what one layer of a decoding step takes.
+    kB a token), and what one layer of a decoding step takes. Of more than 65,536 tokens it keeps nothing: to make it
+    anew takes little of so long a rollout.
     """
 
     def __init__(self, lengths: Sequence[int] = (), *, has_graphs: bool = False) -> None:
@@ -49,13 +54,13 @@ class ContinuousEngine:
 
         Args:
             lengths: tokens of each prompt of the run; of those that are not told, there is room for the first rollout.
-            has_graphs: decode by CUDA graphs though attention has a mask; transformers leaves them off then.
+            has_graphs: decode by CUDA graphs where attention is flash attention.
         """
         self._lengths = sorted(lengths, reverse=True)
         self._has_graphs = has_graphs and torch.cuda.is_available()
         self._manager: Any = None  # Any: transformers' ContinuousBatchingManager
         self._made_for = (0, 0)  # prompts, tokens that are generated at most
-        self._num_blocks = 0
+        self._num_blocks = self._num_kept = 0  # its pages, their tokens
 
     def generate(
         self, trainer: Any, prompt_ids: Sequence[list[int]]
@@ -79,6 +84,8 @@ class ContinuousEngine:
                 self._prepare(trainer, generating, list(map(len, prompt_ids)))
                 torch.manual_seed(seed)
                 said = _complete(self._manager, prompt_ids, trainer.state.global_step)
+                if self._num_kept > _MOST_KEPT:
+                    self.drop()
             except BaseException:  # a stop too
                 self.drop()
                 raise
@@ -100,16 +107,16 @@ class ContinuousEngine:
 
     def _prepare(self, trainer: Any, model: Any, lengths: list[int]) -> None:  # Any: as above, a PeftModel
         """Have a manager with room for these prompts, and the model's attention switched to pages."""
-        limit, count, has_pages = trainer.max_completion_length, len(lengths), can_attend(model)
-        has_sinks = model.config.model_type == MODEL_TYPE
-        sized = partial(sized_cache, has_sinks=has_sinks, has_pages=has_pages, has_graphs=self._has_graphs)
+        limit, count = trainer.max_completion_length, len(lengths)
+        is_named = is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation)
+        is_flash = is_named or has_flash(model)
+        has_graphs = self._has_graphs and is_flash
+        sized = partial(sized_cache, is_named=is_named, is_flash=is_flash, has_graphs=has_graphs)
         needed = sized(lengths, limit)
         if self._made_for != (count, limit) or _num_blocks(needed) > self._num_blocks:
             self.drop()
         if self._manager is not None:
-            flash = self._manager.continuous_batching_config.auto_switch_to_flash
-            self._manager.switch_to_cb_friendly_attn(self._manager.model, flash)
-            if has_pages:
+            if not is_named:
                 take_pages(model)
             return
         largest = sized(self._longest(count, trainer.num_generations), limit)
@@ -119,10 +126,11 @@ class ContinuousEngine:
         longest = max([*self._lengths, *lengths])
         hints = WorkloadHints(max_prompt_length=longest, max_generated_length=limit, num_requests=count)
         self._made_for, self._num_blocks = (count, limit), _num_blocks(config)
+        self._num_kept = self._num_blocks * config.page_size
         self._manager = model.init_continuous_batching(settings, config, hints)
-        if has_pages:
+        if not is_named:
             take_pages(model)
-        if self._has_graphs:
+        if has_graphs:
             _warm_up_decoding(self._manager, count)
         else:
             self._manager.warmup()
@@ -215,42 +223,47 @@ def _require_whole(found: dict[str, Any], names: Sequence[str], fatal: Exception
 
 
 def require_pages(model: Any) -> None:  # Any: a PreTrainedModel
-    """Raise SpecError for a model that computes attention by itself, and so knows no pages."""
+    """Raise RolloutError for a model that computes attention by itself, and so knows no pages."""
     if not model._supports_attention_backend:
-        raise SpecError(
+        raise RolloutError(
             f"ReinforceSpec.rollouts = 'continuous' with a {model.config.model_type}: transformers' "
             f"{type(model).__name__} computes its attention itself, which knows no pages; use 'transformers'"
         )
 
 
 def sized_cache(
-    lengths: Sequence[int], limit: int, *, has_sinks: bool, has_pages: bool = False, has_graphs: bool = False
+    lengths: Sequence[int],
+    limit: int,
+    *,
+    is_named: bool = False,
+    is_flash: bool = False,
+    has_graphs: bool = False,
 ) -> ContinuousBatchingConfig:
     """Return settings whose cache holds this rollout and no more.
 
-    By default it takes what memory is free: learning needs that, and an attention with a mask computes over all of it.
+    By default it takes what memory is free, which learning needs.
 
     Args:
         lengths: tokens of each prompt.
         limit: tokens that are generated at most.
-        has_sinks: flash attention, which needs no mask, would drop them.
-        has_pages: ours does not, and needs none either.
+        is_named: by the flash attention of a package that the run names.
+        is_flash: by that or torch's.
         has_graphs: with CUDA graphs, padded to few sizes.
 
-    >>> config = sized_cache([10, 40], 30, has_sinks=True)
+    >>> config = sized_cache([10, 40], 30)
     >>> config.num_blocks, config.max_batch_tokens
     (7, 50)
-    >>> sized_cache([4000, 4000], 30, has_sinks=True).max_batch_tokens
-    1024
+    >>> [sized_cache([9000], 30, is_flash=is_flash).max_batch_tokens for is_flash in (False, True)]
+    [1024, 8192]
     """
-    is_masked = not has_pages and (has_sinks or not torch.cuda.is_available())
-    page, most = _MASKED_PAGE if is_masked or has_sinks else _FLASH_PAGE, _MASKED_BATCH if is_masked else _FLASH_BATCH
+    page, most = _NAMED_PAGE if is_named else _PAGE, _FLASH_BATCH if is_flash else _PLAIN_BATCH
     config = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=sum(-(-(length + limit) // page) + 1 for length in lengths),
         max_batch_tokens=max(len(lengths), min(most, sum(lengths))),
         return_logprobs=True,
-        auto_switch_to_flash=not has_sinks,
+        auto_switch_to_flash=False,
+        max_blocks_per_request=None if is_named else 0,  # tables of blocks are for kernels of others
     )
     if has_graphs:
         config.use_cuda_graph = (True, False)

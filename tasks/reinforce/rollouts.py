@@ -1,6 +1,6 @@
 """What generates: vLLM in the trainer's process where it fits beside the model that learns, else transformers.
 
-Of transformers it is continuous batching on a GPU where CUDA graphs make its steps quicker than those of `generate`.
+Of transformers it is continuous batching, and `generate` for what that can't do.
 
     spec + config.json + bytes of the weights + GPU -> choose_rollouts() -> Rollouts
 
@@ -21,7 +21,6 @@ from tasks.specs import ReinforceSpec
 logger = logging.getLogger(__name__)
 _CACHE_SHARE = 0.1  # of the card, for keys and values
 _LEARNING = 1.25  # of the weights' bytes, and 4 GB, is the least that learning takes
-_MOST_KEYS = 65536  # tokens whose keys and values are kept while the model learns: 3.2 GB of gpt-oss-20b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +51,10 @@ def choose_rollouts(
     if spec.rollouts == "continuous":
         require_continuous(spec, config)
         return Rollouts(is_continuous=True)
-    if spec.rollouts == "transformers" or (spec.rollouts == "auto" and gpu is None):
+    if spec.rollouts == "transformers":
         return Rollouts()
+    if spec.rollouts == "auto" and gpu is None:
+        return choose_without_vllm(spec, config)
     try:
         engine = require_vllm(spec, config)
         return Rollouts(engine=engine, memory_share=_memory_share(spec, weights_bytes, gpu))
@@ -65,31 +66,27 @@ def choose_rollouts(
 
 
 def choose_without_vllm(spec: ReinforceSpec, config: Mapping[str, Any]) -> Rollouts:  # Any: as above
-    """Return which of transformers' two ways generates on a GPU."""
+    """Return which of transformers' two ways generates."""
     try:
         require_continuous(spec, config)
     except SpecError as error:
-        why = str(error)
-    else:
-        keys = spec.rows_per_step * spec.max_sequence_tokens
-        if not has_graphs(spec, config):
-            why = f"without CUDA graphs it is slower: they are for a {MODEL_TYPE} that is not quantised, by our kernels"
-        elif keys > _MOST_KEYS:
-            why = (
-                f"it would keep the keys and values of {keys} tokens while the model learns, {_MOST_KEYS} are the most"
-            )
-        else:
-            return Rollouts(is_continuous=True)
-    logger.info("transformers' generate, not its continuous batching: %s", why)
-    return Rollouts()
+        logger.info("transformers' generate, not its continuous batching: %s", error)
+        return Rollouts()
+    return Rollouts(is_continuous=True)
 
 
 def has_graphs(spec: ReinforceSpec, config: Mapping[str, Any]) -> bool:  # Any: as above
     """Say whether a step of continuous batching can be a CUDA graph: nothing in it may wait for the GPU.
 
-    Only seen to be so of gpt-oss with our kernels; transformers and bitsandbytes ask the GPU for sizes here and there.
+    transformers' experts ask the GPU for sizes, rotations that grow with a sequence for its length, LLM.int8() for
+    outliers.
     """
-    return config.get("model_type") == MODEL_TYPE and spec.kernels == "auto" and spec.quantization == "none"
+    text = config.get("text_config") or config
+    has_own_experts = config.get("model_type") == MODEL_TYPE and spec.kernels == "auto"
+    has_experts = any("experts" in name for name in text)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    grows = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
+    return (has_own_experts or not has_experts) and not grows and spec.quantization != "int8"
 
 
 def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above

@@ -63,8 +63,9 @@ class Pages:
 
 
 @pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("queries", [(1, 1, 1, 1), (1, 300, 1, 70), (640, 1, 1, 1)])
-def test_attention_over_pages_is_that_of_a_cpu(queries: tuple[int, ...], window: int | None):
+def test_attention_over_pages_is_that_of_a_cpu(queries: tuple[int, ...], has_sinks: bool, window: int | None):
     torch.manual_seed(0)
     keys = [total if count == 1 else count for count, total in zip(queries, (640, 1, 129, 33), strict=True)]
     ends = [torch.tensor([0, *counts]).cumsum(0).int() for counts in (queries, keys)]
@@ -74,14 +75,15 @@ def test_attention_over_pages_is_that_of_a_cpu(queries: tuple[int, ...], window:
         for heads, count in ((64, sum(queries) + 5), (8, sum(keys) + 9), (8, sum(keys) + 9))
     )
     layer = torch.nn.Module()
-    layer.layer_idx, layer.sinks = 0, torch.nn.Parameter(torch.randn(64))
+    layer.layer_idx, sinks = 0, torch.randn(64)
 
     def run(device: str, dtype: torch.dtype) -> torch.Tensor:
         there = [each.to(device, dtype) for each in (query, key, value)]
         told = {"cu_seq_lens_q": padded[0].to(device), "cu_seq_lens_k": padded[1].to(device)}
         told |= {"max_length_q": max(queries), "max_length_k": 1024, "cache": Pages()}
         with torch.no_grad():
-            out, _ = attend_over_pages(layer.to(device), *there, None, 0.125, sliding_window=window, **told)
+            told |= {"s_aux": sinks.to(device) if has_sinks else None}
+            out, _ = attend_over_pages(layer, *there, None, 0.125, sliding_window=window, **told)
         return out.cpu().float()
 
     exact, ours = run("cpu", torch.float32), run("cuda", torch.bfloat16)

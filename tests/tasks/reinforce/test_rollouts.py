@@ -14,7 +14,7 @@ from tasks import errors
 from tasks.artifacts import ArtifactStore
 from tasks.errors import CapacityError, OutOfMemoryError, RewardError, RolloutError, SpecError, TrainingError
 from tasks.machine import Gpu
-from tasks.reinforce.rollouts import Rollouts, choose_rollouts
+from tasks.reinforce.rollouts import Rollouts, choose_rollouts, has_graphs
 from tasks.reinforce.run import blame_engine, reinforce_adapter
 from tasks.specs import ReinforceSpec, change
 from tests.commands import write_commands
@@ -24,6 +24,7 @@ SPEC = change(runs.SPEC, {"rollouts": "auto", "max_steps": 2})
 H200 = Gpu(name="NVIDIA H200", total_bytes=150 * 10**9, free_bytes=150 * 10**9)
 H100 = Gpu(name="NVIDIA H100", total_bytes=85 * 10**9, free_bytes=85 * 10**9)
 GPT_OSS = {"model_type": "gpt_oss"}
+GPT_OSS_CONFIG = GPT_OSS | {"num_local_experts": 32, "rope_parameters": {"rope_type": "yarn", "factor": 32.0}}
 GPT_OSS_20B = 42 * 10**9
 
 
@@ -65,41 +66,57 @@ def test_else_transformers_do_and_vllm_is_refused(
 ):
     spec: ReinforceSpec = change(SPEC, changes)
     with caplog.at_level(logging.INFO):
-        assert choose_rollouts(spec, config, GPT_OSS_20B, gpu) == Rollouts()
+        assert choose_rollouts(spec, config, GPT_OSS_20B, gpu) == Rollouts(is_continuous=not spec.cuts_tail)
     with pytest.raises((SpecError, CapacityError), match=says) as refused:
         choose_rollouts(change(spec, {"rollouts": "vllm"}), config, GPT_OSS_20B, gpu)
     assert str(refused.value) in caplog.text
 
 
-@pytest.mark.parametrize("config", [GPT_OSS, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}])
-def test_continuous_batching_does_where_a_gpu_holds_gpt_oss_once(
-    config: dict[str, Any], caplog: pytest.LogCaptureFixture
-):
-    with caplog.at_level(logging.INFO):
-        assert choose_rollouts(SPEC, config, GPT_OSS_20B, H100) == Rollouts(is_continuous=True)
-    assert "several times slower than vLLM" in caplog.text
+@pytest.mark.parametrize("gpu", [H100, None])
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, GPT_OSS),
+        ({}, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}),
+        ({"quantization": "int8", "max_sequence_tokens": 4096}, GPT_OSS),
+        ({"quantization": "nf4"}, {"model_type": "qwen3"}),
+    ],
+)
+def test_continuous_batching_does_where_vllm_does_not(changes: dict[str, Any], config: dict[str, Any], gpu: Gpu | None):
+    assert choose_rollouts(change(SPEC, changes), config, GPT_OSS_20B, gpu) == Rollouts(is_continuous=True)
 
 
+@pytest.mark.parametrize("gpu", [H100, None])
 @pytest.mark.parametrize(
     ("changes", "config", "says"),
     [
         ({"top_k": 5}, GPT_OSS, "with top_p = 1 and top_k = 5"),
-        ({"quantization": "int8"}, GPT_OSS, "without CUDA graphs it is slower"),
-        ({"kernels": "stock"}, GPT_OSS, "without CUDA graphs it is slower"),
-        ({}, {"model_type": "qwen3"}, "without CUDA graphs it is slower"),
-        ({"max_sequence_tokens": 4096}, GPT_OSS, "it would keep the keys and values of 131072 tokens"),
+        ({}, {"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "it has an attn_logit_softcapping"),
     ],
 )
-def test_generate_does_where_continuous_batching_gains_nothing(
-    changes: dict[str, Any], config: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+def test_generate_does_what_continuous_batching_can_not(
+    changes: dict[str, Any], config: dict[str, Any], says: str, gpu: Gpu | None, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.INFO):
-        assert choose_rollouts(change(SPEC, changes), config, GPT_OSS_20B, H100) == Rollouts()
-    assert says in caplog.text
+        assert choose_rollouts(change(SPEC, changes), config, GPT_OSS_20B, gpu) == Rollouts()
+    assert "generate, not its continuous batching" in caplog.text and says in caplog.text
 
 
-def test_without_a_gpu_transformers_do():
-    assert choose_rollouts(SPEC, GPT_OSS, 1, None) == Rollouts()
+@pytest.mark.parametrize(
+    ("changes", "config", "expected"),
+    [
+        ({}, GPT_OSS_CONFIG, True),
+        ({"quantization": "nf4"}, GPT_OSS_CONFIG, True),
+        ({"kernels": "stock"}, GPT_OSS_CONFIG, False),
+        ({"quantization": "nf4"}, {"model_type": "qwen2"}, True),
+        ({"quantization": "int8"}, {"model_type": "qwen2"}, False),
+        ({}, {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, False),
+        ({}, {"model_type": "qwen3_moe", "num_experts": 128}, False),
+        ({}, {"model_type": "mixtral", "num_local_experts": 8}, False),
+    ],
+)
+def test_graphs_are_for_what_asks_the_gpu_nothing(changes: dict[str, Any], config: dict[str, Any], expected: bool):
+    assert has_graphs(change(SPEC, changes), config) == expected
 
 
 def test_continuous_batching_is_taken_when_it_is_named_and_refused_where_it_misleads():
