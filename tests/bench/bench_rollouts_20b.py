@@ -12,7 +12,8 @@ The first rollout compiles, and the first `continuous` in a row makes its cache 
     continuous-eager  kept, without graphs
 
 reserved_gpu_gb: behind the rollout; beyond that of `transformers` it is what the engine keeps. Needs what
-bench_grpo_20b.py needs. BENCH_DIR: as there; BENCH_TOKENS: of each completion.
+bench_grpo_20b.py needs. BENCH_DIR: as there; BENCH_TOKENS: of each completion. BENCH_BASE: 20b (default), or 7b, the
+shapes of Qwen2.5-7B with an adapter on its attention that is zero; BENCH_QUANTIZATION: of that, `nf4` say.
 """
 
 import json
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.bench import bench_grpo_20b  # noqa: E402
 from tests.bench.bench_train_20b import EXPERTS  # noqa: E402
+from tests.bench.worker_case import in_child  # noqa: E402
 
 ENGINES = ("transformers", "continuous", "continuous-anew", "continuous-eager")
 
@@ -36,14 +38,26 @@ def make_trainer(work: Path, num_tokens: int) -> Any:  # Any: a GroupTrainer
     from tasks.reinforce import worker
     from tasks.specs import ReinforceSpec
 
+    is_dense = base_name() == "7b"
     wanted = bench_grpo_20b.case(
-        128, num_tokens, parameters=EXPERTS, rows_per_device=4, start=True, rollouts="continuous"
+        128,
+        num_tokens,
+        parameters=[] if is_dense else EXPERTS,
+        rows_per_device=4,
+        start=not is_dense,
+        rollouts="continuous",
+        quantization=os.environ.get("BENCH_QUANTIZATION", "none"),
     )
     run = Path(tempfile.mkdtemp(prefix="rollouts-", dir=work))
     job = bench_grpo_20b.make_job(wanted, work, run)
     trainer = worker.make_trainer(job, ReinforceSpec.model_validate(job["spec"]))
     trainer.model_wrapped = trainer.model = trainer.accelerator.prepare_model(trainer.model)
     return trainer
+
+
+def base_name() -> str:
+    """Return 20b or 7b."""
+    return os.environ.get("BENCH_BASE", "20b")
 
 
 def choose_engine(trainer: Any, name: str) -> None:  # Any: as above
@@ -89,6 +103,8 @@ def measure(trainer: Any, engine: str) -> dict[str, Any]:  # Any: as above; JSON
         torch.cuda.empty_cache()
     done, found = trainer.rollout, trainer.rollout.agreement
     return {
+        "base": base_name(),
+        "quantization": os.environ.get("BENCH_QUANTIZATION", "none"),
         "engine": engine,
         "rollout_s": round(done.generate_s, 2),
         "tokens_per_s": round(done.num_generated / done.generate_s, 1),
@@ -115,7 +131,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     work = Path(os.environ.get("BENCH_DIR") or tempfile.mkdtemp(prefix="bench-grpo-"))
     work.mkdir(parents=True, exist_ok=True)
-    bench_grpo_20b.need_base(work)
+    if base_name() == "20b":
+        bench_grpo_20b.need_base(work)
+    elif not (work / "base" / "config.json").exists():
+        in_child("bench_qlora_7b", work / "base")
     engines = sys.argv[1:] or [name for name in ENGINES for _ in range(3)]
     trainer = make_trainer(work, int(os.environ.get("BENCH_TOKENS", "128")))
     report: list[dict[str, Any]] = []  # Any: JSON values

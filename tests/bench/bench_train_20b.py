@@ -81,6 +81,7 @@ CASES = {
     "last-layers-offload-1-row": case(1, "none", parameters=LAST, num_offloaded=22),
     "seeds-stock": case(1, "full", parameters=SEEDS, kernels="stock"),
     "all-experts-stock": case(4, "full", kernels="stock"),
+    "all-experts-and-attention-stock": case(4, "full", modules=ATTENTION, kernels="stock"),
 }
 
 
@@ -192,6 +193,7 @@ def run_case(name: str, work: Path) -> dict[str, Any]:  # Any: JSON values
         "tokens_per_s": round(statistics.median(speeds)),
         "spread_pct": round(100 * (max(speeds) - min(speeds)) / statistics.median(speeds), 1),
         "peak_gpu_gb": round(max(record["peak_gpu_bytes"] for record in records) / 1e9, 1),
+        "speeds": [round(record["tokens_per_s"]) for record in records],
         "losses": [round(record["loss"], 5) for record in records],
         "worker_s": round(time.perf_counter() - start, 1),
     }
