@@ -223,11 +223,16 @@ def _require_whole(found: dict[str, Any], names: Sequence[str], fatal: Exception
 
 
 def require_pages(model: Any) -> None:  # Any: a PreTrainedModel
-    """Raise RolloutError for a model that computes attention by itself, and so knows no pages."""
+    """Raise RolloutError for a model that computes attention by itself, or keeps what has no pages."""
+    trait = ""
     if not model._supports_attention_backend:
+        trait = "computes its attention itself, which knows no pages"
+    elif model._is_stateful:
+        trait = "keeps states, which have no pages"
+    if trait:
         raise RolloutError(
             f"ReinforceSpec.rollouts = 'continuous' with a {model.config.model_type}: transformers' "
-            f"{type(model).__name__} computes its attention itself, which knows no pages; use 'transformers'"
+            f"{type(model).__name__} {trait}; use 'transformers'"
         )
 
 

@@ -19,6 +19,7 @@ from tasks.gptoss.attention import shrink, sides
 
 _NAME = "pages"
 _HALVES = (torch.bfloat16, torch.float16)
+_MORE = ("softcap", "position_bias", "indices", "block_indices", "sinks")  # what some models hand to their attention
 
 
 def has_flash(model: Any) -> bool:  # Any: a PreTrainedModel, or PEFT's around one
@@ -62,7 +63,11 @@ def attend_over_pages(
         sliding_window: tokens that a token sees, itself included.
         s_aux: sinks (A), of models that have them.
         kwargs: the cache, where it reads and writes, cumulative lengths of queries and keys.
+    Raises: NotImplementedError for what else a model wants of its attention.
     """
+    unknown = [name for name in _MORE if kwargs.get(name) is not None]
+    if unknown or kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"{type(module).__name__} wants {(*unknown, 'is_causal=False')[0]} of its attention")
     cache = kwargs.pop("cache")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     q_NAD, k_MGD, v_MGD = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -10,7 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+)
 from transformers.generation.continuous_batching import (
     ContinuousBatchingManager,
     PagedAttentionCache,
@@ -24,6 +31,7 @@ from tasks.errors import RolloutError
 from tasks.lifeline import lifeline
 from tasks.reinforce import continuous
 from tasks.reinforce.continuous import ContinuousEngine, require_pages
+from tasks.reinforce.pages import attend_over_pages
 from tests.tiny import byte_tokenizer, make_model
 
 pytestmark = pytest.mark.long
@@ -306,9 +314,23 @@ def test_what_goes_wrong_in_the_engines_thread_is_raised_here(
     assert all(len(said) for said in generate_anew(trainer, PROMPTS)[0])
 
 
-def test_a_model_that_knows_no_pages_is_refused():
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (FalconConfig(num_hidden_layers=1), "falcon: transformers' FalconForCausalLM computes its attention itself"),
+        (RecurrentGemmaConfig(num_hidden_layers=1), "RecurrentGemmaForCausalLM keeps states"),
+    ],
+)
+def test_a_model_that_knows_no_pages_is_refused(config: Any, says: str):
     with torch.device("meta"):
-        falcon = FalconForCausalLM(FalconConfig(num_hidden_layers=1))
-    with pytest.raises(RolloutError, match=r"falcon: transformers' FalconForCausalLM .*use 'transformers'"):
-        require_pages(falcon)
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(RolloutError, match=f"{says}.*use 'transformers'"):
+        require_pages(model)
     require_pages(dense())
+
+
+@pytest.mark.parametrize("wanted", [{"softcap": 50.0}, {"is_causal": False}])
+def test_what_else_a_model_wants_of_its_attention_is_not_left_out_without_a_word(wanted: dict[str, Any]):
+    one = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(NotImplementedError, match=next(iter(wanted))):
+        attend_over_pages(torch.nn.Module(), one, one, one, None, **wanted)
