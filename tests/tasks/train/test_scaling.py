@@ -93,13 +93,13 @@ def test_120b_on_one_gpu_is_estimated_as_it_was_measured(case: dict):
     assert case["rows_per_device"] * case["row_tokens"] / seconds == pytest.approx(case["tokens_per_s"], rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["all-experts-2-gpus", "all-experts-2-gpus-fsdp2"])
-def test_two_gpus_are_estimated_as_they_were_measured(name: str):
+@pytest.mark.parametrize(("name", "one"), [("all-experts-2-gpus", 28_104), ("all-experts-2-gpus-fsdp2", 26_991)])
+def test_two_gpus_are_estimated_as_they_were_measured(name: str, one: int):
     (case,) = [case for case in json.loads(BASELINE.read_text())["cases"] if case["name"] == name]
     spec: TrainSpec = change(resolve("gptoss20b_lora_h100").train, case["changes"])
     plan = StepPlan(rows_per_device=4, gradient_accumulation=1, checkpointing="none")
     estimate = sum(work_of(spec).needs(plan).values()) / 1e9
     assert estimate == pytest.approx(case["peak_gpu_gb"], rel=0.1)
     assert f"| {case['peak_gpu_gb']:.1f} GB | {estimate:.1f} GB |" in DOC.read_text(), f"{estimate:.1f}"
-    speed, one = case["tokens_per_s"], 26_991
-    assert f"{speed:,} tokens/s ({speed / one:.2f} times one)" in DOC.read_text(), speed / one
+    speed = case["tokens_per_s"]
+    assert f"{speed:,} tokens/s ({speed / one:.2f} times one" in DOC.read_text(), speed / one
