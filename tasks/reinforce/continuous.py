@@ -30,6 +30,7 @@ from trl.models.utils import unwrap_model_for_generation
 from tasks.errors import RolloutError
 from tasks.lifeline import lifeline
 from tasks.reinforce.pages import has_flash, take_pages
+from tasks.reinforce.rollouts import trait_without_pages
 
 _NAMED_PAGE, _PAGE = 256, 32  # tokens: what others' flash attention wants, and what wastes little
 _FLASH_BATCH, _PLAIN_BATCH = (
@@ -81,7 +82,7 @@ class ContinuousEngine:
             attention = generating.config._attn_implementation
             generating.eval()
             try:
-                self._prepare(trainer, generating, list(map(len, prompt_ids)))
+                self._start(trainer, generating, list(map(len, prompt_ids)))
                 torch.manual_seed(seed)
                 said = _complete(self._manager, prompt_ids, trainer.state.global_step)
                 if self._num_kept > _MOST_KEPT:
@@ -104,6 +105,18 @@ class ContinuousEngine:
             fatal.__traceback__ = None  # is in the log, and would hold the cache for as long as the error is told
         manager.batch_processor = None
         gc.collect()  # it empties CUDA's own cache at its end
+
+    def _start(self, trainer: Any, model: Any, lengths: list[int]) -> None:  # Any: as above, a PeftModel
+        """Prepare. Raises RolloutError, so that `auto` goes on, for what transformers says of a model that it can't."""
+        try:
+            self._prepare(trainer, model, lengths)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of each family its own
+            raise RolloutError(
+                f"continuous batching could not start for a {model.config.model_type} ({error!r}): use "
+                "rollouts='transformers'"
+            ) from error
 
     def _prepare(self, trainer: Any, model: Any, lengths: list[int]) -> None:  # Any: as above, a PeftModel
         """Have a manager with room for these prompts, and the model's attention switched to pages."""
@@ -229,6 +242,8 @@ def require_pages(model: Any) -> None:  # Any: a PreTrainedModel
         trait = "computes its attention itself, which knows no pages"
     elif model._is_stateful:
         trait = "keeps states, which have no pages"
+    elif found := trait_without_pages(model.config.to_dict()):  # what the base's config.json leaves to defaults
+        trait = f"has {found}"
     if trait:
         raise RolloutError(
             f"ReinforceSpec.rollouts = 'continuous' with a {model.config.model_type}: transformers' "

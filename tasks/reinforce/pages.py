@@ -45,7 +45,7 @@ def attend_over_pages(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -58,16 +58,14 @@ def attend_over_pages(
         query: (1, A, N, D), rotated.
         key: of the same tokens.
         value: of the same tokens.
-        attention_mask: none is made.
+        attention_mask: None; one is of a model's own making.
         scaling: factor of the logits; None: 1 / sqrt(D).
         sliding_window: tokens that a token sees, itself included.
         s_aux: sinks (A), of models that have them.
         kwargs: the cache, where it reads and writes, cumulative lengths of queries and keys.
     Raises: NotImplementedError for what else a model wants of its attention.
     """
-    unknown = [name for name in _MORE if kwargs.get(name) is not None]
-    if unknown or kwargs.get("is_causal") is False:
-        raise NotImplementedError(f"{type(module).__name__} wants {(*unknown, 'is_causal=False')[0]} of its attention")
+    _require_known(module, attention_mask, sliding_window, kwargs)
     cache = kwargs.pop("cache")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     q_NAD, k_MGD, v_MGD = (part[0].transpose(0, 1) for part in (query, key, value))
@@ -85,6 +83,31 @@ def attend_over_pages(
         out_NAD, _ = shrink(out_NAD, lse_AN, s_aux)
     is_padding_N = torch.arange(len(q_NAD), device=ends_q.device) >= ends_q[-1]
     return out_NAD.masked_fill(is_padding_N[:, None, None], 0.0)[None], None
+
+
+def _require_known(
+    module: Any, mask: torch.Tensor | None, window: int | None, kwargs: dict[str, Any]
+) -> None:  # Any: as above
+    """Raise NotImplementedError for what would be left out without a word. The keys are those of a whole pass.
+
+    A layer that comes twice in a pass, or whose window the cache takes for another, finds other keys than its own.
+    """
+    unknown = [name for name in _MORE if kwargs.get(name) is not None]
+    if mask is not None:
+        unknown.append("a mask of its own")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        unknown.append("is_causal=False")
+    if (cache := kwargs.get("cache")) is None:
+        unknown.append("no cache")
+    elif not unknown:
+        layers, layer = cache.layer_to_allocator, module.layer_idx
+        last, cache.last_layer = getattr(cache, "last_layer", len(layers) - 1), layer
+        if layer != (last + 1) % len(layers):
+            unknown.append(f"keys of layer {layer} behind those of {last}, of {len(layers)} layers")
+        elif (kept := getattr(layers[layer], "sliding_window", None)) != window:
+            unknown.append(f"a window of {window} where {kept} are kept (None: all)")
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} wants {unknown[0]} of its attention")
 
 
 def _plainly(

@@ -84,9 +84,15 @@ def has_graphs(spec: ReinforceSpec, config: Mapping[str, Any]) -> bool:  # Any: 
     text = config.get("text_config") or config
     has_own_experts = config.get("model_type") == MODEL_TYPE and spec.kernels == "auto"
     has_experts = any("experts" in name for name in text)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    grows = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
-    return (has_own_experts or not has_experts) and not grows and spec.quantization != "int8"
+    return (has_own_experts or not has_experts) and not _grows(_rope(text)) and spec.quantization != "int8"
+
+
+def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:  # Any: as above
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def _grows(rope: Mapping[str, Any]) -> bool:  # Any: as above
+    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
 
 
 def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
@@ -97,14 +103,27 @@ def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None: 
             "log-probabilities only behind them, which can't be held against the model's own; leave them, or use "
             "'transformers'"
         )
-    if trait := _trait_without_pages(config):
+    if trait := trait_without_pages(config) or _growth(spec, config):
         raise SpecError(
             f"ReinforceSpec.rollouts = 'continuous' with a {config.get('model_type')}: it has {trait}; use "
             "'transformers'"
         )
 
 
-def _trait_without_pages(config: Mapping[str, Any]) -> str:  # Any: as above
+def _growth(spec: ReinforceSpec, config: Mapping[str, Any]) -> str:  # Any: as above
+    """Return in what way rotations change amid the spec's sequences: the keys that are kept have the old ones."""
+    text = config.get("text_config") or config
+    rope, name = _rope(text), "original_max_position_embeddings"
+    known = text.get(name) or rope.get(name) or text.get("max_position_embeddings") or spec.max_sequence_tokens
+    if not _grows(rope) or spec.max_sequence_tokens <= known:
+        return ""
+    return (
+        f"a rotation that changes behind {known} tokens (max_sequence_tokens is {spec.max_sequence_tokens}), for all "
+        "requests at once and not for the keys that are there"
+    )
+
+
+def trait_without_pages(config: Mapping[str, Any]) -> str:  # Any: as above
     """Return what of a model continuous batching fails at or gets wrong without a word; empty: nothing known."""
     text = config.get("text_config") or config
     if layers := sorted({*(text.get("layer_types") or [])} - {"full_attention", "sliding_attention"}):

@@ -12,7 +12,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DogeConfig,
     FalconConfig,
+    Gemma4TextConfig,
+    Llama4TextConfig,
+    NemotronConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -319,6 +325,8 @@ def test_what_goes_wrong_in_the_engines_thread_is_raised_here(
     [
         (FalconConfig(num_hidden_layers=1), "falcon: transformers' FalconForCausalLM computes its attention itself"),
         (RecurrentGemmaConfig(num_hidden_layers=1), "RecurrentGemmaForCausalLM keeps states"),
+        # its layers' kinds are in no config.json
+        (Llama4TextConfig(num_hidden_layers=4, num_local_experts=1), "has layers of chunked_attention"),
     ],
 )
 def test_a_model_that_knows_no_pages_is_refused(config: Any, says: str):
@@ -327,6 +335,39 @@ def test_a_model_that_knows_no_pages_is_refused(config: Any, says: str):
     with pytest.raises(RolloutError, match=f"{says}.*use 'transformers'"):
         require_pages(model)
     require_pages(dense())
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 262,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (DiffLlamaConfig(**SIZES), "failed.*DiffLlamaAttention wants keys of layer 0 behind those of 0, of 2 layers"),
+        (DogeConfig(**SIZES, keep_window_size=8), "failed.*DogeAttention wants a mask of its own"),
+        (PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=16), "wants a window of None where 16 are kept"),
+        (NemotronConfig(**SIZES), "failed.*NemotronAttention wants no cache"),
+        (Gemma4TextConfig(**SIZES, vocab_size_per_layer_input=262), "could not start for a gemma4_text.*head_dim"),
+    ],
+    ids=lambda each: getattr(each, "model_type", ""),
+)
+def test_a_family_whose_tokens_would_be_another_models_ends_it_so_that_auto_goes_on(
+    config: Any, says: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Each said other tokens than its own without a word, or ended in what `auto` does not take for the engine's."""
+    monkeypatch.setattr(logging.getLogger("ContinuousBatchingLogger"), "disabled", True)
+    torch.manual_seed(0)
+    trainer = trainer_of(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), tmp_path)
+    with pytest.raises(RolloutError, match=f"{says}.*use rollouts='transformers'"):
+        generate_anew(trainer, PROMPTS)
+    assert trainer.model.config._attn_implementation == "sdpa" and trainer.model.training
 
 
 @pytest.mark.parametrize("wanted", [{"softcap": 50.0}, {"is_causal": False}])

@@ -119,6 +119,19 @@ def test_graphs_are_for_what_asks_the_gpu_nothing(changes: dict[str, Any], confi
     assert has_graphs(change(SPEC, changes), config) == expected
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"original_max_position_embeddings": 4096}, {"rope_scaling": {"original_max_position_embeddings": 4096}}],
+)
+def test_rotations_that_change_amid_a_sequence_are_left_to_generate(sizes: dict[str, Any]):
+    """phi3's at 128,000 tokens: where one request is longer than the first 4,096, all of a step turn otherwise."""
+    config = {"max_position_embeddings": 131072, **sizes}
+    config["rope_scaling"] = {**config.get("rope_scaling", {}), "type": "longrope"}
+    for tokens in (4096, 4097):
+        spec = change(SPEC, {"max_sequence_tokens": tokens})
+        assert choose_rollouts(spec, config, GPT_OSS_20B, None) == Rollouts(is_continuous=tokens == 4096)
+
+
 def test_continuous_batching_is_taken_when_it_is_named_and_refused_where_it_misleads():
     named = change(SPEC, {"rollouts": "continuous"})
     assert choose_rollouts(named, GPT_OSS, GPT_OSS_20B, H200).name == "continuous"
