@@ -1,5 +1,7 @@
 """Our kernels on a GPU in bf16 against plain float32 arithmetic; CPU twins in tests/tasks/gptoss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,7 +58,10 @@ def test_attention_with_sinks(lengths: tuple[int, ...], window: int | None):
 
 
 class Pages:
-    """transformers' cache where keys and values lie in order already."""
+    """transformers' cache of one layer, where keys and values lie in order already."""
+
+    def __init__(self, window: int | None) -> None:
+        self.layer_to_allocator = [SimpleNamespace(sliding_window=window)]
 
     def update(self, key_states, value_states, layer_idx, kwargs):
         return key_states, value_states
@@ -80,7 +85,7 @@ def test_attention_over_pages_is_that_of_a_cpu(queries: tuple[int, ...], has_sin
     def run(device: str, dtype: torch.dtype) -> torch.Tensor:
         there = [each.to(device, dtype) for each in (query, key, value)]
         told = {"cu_seq_lens_q": padded[0].to(device), "cu_seq_lens_k": padded[1].to(device)}
-        told |= {"max_length_q": max(queries), "max_length_k": 1024, "cache": Pages()}
+        told |= {"max_length_q": max(queries), "max_length_k": 1024, "cache": Pages(window)}
         with torch.no_grad():
             told |= {"s_aux": sinks.to(device) if has_sinks else None}
             out, _ = attend_over_pages(layer, *there, None, 0.125, sliding_window=window, **told)
