@@ -220,7 +220,7 @@ def _stop(manager: Any) -> None:  # Any: as above
 
 def _require_whole(found: dict[str, Any], names: Sequence[str], fatal: Exception | None) -> None:  # Any: as above
     """Raise what ended the engine's thread, or RolloutError where a completion failed or is not there."""
-    if isinstance(fatal, torch.OutOfMemoryError | MemoryError):
+    if isinstance(fatal, torch.OutOfMemoryError | MemoryError | RolloutError):
         raise fatal
     if fatal is not None:
         raise RolloutError(

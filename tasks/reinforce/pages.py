@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tasks.errors import RolloutError
 from tasks.gptoss.attention import shrink, sides
 
 _NAME = "pages"
@@ -63,7 +64,7 @@ def attend_over_pages(
         sliding_window: tokens that a token sees, itself included.
         s_aux: sinks (A), of models that have them.
         kwargs: the cache, where it reads and writes, cumulative lengths of queries and keys.
-    Raises: NotImplementedError for what else a model wants of its attention.
+    Raises: RolloutError for what else a model wants of its attention.
     """
     _require_known(module, attention_mask, sliding_window, kwargs)
     cache = kwargs.pop("cache")
@@ -88,7 +89,7 @@ def attend_over_pages(
 def _require_known(
     module: Any, mask: torch.Tensor | None, window: int | None, kwargs: dict[str, Any]
 ) -> None:  # Any: as above
-    """Raise NotImplementedError for what would be left out without a word. The keys are those of a whole pass.
+    """Raise RolloutError for what would be left out without a word: `generate` computes it. Keys are of a whole pass.
 
     A layer that comes twice in a pass, or whose window the cache takes for another, finds other keys than its own.
     """
@@ -107,7 +108,10 @@ def _require_known(
         elif (kept := getattr(layers[layer], "sliding_window", None)) != window:
             unknown.append(f"a window of {window} where {kept} are kept (None: all)")
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} wants {unknown[0]} of its attention")
+        raise RolloutError(
+            f"{type(module).__name__} wants {unknown[0]} of its attention, which has no pages: use "
+            "rollouts='transformers'"
+        )
 
 
 def _plainly(

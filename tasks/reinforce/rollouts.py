@@ -84,15 +84,14 @@ def has_graphs(spec: ReinforceSpec, config: Mapping[str, Any]) -> bool:  # Any: 
     text = config.get("text_config") or config
     has_own_experts = config.get("model_type") == MODEL_TYPE and spec.kernels == "auto"
     has_experts = any("experts" in name for name in text)
-    return (has_own_experts or not has_experts) and not _grows(_rope(text)) and spec.quantization != "int8"
+    return (has_own_experts or not has_experts) and not _grows(text) and spec.quantization != "int8"
 
 
-def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:  # Any: as above
-    return text.get("rope_parameters") or text.get("rope_scaling") or {}
-
-
-def _grows(rope: Mapping[str, Any]) -> bool:  # Any: as above
-    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
+def _grows(text: Mapping[str, Any]) -> bool:  # Any: as above
+    """Say whether rotations follow from the length of what is there; some configs have one rope a kind of layer."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, Mapping))]
+    return any(each.get("rope_type", each.get("type")) in ("dynamic", "longrope", "su") for each in ropes)
 
 
 def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None:  # Any: as above
@@ -112,10 +111,10 @@ def require_continuous(spec: ReinforceSpec, config: Mapping[str, Any]) -> None: 
 
 def _growth(spec: ReinforceSpec, config: Mapping[str, Any]) -> str:  # Any: as above
     """Return in what way rotations change amid the spec's sequences: the keys that are kept have the old ones."""
-    text = config.get("text_config") or config
-    rope, name = _rope(text), "original_max_position_embeddings"
+    text, name = config.get("text_config") or config, "original_max_position_embeddings"
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     known = text.get(name) or rope.get(name) or text.get("max_position_embeddings") or spec.max_sequence_tokens
-    if not _grows(rope) or spec.max_sequence_tokens <= known:
+    if not _grows(text) or spec.max_sequence_tokens <= known:
         return ""
     return (
         f"a rotation that changes behind {known} tokens (max_sequence_tokens is {spec.max_sequence_tokens}), for all "
@@ -130,6 +129,8 @@ def trait_without_pages(config: Mapping[str, Any]) -> str:  # Any: as above
         return f"layers of {layers[0]}, which have no pages"
     if text.get("attn_logit_softcapping"):
         return "an attn_logit_softcapping, which its attention leaves out"
+    if text.get("use_bidirectional_attention"):
+        return "attention that looks ahead"
     if text.get("kv_lora_rank"):
         return "a kv_lora_rank: keys and values of two widths, and its pages have one"
     return ""
